@@ -1,0 +1,1 @@
+"""The control plane: asyncio, CPU, never a tensor."""

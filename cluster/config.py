@@ -1,0 +1,97 @@
+"""ClusterConfig and its parts: frozen, validated once, the same for flags, YAML and Helm."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cluster.errors import ConfigError
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelSource(_Part):
+    """Where the checkpoint lies and the name that clients ask for."""
+
+    path: Path
+    name: str
+
+
+class EngineConfig(_Part):
+    """One copy of the model: its ranks and what a step may hold."""
+
+    tp: int = Field(1, ge=1)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads_per_rank: int | None = Field(None, ge=1)
+    """CPU threads of a rank; None shares the machine's cores among its ranks."""
+    max_model_len: int | None = Field(None, ge=2)
+    """Longest prompt plus output, in tokens; None takes the checkpoint's."""
+    max_num_seqs: int = Field(64, ge=1)
+    """Slots: sequences that run at once."""
+    max_num_batched_tokens: int = Field(512, ge=1)
+    """The token budget of one step; at least `max_num_seqs`."""
+    block_size: int = Field(32, ge=1)
+    """Tokens per KV block."""
+    kv_memory_bytes: int | None = Field(None, ge=1)
+    """KV pool of one rank; None sizes it from free memory on a GPU and takes 256 MiB on a CPU."""
+    enable_prefix_cache: bool = True
+
+
+class RouterConfig(_Part):
+    """The Router's bounds on queues and waits."""
+
+    max_waiting: int = Field(256, ge=0)
+    """Requests that may wait for a slot; one more is refused with RESOURCE_EXHAUSTED."""
+    start_timeout_s: float = Field(600.0, gt=0)
+    step_timeout_s: float = Field(60.0, gt=0)
+    """A step that takes longer names the late rank, which then counts as lost."""
+
+
+class GatewayConfig(_Part):
+    """What clients connect to."""
+
+    host: str = "127.0.0.1"
+    grpc_port: int = Field(50051, ge=0, le=65535)
+    metrics_port: int = Field(9464, ge=0, le=65535)
+    max_message_bytes: int = Field(8 * 2**20, ge=1024)
+    max_streams: int = Field(1024, ge=1)
+    """Open Generate streams of one gateway; one more is refused with RESOURCE_EXHAUSTED."""
+    max_unread_tokens: int = Field(4096, ge=1)
+    """Tokens kept for a client that does not read; past it the stream ends with RESOURCE_EXHAUSTED."""
+    drain_s: float = Field(30.0, ge=0)
+    """How long running streams may go on after a shutdown was asked for."""
+
+
+class ClusterConfig(_Part):
+    """Everything `mull serve` needs."""
+
+    model: ModelSource
+    engine: EngineConfig = EngineConfig()
+    router: RouterConfig = RouterConfig()
+    gateway: GatewayConfig = GatewayConfig()
+
+
+def parse_config(values: dict[str, Any]) -> ClusterConfig:
+    """Validate nested values. Raises ConfigError with one line that names the first wrong field."""
+    try:
+        return ClusterConfig.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"{where}: {first['msg']} (got {first['input']!r})") from error
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """The nested values of a YAML file. Raises ConfigError when it is missing or is not a mapping."""
+    try:
+        values = yaml.safe_load(file.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{file}: cannot be read as YAML ({error})".replace("\n", " ")) from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file}: expected a mapping with 'model', 'engine', 'router' and 'gateway'")
+    return values

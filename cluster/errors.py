@@ -1,0 +1,84 @@
+"""Every error that mull raises on purpose, in one tree. Knows neither gRPC nor HTTP: the gateway maps classes to status codes.
+
+    MullError
+    ├── ConfigError              a flag or a config file is wrong: `mull serve` does not start
+    ├── CheckpointError          a model directory that cannot be served: names the file and the remedy
+    ├── LayoutError              a tp that cannot split this model: names both numbers and what can
+    ├── RequestError             the client's fault; `field` names what to change
+    │   ├── InvalidRequest       a value out of range, an unknown role, a wrong token id
+    │   ├── PromptTooLong        prompt plus output does not fit the context: both numbers
+    │   └── UnknownModel         a model name that this server does not serve
+    ├── Overloaded               a bounded queue is full: try again later
+    ├── NotReady                 the engine is starting, draining or lost
+    ├── SlowReader               the client did not read its stream; its buffer's bound was passed
+    └── EngineError              a fault of ours
+        └── RankLost             a rank died, hung or failed: names the rank
+"""
+
+from __future__ import annotations
+
+from workers.errors import CheckpointError, LayoutError, MullError
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "EngineError",
+    "InvalidRequest",
+    "LayoutError",
+    "MullError",
+    "NotReady",
+    "Overloaded",
+    "PromptTooLong",
+    "RankLost",
+    "RequestError",
+    "SlowReader",
+    "UnknownModel",
+]
+
+
+class ConfigError(MullError):
+    """A flag or a config file is wrong."""
+
+
+class RequestError(MullError):
+    """The client must change the request. `field` is the path of the field in `GenerateRequest`."""
+
+    def __init__(self, message: str, *, field: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class InvalidRequest(RequestError):
+    """A value is out of range or malformed."""
+
+
+class PromptTooLong(RequestError):
+    """The prompt does not fit the context."""
+
+
+class UnknownModel(RequestError):
+    """No such model here."""
+
+
+class Overloaded(MullError):
+    """A bounded queue is full."""
+
+
+class NotReady(MullError):
+    """The engine cannot take work now."""
+
+
+class SlowReader(MullError):
+    """A client fell too far behind its own stream."""
+
+
+class EngineError(MullError):
+    """A fault inside mull."""
+
+
+class RankLost(EngineError):
+    """A rank died, hung or failed."""
+
+    def __init__(self, message: str, *, rank: int) -> None:
+        super().__init__(message)
+        self.rank = rank

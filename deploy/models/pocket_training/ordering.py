@@ -1,0 +1,42 @@
+"""Sorting a short list of numbers by repeatedly taking the smallest (or largest) one left."""
+
+from __future__ import annotations
+
+from random import Random
+
+from pocket_training.problem import Problem, question
+
+ASCENDING_PHRASES = (
+    "Sort {list}.", "Sort these numbers: {list}", "Put {list} in order.", "Sort {list} from smallest to largest.",
+    "Arrange {list} in ascending order.", "Please sort {list}.", "Order these numbers: {list}",
+)  # fmt: skip
+DESCENDING_PHRASES = (
+    "Sort {list} from largest to smallest.", "Arrange {list} in descending order.",
+    "Sort these numbers from largest to smallest: {list}", "Please sort {list} in descending order.",
+)  # fmt: skip
+
+
+def sort_working(values: list[int], *, descending: bool) -> list[str]:
+    """One line a pick: what is left, the comparisons, the number taken."""
+    lines, left = [], list(values)
+    while left:
+        best, steps = left[0], []
+        for value in left[1:]:
+            steps.append(f"{best} {'>' if best > value else '<'} {value}")
+            best = max(best, value) if descending else min(best, value)
+        lines.append(f"{' '.join(map(str, left))}: {', '.join([*steps, f'take {best}'])}")
+        left.remove(best)
+    return lines
+
+
+def make_sort(rng: Random) -> Problem:
+    """Three to five different numbers below 100."""
+    values = rng.sample(range(100), rng.choice((3, 4, 4, 5, 5)))
+    descending = rng.random() < 0.25
+    phrase = rng.choice(DESCENDING_PHRASES if descending else ASCENDING_PHRASES)
+    shown = ", ".join(map(str, values))
+    ordered = sorted(values, reverse=descending)
+    return Problem(
+        skill="sort", key=f"{shown} {'down' if descending else 'up'}", messages=question(phrase.format(list=shown)),
+        thinking="\n".join(sort_working(values, descending=descending)), answer=", ".join(map(str, ordered)),
+    )  # fmt: skip

@@ -1,0 +1,91 @@
+"""Reversing a word and counting a letter in it: the thinking spells the word letter by letter first."""
+
+from __future__ import annotations
+
+from random import Random
+
+from pocket_training.problem import Problem, question, spelled
+
+REAL_WORDS = tuple(
+    """
+    apple banana cherry orange lemon grape peach plum mango melon papaya berry strawberry garden flower tree forest
+    river lake ocean mountain valley desert island beach cloud rain snow storm thunder wind summer winter spring autumn
+    house window door table chair kitchen bedroom ceiling floor carpet mirror lamp candle pillow blanket curtain
+    dog cat horse cow sheep goat chicken duck rabbit mouse tiger lion zebra monkey elephant giraffe camel kangaroo
+    bread butter cheese milk coffee sugar salt pepper honey soup salad pasta pizza potato tomato onion carrot garlic
+    red blue green yellow purple pink brown black white silver golden car train plane bicycle truck wagon rocket boat
+    book letter paper pencil school teacher student lesson library science history music guitar piano violin drum
+    doctor nurse farmer baker painter writer singer dancer king queen prince castle tower bridge market street village
+    computer keyboard screen internet program server network cluster engine machine robot battery camera phone
+    happy sad angry tired hungry thirsty brave clever gentle quiet loud quick slow bright dark heavy light smooth
+    morning evening night today tomorrow yesterday week month year minute second hour moment balloon bottle basket
+    hammer needle thread button pocket jacket shirt trousers shoes hat glove scarf umbrella wallet ticket journey
+    mississippi committee success address bubble coffee letter hello world planet galaxy comet star moon sun
+    """.split()
+)
+CONSONANTS = "bcdfghjklmnpqrstvwxyz"
+COMMON_CONSONANTS = "bcdfglmnprst"
+VOWELS = "aeiou"
+REVERSE_PHRASES = (
+    "Reverse the word {w}.", "Spell {w} backwards.", "Write {w} backwards.", "What is {w} backwards?",
+    "Reverse {w}.", "How do you write {w} in reverse?", "Please reverse the word {w}.",
+)  # fmt: skip
+COUNT_PHRASES = (
+    "How many times does the letter {c} appear in {w}?", "How many {c}'s are in {w}?", "Count the letter {c} in {w}.",
+    "How many {c} are there in {w}?", "How often is {c} in {w}?", "How many letters {c} does {w} have?",
+    "How many {c}'s are there in the word {w}?",
+)  # fmt: skip
+
+
+def make_word(rng: Random) -> str:
+    """A real word or a made-up one of 3 to 9 letters."""
+    if rng.random() < 0.35:
+        return rng.choice(REAL_WORDS)
+    length, word = rng.randrange(3, 10), ""
+    vowel_next = rng.random() < 0.3
+    while len(word) < length:
+        if vowel_next:
+            word += rng.choice(VOWELS)
+        else:
+            word += rng.choice(COMMON_CONSONANTS if rng.random() < 0.6 else CONSONANTS)
+            if rng.random() < 0.12:
+                word += word[-1]
+        vowel_next = not vowel_next if rng.random() < 0.85 else vowel_next
+    return word
+
+
+def _quoted(rng: Random, word: str) -> str:
+    return f'"{word}"' if rng.random() < 0.4 else word
+
+
+def make_reverse(rng: Random) -> Problem:
+    """A word to write backwards."""
+    word = make_word(rng)
+    asked = rng.choice(REVERSE_PHRASES).format(w=_quoted(rng, word))
+    return Problem(
+        skill="reverse", key=word, messages=question(asked),
+        thinking=f"letters: {' '.join(word)}\nbackwards: {' '.join(word[::-1])}", answer=spelled(word[::-1]),
+    )  # fmt: skip
+
+
+def count_working(word: str, letter: str) -> str:
+    """The word's letters, with a running count after each one that matches."""
+    shown, seen = [], 0
+    for each in word:
+        seen += each == letter
+        shown.append(f"{each} {seen}" if each == letter else each)
+    return f"count {letter}: {' '.join(shown)}, so {seen}"
+
+
+def make_count(rng: Random) -> Problem:
+    """A letter to count in a word; it is in the word four times out of five."""
+    word = make_word(rng)
+    letter = rng.choice(word) if rng.random() < 0.8 else rng.choice(VOWELS + CONSONANTS)
+    if rng.random() < 0.3:
+        letter = max(word, key=word.count)
+    seen = word.count(letter)
+    asked = rng.choice(COUNT_PHRASES).format(c=letter, w=_quoted(rng, word))
+    return Problem(
+        skill="count", key=f"{letter} in {word}", messages=question(asked), thinking=count_working(word, letter),
+        answer=f"The letter {letter} appears {seen} {'time' if seen == 1 else 'times'}.",
+    )  # fmt: skip

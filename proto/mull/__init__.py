@@ -1,0 +1,1 @@
+"""What clients import: the stubs of mull's protocol."""

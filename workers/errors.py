@@ -1,0 +1,15 @@
+"""Errors of the data plane; `cluster.errors` shows the whole tree."""
+
+from __future__ import annotations
+
+
+class MullError(Exception):
+    """Base of every error that mull raises on purpose. Its text is one line: the numbers and the remedy."""
+
+
+class CheckpointError(MullError):
+    """A model directory that cannot be served; the message names the file and the remedy."""
+
+
+class LayoutError(MullError):
+    """A layout that cannot split this model; the message names both numbers and a layout that can."""

@@ -1,0 +1,147 @@
+"""What crosses the socket between the Router and its ranks: the contract of hop 6.
+
+Plain integers and floats in msgspec structs, so that the scheduler, the planner and the tests can use it without
+torch. A plan carries deltas only: slots opened, extended, closed, and the tokens to compute. Plans are numbered; every rank
+executes them strictly in order, and the Router may send plan n+1 before the result of plan n is back.
+Knows nothing of requests, clients or phases.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class SamplingParams(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
+    """How one slot samples. `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 mean no limit."""
+
+    temperature: float = 0.6
+    top_k: int = 20
+    top_p: float = 0.95
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    """Noise for the token at position p comes from (seed, p) alone. [0, 2**63)."""
+    num_logprobs: int | None = None
+    """None: no logprobs; k: the sampled token's logprob and those of the k likeliest tokens."""
+
+    @property
+    def has_penalties(self) -> bool:
+        return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
+
+
+class OpenSlot(msgspec.Struct, frozen=True, array_like=True):
+    """A sequence takes a slot. Positions [0, num_cached) already lie in its first blocks."""
+
+    slot: int
+    block_ids: list[int]
+    num_cached: int
+    sampling: SamplingParams
+    prompt_ids: list[int] = []
+    """Only with penalties: the prompt, which the repetition penalty counts."""
+    output_ids: list[int] = []
+    """Only with penalties: tokens sampled before this slot was opened (after a preemption or a replay)."""
+
+
+class ExtendSlot(msgspec.Struct, frozen=True, array_like=True):
+    """Blocks appended to a slot's block table, in order."""
+
+    slot: int
+    block_ids: list[int]
+
+
+class Prefill(msgspec.Struct, frozen=True, array_like=True):
+    """Known tokens to put through the model at positions [start, start + len(token_ids)).
+
+    With `sample`, the logits after the last of them give the slot's next token.
+    """
+
+    slot: int
+    start: int
+    token_ids: list[int]
+    sample: bool
+
+
+class StepPlan(msgspec.Struct, frozen=True, tag="plan"):
+    """One forward pass. Applied in this order: close, open, extend, then compute prefills and decodes as one batch."""
+
+    step: int
+    close: list[int] = []
+    open: list[OpenSlot] = []
+    extend: list[ExtendSlot] = []
+    prefills: list[Prefill] = []
+    decodes: list[int] = []
+    """Slots whose input is the token they sampled last, at the position after their last computed one."""
+
+    @property
+    def sampling_slots(self) -> list[int]:
+        """The slots that get a token from this step, in the order in which `StepResult.token_ids` names them."""
+        return [p.slot for p in self.prefills if p.sample] + self.decodes
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens computed by this step: what the token budget counts."""
+        return sum(len(p.token_ids) for p in self.prefills) + len(self.decodes)
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Natural log-probabilities of the unscaled, penalised distribution (before temperature and cuts)."""
+
+    logprob: float
+    top: list[tuple[int, float]]
+    """(token id, logprob), likeliest first."""
+
+
+class StepResult(msgspec.Struct, frozen=True, tag="result"):
+    """A rank finished a plan. Rank 0 names the sampled tokens; the others' lists are empty: they only say that they are alive."""
+
+    step: int
+    rank: int
+    token_ids: list[int] = []
+    """One token per slot of `StepPlan.sampling_slots`, in its order."""
+    logprobs: dict[int, TokenLogprobs] = {}
+    """Index into `token_ids` → logprobs, for the slots that asked."""
+    compute_s: float = 0.0
+
+
+class RankLoading(msgspec.Struct, frozen=True, tag="loading"):
+    """Progress of one rank's weights."""
+
+    rank: int
+    read_bytes: int
+    total_bytes: int
+
+
+class RankReady(msgspec.Struct, frozen=True, tag="ready"):
+    """A rank has loaded its slice, sized its KV and can take plans."""
+
+    rank: int
+    pid: int
+    host: str
+    device: str
+    num_blocks: int
+    block_size: int
+    weight_bytes: int
+    kv_bytes: int
+    load_s: float
+
+
+class RankFailed(msgspec.Struct, frozen=True, tag="failed"):
+    """A rank cannot go on. `message` is one line with the remedy where there is one; `detail` may hold a traceback for the log."""
+
+    rank: int
+    message: str
+    detail: str = ""
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
+    """The Router asks a rank to end."""
+
+
+ToRank = StepPlan | Shutdown
+FromRank = StepResult | RankLoading | RankReady | RankFailed
+
+encode = msgspec.msgpack.Encoder().encode
+decode_to_rank = msgspec.msgpack.Decoder(ToRank).decode
+decode_from_rank = msgspec.msgpack.Decoder(FromRank).decode
