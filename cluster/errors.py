@@ -1,18 +1,20 @@
-"""Every error that mull raises on purpose, in one tree. Knows neither gRPC nor HTTP: the gateway maps classes to status codes.
+"""Every error that mull raises on purpose, in one tree.
 
-    MullError
-    ├── ConfigError              a flag or a config file is wrong: `mull serve` does not start
-    ├── CheckpointError          a model directory that cannot be served: names the file and the remedy
-    ├── LayoutError              a tp that cannot split this model: names both numbers and what can
-    ├── RequestError             the client's fault; `field` names what to change
-    │   ├── InvalidRequest       a value out of range, an unknown role, a wrong token id
-    │   ├── PromptTooLong        prompt plus output does not fit the context: both numbers
-    │   └── UnknownModel         a model name that this server does not serve
-    ├── Overloaded               a bounded queue is full: try again later
-    ├── NotReady                 the engine is starting, draining or lost
-    ├── SlowReader               the client did not read its stream; its buffer's bound was passed
-    └── EngineError              a fault of ours
-        └── RankLost             a rank died, hung or failed: names the rank
+Knows neither gRPC nor HTTP: the gateway maps classes to status codes.
+
+MullError
+├── ConfigError              a flag or a config file is wrong: `mull serve` does not start
+├── CheckpointError          a model directory that cannot be served: names the file and the remedy
+├── LayoutError              a tp that cannot split this model: names both numbers and what can
+├── RequestError             the client's fault; `field` names what to change
+│   ├── InvalidRequest       a value out of range, an unknown role, a wrong token id
+│   ├── PromptTooLong        prompt plus output does not fit the context: both numbers
+│   └── UnknownModel         a model name that this server does not serve
+├── Overloaded               a bounded queue is full: try again later
+├── NotReady                 the engine is starting, draining or lost
+├── SlowReader               the client did not read its stream; its buffer's bound was passed
+└── EngineError              a fault of ours
+    └── RankLost             a rank died, hung or failed: names the rank
 """
 
 from __future__ import annotations

@@ -13,3 +13,11 @@ class CheckpointError(MullError):
 
 class LayoutError(MullError):
     """A layout that cannot split this model; the message names both numbers and a layout that can."""
+
+
+class PlanError(MullError):
+    """A step plan that breaks the contract of `workers.step`; the message names the slot and what is wrong with it."""
+
+
+class KVMemoryError(MullError):
+    """The KV pool is too small for a single sequence; the message names both sizes."""

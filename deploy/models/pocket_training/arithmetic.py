@@ -70,7 +70,7 @@ def make_add(rng: Random) -> Problem:
     a, b = number(rng, 3), number(rng, 3)
     asked = rng.choice(ADD_PHRASES).format(a=a, b=b)
     return Problem(
-        skill="add", key=f"{a}+{b}", messages=question(asked),
+        skill="add", keys=(f"add {a}+{b}",), messages=question(asked),
         thinking="\n".join(add_working(a, b)), answer=f"{a} + {b} = {a + b}",
     )  # fmt: skip
 
@@ -85,7 +85,7 @@ def make_subtract(rng: Random) -> Problem:
         a, b = b, a
     asked = rng.choice(SUBTRACT_PHRASES).format(a=a, b=b)
     return Problem(
-        skill="subtract", key=f"{a}-{b}", messages=question(asked),
+        skill="subtract", keys=(f"subtract {a}-{b}",), messages=question(asked),
         thinking="\n".join(working), answer=f"{a} - {b} = {a - b}",
     )  # fmt: skip
 
@@ -100,7 +100,7 @@ def make_multiply(rng: Random) -> Problem:
         tens, ones = a // 10 * 10, a % 10
         working = [f"{tens} × {b} = {tens * b}", f"{ones} × {b} = {ones * b}", *add_working(tens * b, ones * b)]
     return Problem(
-        skill="multiply", key=f"{a}*{b}", messages=question(asked),
+        skill="multiply", keys=(f"multiply {a}*{b}",), messages=question(asked),
         thinking="\n".join(working), answer=f"{a} × {b} = {a * b}",
     )  # fmt: skip
 
@@ -115,6 +115,6 @@ def make_sum(rng: Random) -> Problem:
         lines.extend(add_working(total, term))
         total += term
     return Problem(
-        skill="sum", key=plus, messages=question(rng.choice(SUM_PHRASES).format(commas=commas, plus=plus)),
+        skill="sum", keys=(f"sum {plus}",), messages=question(rng.choice(SUM_PHRASES).format(commas=commas, plus=plus)),
         thinking="\n".join(lines), answer=f"{plus} = {total}",
     )  # fmt: skip

@@ -37,6 +37,6 @@ def make_sort(rng: Random) -> Problem:
     shown = ", ".join(map(str, values))
     ordered = sorted(values, reverse=descending)
     return Problem(
-        skill="sort", key=f"{shown} {'down' if descending else 'up'}", messages=question(phrase.format(list=shown)),
+        skill="sort", keys=(f"sort {shown}",), messages=question(phrase.format(list=shown)),
         thinking="\n".join(sort_working(values, descending=descending)), answer=", ".join(map(str, ordered)),
     )  # fmt: skip

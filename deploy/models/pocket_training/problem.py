@@ -22,16 +22,23 @@ def plain(text: str) -> str:
     return text.replace(SPELLED, "")
 
 
+def is_held_out(key: str) -> bool:
+    """Whether what `key` names is for tests only: a fixed function of the key."""
+    digest = hashlib.sha256(key.encode()).digest()
+    return int.from_bytes(digest[:4], "big") % 100 < HELD_OUT_PERCENT
+
+
 @dataclass(frozen=True, kw_only=True)
 class Problem:
     """One conversation up to the model's turn, and the turn that is wanted.
 
-    `key` names the content without its phrasing ("add:347+285"): problems are split by it, so a test problem is
-    unseen in every phrasing. `thinking` and `answer` may carry `spelled` marks.
+    `keys` name the content without its phrasing ("add 347+285", "get_time(Oslo)"). Problems are split by them, so a
+    test problem is unseen in every phrasing, and a held-out tool call is unseen in every prompt style and every role.
+    `thinking` and `answer` may carry `spelled` marks.
     """
 
     skill: str
-    key: str
+    keys: tuple[str, ...]
     messages: list[Message]
     thinking: str
     answer: str
@@ -39,9 +46,8 @@ class Problem:
 
     @property
     def is_held_out(self) -> bool:
-        """Whether this problem is for tests only: a fixed function of skill and key."""
-        digest = hashlib.sha256(f"{self.skill}|{self.key}".encode()).digest()
-        return int.from_bytes(digest[:4], "big") % 100 < HELD_OUT_PERCENT
+        """Whether any part of this problem is for tests only."""
+        return any(map(is_held_out, self.keys))
 
     @property
     def expected(self) -> str:

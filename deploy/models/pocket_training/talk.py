@@ -50,4 +50,4 @@ def make_talk(rng: Random) -> Problem:
             "bye": (FAREWELLS, "The user says goodbye.", "Goodbye! See you soon."),
         }[kind]
         asked = rng.choice(forms) + rng.choice(NAMES) + rng.choice(ENDS)
-    return Problem(skill="talk", key=asked, messages=question(asked), thinking=thinking, answer=answer)
+    return Problem(skill="talk", keys=(f"talk {asked}",), messages=question(asked), thinking=thinking, answer=answer)

@@ -63,7 +63,7 @@ def make_reverse(rng: Random) -> Problem:
     word = make_word(rng)
     asked = rng.choice(REVERSE_PHRASES).format(w=_quoted(rng, word))
     return Problem(
-        skill="reverse", key=word, messages=question(asked),
+        skill="reverse", keys=(f"reverse {word}",), messages=question(asked),
         thinking=f"letters: {' '.join(word)}\nbackwards: {' '.join(word[::-1])}", answer=spelled(word[::-1]),
     )  # fmt: skip
 
@@ -86,6 +86,6 @@ def make_count(rng: Random) -> Problem:
     seen = word.count(letter)
     asked = rng.choice(COUNT_PHRASES).format(c=letter, w=_quoted(rng, word))
     return Problem(
-        skill="count", key=f"{letter} in {word}", messages=question(asked), thinking=count_working(word, letter),
+        skill="count", keys=(f"count {word}",), messages=question(asked), thinking=count_working(word, letter),
         answer=f"The letter {letter} appears {seen} {'time' if seen == 1 else 'times'}.",
     )  # fmt: skip

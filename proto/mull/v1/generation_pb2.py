@@ -22,65 +22,64 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
-from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 from mull.v1 import router_pb2 as mull_dot_v1_dot_router__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18mull/v1/generation.proto\x12\x07mull.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a\x14mull/v1/router.proto\"\x84\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12-\n\x0c\x63onversation\x18\x03 \x01(\x0b\x32\x15.mull.v1.ConversationH\x00\x12\x14\n\nraw_prompt\x18\x04 \x01(\tH\x00\x12&\n\ttoken_ids\x18\x05 \x01(\x0b\x32\x11.mull.v1.TokenIdsH\x00\x12*\n\x08sampling\x18\x06 \x01(\x0b\x32\x18.mull.v1.SamplingOptions\x12\x17\n\nmax_tokens\x18\x07 \x01(\x03H\x01\x88\x01\x01\x42\x07\n\x05inputB\r\n\x0b_max_tokensJ\x04\x08\x08\x10\x10\"P\n\x0c\x43onversation\x12\"\n\x08messages\x18\x01 \x03(\x0b\x32\x10.mull.v1.Message\x12\x1c\n\x05tools\x18\x02 \x03(\x0b\x32\r.mull.v1.Tool\"\x80\x01\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12%\n\ntool_calls\x18\x03 \x03(\x0b\x32\x11.mull.v1.ToolCall\x12\x19\n\x11reasoning_content\x18\x04 \x01(\t\x12\x14\n\x0ctool_call_id\x18\x05 \x01(\t\"P\n\x08ToolCall\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12*\n\targuments\x18\x03 \x01(\x0b\x32\x17.google.protobuf.Struct\"V\n\x04Tool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12+\n\nparameters\x18\x03 \x01(\x0b\x32\x17.google.protobuf.Struct\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xf7\x02\n\x0fSamplingOptions\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x07\x88\x01\x01\x12\x15\n\x08logprobs\x18\t \x01(\rH\x08\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\x0b\n\t_logprobs\"\x8e\x02\n\rGenerateEvent\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12#\n\x07started\x18\x02 \x01(\x0b\x32\x10.mull.v1.StartedH\x00\x12\x30\n\x0ethinking_delta\x18\x03 \x01(\x0b\x32\x16.mull.v1.ThinkingDeltaH\x00\x12\x30\n\x0ethinking_ended\x18\x04 \x01(\x0b\x32\x16.mull.v1.ThinkingEndedH\x00\x12,\n\x0c\x61nswer_delta\x18\x05 \x01(\x0b\x32\x14.mull.v1.AnswerDeltaH\x00\x12%\n\x08\x66inished\x18\x06 \x01(\x0b\x32\x11.mull.v1.FinishedH\x00\x42\x07\n\x05\x65ventJ\x04\x08\x07\x10\n\"h\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0c\n\x04seed\x18\x03 \x01(\x04\x12\x15\n\rprompt_tokens\x18\x04 \x01(\r\x12\x15\n\rcached_tokens\x18\x05 \x01(\r\"U\n\rThinkingDelta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12#\n\x08logprobs\x18\x03 \x03(\x0b\x32\x11.mull.v1.Logprobs\"\xe3\x01\n\rThinkingEnded\x12-\n\x06reason\x18\x01 \x01(\x0e\x32\x1d.mull.v1.ThinkingEnded.Reason\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12#\n\x08logprobs\x18\x03 \x03(\x0b\x32\x11.mull.v1.Logprobs\"k\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x12\n\x0eREASON_NATURAL\x10\x01\x12\x11\n\rREASON_BUDGET\x10\x02\x12\x11\n\rREASON_LENGTH\x10\x03\x12\x0f\n\x0bREASON_STOP\x10\x04\"S\n\x0b\x41nswerDelta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12#\n\x08logprobs\x18\x03 \x03(\x0b\x32\x11.mull.v1.Logprobs\"=\n\x08Logprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12 \n\x03top\x18\x02 \x03(\x0b\x32\x13.mull.v1.TopLogprob\"=\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\"\xcb\x01\n\x08\x46inished\x12(\n\x06reason\x18\x01 \x01(\x0e\x32\x18.mull.v1.Finished.Reason\x12\x1d\n\x05phase\x18\x02 \x01(\x0e\x32\x0e.mull.v1.Phase\x12\x1d\n\x05usage\x18\x03 \x01(\x0b\x32\x0e.mull.v1.Usage\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\"D\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x0f\n\x0bREASON_STOP\x10\x01\x12\x11\n\rREASON_LENGTH\x10\x02\"e\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x17\n\x0fthinking_tokens\x18\x03 \x01(\r\x12\x15\n\ranswer_tokens\x18\x04 \x01(\r\"\x13\n\x11ListModelsRequest\"4\n\x12ListModelsResponse\x12\x1e\n\x06models\x18\x01 \x03(\x0b\x32\x0e.mull.v1.Model\"l\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12*\n\x08\x64\x65\x66\x61ults\x18\x04 \x01(\x0b\x32\x18.mull.v1.SamplingOptions\"\x16\n\x14GetServerInfoRequest\"\xa0\x01\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\r\n\x05ready\x18\x02 \x01(\x08\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x16\n\x0euptime_seconds\x18\x04 \x01(\x01\x12\x13\n\x0bnum_streams\x18\x05 \x01(\r\x12*\n\x07routers\x18\x06 \x03(\x0b\x32\x19.mull.v1.DescribeResponse*D\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x12\n\x0ePHASE_THINKING\x10\x01\x12\x10\n\x0cPHASE_ANSWER\x10\x02\x32\xea\x01\n\x11GenerationService\x12>\n\x08Generate\x12\x18.mull.v1.GenerateRequest\x1a\x16.mull.v1.GenerateEvent0\x01\x12\x45\n\nListModels\x12\x1a.mull.v1.ListModelsRequest\x1a\x1b.mull.v1.ListModelsResponse\x12N\n\rGetServerInfo\x12\x1d.mull.v1.GetServerInfoRequest\x1a\x1e.mull.v1.GetServerInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18mull/v1/generation.proto\x12\x07mull.v1\x1a\x14mull/v1/router.proto\"\x84\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12-\n\x0c\x63onversation\x18\x03 \x01(\x0b\x32\x15.mull.v1.ConversationH\x00\x12\x14\n\nraw_prompt\x18\x04 \x01(\tH\x00\x12&\n\ttoken_ids\x18\x05 \x01(\x0b\x32\x11.mull.v1.TokenIdsH\x00\x12*\n\x08sampling\x18\x06 \x01(\x0b\x32\x18.mull.v1.SamplingOptions\x12\x17\n\nmax_tokens\x18\x07 \x01(\x03H\x01\x88\x01\x01\x42\x07\n\x05inputB\r\n\x0b_max_tokensJ\x04\x08\x08\x10\x10\"P\n\x0c\x43onversation\x12\"\n\x08messages\x18\x01 \x03(\x0b\x32\x10.mull.v1.Message\x12\x1c\n\x05tools\x18\x02 \x03(\x0b\x32\r.mull.v1.Tool\"\x80\x01\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12%\n\ntool_calls\x18\x03 \x03(\x0b\x32\x11.mull.v1.ToolCall\x12\x19\n\x11reasoning_content\x18\x04 \x01(\t\x12\x14\n\x0ctool_call_id\x18\x05 \x01(\t\"<\n\x08ToolCall\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x16\n\x0e\x61rguments_json\x18\x03 \x01(\t\"B\n\x04Tool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x17\n\x0fparameters_json\x18\x03 \x01(\t\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xf7\x02\n\x0fSamplingOptions\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x07\x88\x01\x01\x12\x15\n\x08logprobs\x18\t \x01(\rH\x08\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\x0b\n\t_logprobs\"\x8e\x02\n\rGenerateEvent\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12#\n\x07started\x18\x02 \x01(\x0b\x32\x10.mull.v1.StartedH\x00\x12\x30\n\x0ethinking_delta\x18\x03 \x01(\x0b\x32\x16.mull.v1.ThinkingDeltaH\x00\x12\x30\n\x0ethinking_ended\x18\x04 \x01(\x0b\x32\x16.mull.v1.ThinkingEndedH\x00\x12,\n\x0c\x61nswer_delta\x18\x05 \x01(\x0b\x32\x14.mull.v1.AnswerDeltaH\x00\x12%\n\x08\x66inished\x18\x06 \x01(\x0b\x32\x11.mull.v1.FinishedH\x00\x42\x07\n\x05\x65ventJ\x04\x08\x07\x10\n\"h\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0c\n\x04seed\x18\x03 \x01(\x04\x12\x15\n\rprompt_tokens\x18\x04 \x01(\r\x12\x15\n\rcached_tokens\x18\x05 \x01(\r\"U\n\rThinkingDelta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12#\n\x08logprobs\x18\x03 \x03(\x0b\x32\x11.mull.v1.Logprobs\"\xe3\x01\n\rThinkingEnded\x12-\n\x06reason\x18\x01 \x01(\x0e\x32\x1d.mull.v1.ThinkingEnded.Reason\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12#\n\x08logprobs\x18\x03 \x03(\x0b\x32\x11.mull.v1.Logprobs\"k\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x12\n\x0eREASON_NATURAL\x10\x01\x12\x11\n\rREASON_BUDGET\x10\x02\x12\x11\n\rREASON_LENGTH\x10\x03\x12\x0f\n\x0bREASON_STOP\x10\x04\"S\n\x0b\x41nswerDelta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12#\n\x08logprobs\x18\x03 \x03(\x0b\x32\x11.mull.v1.Logprobs\"=\n\x08Logprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12 \n\x03top\x18\x02 \x03(\x0b\x32\x13.mull.v1.TopLogprob\"=\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\"\xf0\x01\n\x08\x46inished\x12(\n\x06reason\x18\x01 \x01(\x0e\x32\x18.mull.v1.Finished.Reason\x12\x1d\n\x05phase\x18\x02 \x01(\x0e\x32\x0e.mull.v1.Phase\x12\x1d\n\x05usage\x18\x03 \x01(\x0b\x32\x0e.mull.v1.Usage\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12#\n\x08logprobs\x18\x05 \x03(\x0b\x32\x11.mull.v1.Logprobs\"D\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x0f\n\x0bREASON_STOP\x10\x01\x12\x11\n\rREASON_LENGTH\x10\x02\"e\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x17\n\x0fthinking_tokens\x18\x03 \x01(\r\x12\x15\n\ranswer_tokens\x18\x04 \x01(\r\"\x13\n\x11ListModelsRequest\"4\n\x12ListModelsResponse\x12\x1e\n\x06models\x18\x01 \x03(\x0b\x32\x0e.mull.v1.Model\"l\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12*\n\x08\x64\x65\x66\x61ults\x18\x04 \x01(\x0b\x32\x18.mull.v1.SamplingOptions\"\x16\n\x14GetServerInfoRequest\"\xa0\x01\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\r\n\x05ready\x18\x02 \x01(\x08\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x16\n\x0euptime_seconds\x18\x04 \x01(\x01\x12\x13\n\x0bnum_streams\x18\x05 \x01(\r\x12*\n\x07routers\x18\x06 \x03(\x0b\x32\x19.mull.v1.DescribeResponse*D\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x12\n\x0ePHASE_THINKING\x10\x01\x12\x10\n\x0cPHASE_ANSWER\x10\x02\x32\xea\x01\n\x11GenerationService\x12>\n\x08Generate\x12\x18.mull.v1.GenerateRequest\x1a\x16.mull.v1.GenerateEvent0\x01\x12\x45\n\nListModels\x12\x1a.mull.v1.ListModelsRequest\x1a\x1b.mull.v1.ListModelsResponse\x12N\n\rGetServerInfo\x12\x1d.mull.v1.GetServerInfoRequest\x1a\x1e.mull.v1.GetServerInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'mull.v1.generation_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PHASE']._serialized_start=2726
-  _globals['_PHASE']._serialized_end=2794
-  _globals['_GENERATEREQUEST']._serialized_start=90
-  _globals['_GENERATEREQUEST']._serialized_end=350
-  _globals['_CONVERSATION']._serialized_start=352
-  _globals['_CONVERSATION']._serialized_end=432
-  _globals['_MESSAGE']._serialized_start=435
-  _globals['_MESSAGE']._serialized_end=563
-  _globals['_TOOLCALL']._serialized_start=565
-  _globals['_TOOLCALL']._serialized_end=645
-  _globals['_TOOL']._serialized_start=647
-  _globals['_TOOL']._serialized_end=733
-  _globals['_TOKENIDS']._serialized_start=735
-  _globals['_TOKENIDS']._serialized_end=758
-  _globals['_SAMPLINGOPTIONS']._serialized_start=761
-  _globals['_SAMPLINGOPTIONS']._serialized_end=1136
-  _globals['_GENERATEEVENT']._serialized_start=1139
-  _globals['_GENERATEEVENT']._serialized_end=1409
-  _globals['_STARTED']._serialized_start=1411
-  _globals['_STARTED']._serialized_end=1515
-  _globals['_THINKINGDELTA']._serialized_start=1517
-  _globals['_THINKINGDELTA']._serialized_end=1602
-  _globals['_THINKINGENDED']._serialized_start=1605
-  _globals['_THINKINGENDED']._serialized_end=1832
-  _globals['_THINKINGENDED_REASON']._serialized_start=1725
-  _globals['_THINKINGENDED_REASON']._serialized_end=1832
-  _globals['_ANSWERDELTA']._serialized_start=1834
-  _globals['_ANSWERDELTA']._serialized_end=1917
-  _globals['_LOGPROBS']._serialized_start=1919
-  _globals['_LOGPROBS']._serialized_end=1980
-  _globals['_TOPLOGPROB']._serialized_start=1982
-  _globals['_TOPLOGPROB']._serialized_end=2043
-  _globals['_FINISHED']._serialized_start=2046
-  _globals['_FINISHED']._serialized_end=2249
-  _globals['_FINISHED_REASON']._serialized_start=2181
-  _globals['_FINISHED_REASON']._serialized_end=2249
-  _globals['_USAGE']._serialized_start=2251
-  _globals['_USAGE']._serialized_end=2352
-  _globals['_LISTMODELSREQUEST']._serialized_start=2354
-  _globals['_LISTMODELSREQUEST']._serialized_end=2373
-  _globals['_LISTMODELSRESPONSE']._serialized_start=2375
-  _globals['_LISTMODELSRESPONSE']._serialized_end=2427
-  _globals['_MODEL']._serialized_start=2429
-  _globals['_MODEL']._serialized_end=2537
-  _globals['_GETSERVERINFOREQUEST']._serialized_start=2539
-  _globals['_GETSERVERINFOREQUEST']._serialized_end=2561
-  _globals['_GETSERVERINFORESPONSE']._serialized_start=2564
-  _globals['_GETSERVERINFORESPONSE']._serialized_end=2724
-  _globals['_GENERATIONSERVICE']._serialized_start=2797
-  _globals['_GENERATIONSERVICE']._serialized_end=3031
+  _globals['_PHASE']._serialized_start=2693
+  _globals['_PHASE']._serialized_end=2761
+  _globals['_GENERATEREQUEST']._serialized_start=60
+  _globals['_GENERATEREQUEST']._serialized_end=320
+  _globals['_CONVERSATION']._serialized_start=322
+  _globals['_CONVERSATION']._serialized_end=402
+  _globals['_MESSAGE']._serialized_start=405
+  _globals['_MESSAGE']._serialized_end=533
+  _globals['_TOOLCALL']._serialized_start=535
+  _globals['_TOOLCALL']._serialized_end=595
+  _globals['_TOOL']._serialized_start=597
+  _globals['_TOOL']._serialized_end=663
+  _globals['_TOKENIDS']._serialized_start=665
+  _globals['_TOKENIDS']._serialized_end=688
+  _globals['_SAMPLINGOPTIONS']._serialized_start=691
+  _globals['_SAMPLINGOPTIONS']._serialized_end=1066
+  _globals['_GENERATEEVENT']._serialized_start=1069
+  _globals['_GENERATEEVENT']._serialized_end=1339
+  _globals['_STARTED']._serialized_start=1341
+  _globals['_STARTED']._serialized_end=1445
+  _globals['_THINKINGDELTA']._serialized_start=1447
+  _globals['_THINKINGDELTA']._serialized_end=1532
+  _globals['_THINKINGENDED']._serialized_start=1535
+  _globals['_THINKINGENDED']._serialized_end=1762
+  _globals['_THINKINGENDED_REASON']._serialized_start=1655
+  _globals['_THINKINGENDED_REASON']._serialized_end=1762
+  _globals['_ANSWERDELTA']._serialized_start=1764
+  _globals['_ANSWERDELTA']._serialized_end=1847
+  _globals['_LOGPROBS']._serialized_start=1849
+  _globals['_LOGPROBS']._serialized_end=1910
+  _globals['_TOPLOGPROB']._serialized_start=1912
+  _globals['_TOPLOGPROB']._serialized_end=1973
+  _globals['_FINISHED']._serialized_start=1976
+  _globals['_FINISHED']._serialized_end=2216
+  _globals['_FINISHED_REASON']._serialized_start=2148
+  _globals['_FINISHED_REASON']._serialized_end=2216
+  _globals['_USAGE']._serialized_start=2218
+  _globals['_USAGE']._serialized_end=2319
+  _globals['_LISTMODELSREQUEST']._serialized_start=2321
+  _globals['_LISTMODELSREQUEST']._serialized_end=2340
+  _globals['_LISTMODELSRESPONSE']._serialized_start=2342
+  _globals['_LISTMODELSRESPONSE']._serialized_end=2394
+  _globals['_MODEL']._serialized_start=2396
+  _globals['_MODEL']._serialized_end=2504
+  _globals['_GETSERVERINFOREQUEST']._serialized_start=2506
+  _globals['_GETSERVERINFOREQUEST']._serialized_end=2528
+  _globals['_GETSERVERINFORESPONSE']._serialized_start=2531
+  _globals['_GETSERVERINFORESPONSE']._serialized_end=2691
+  _globals['_GENERATIONSERVICE']._serialized_start=2764
+  _globals['_GENERATIONSERVICE']._serialized_end=2998
 # @@protoc_insertion_point(module_scope)

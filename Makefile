@@ -1,0 +1,47 @@
+# `make demo` and `make test` need nothing but Python 3.11+ and its venv module; everything else goes into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test check format proto wheel clean
+
+demo: .venv/installed
+	@$(BIN)/mull demo
+
+test: .venv/installed-test
+	@$(BIN)/pytest
+
+check: .venv/installed-test
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash proto/generate.sh --check
+
+format: .venv/installed-test
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+proto: .venv/installed-test
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash proto/generate.sh
+
+wheel: .venv/installed-test
+	@$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf .venv build dist *.egg-info
+
+.venv/bin/pip:
+	@$(PYTHON) -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+		|| { echo "mull needs Python 3.11+ with its venv module: apt-get install python3-venv, or make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -m venv .venv
+
+.venv/installed: pyproject.toml constraints.txt | .venv/bin/pip
+	@echo "installing pinned packages into .venv (minutes, once)"
+	@$(PIP) --editable .
+	@touch $@
+
+.venv/installed-test: .venv/installed
+	@echo "installing the test packages into .venv (once)"
+	@$(PIP) --editable '.[test]'
+	@touch $@

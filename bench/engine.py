@@ -1,0 +1,166 @@
+"""The engine in process against transformers on the same checkpoint, threads and prompts, interleaved in one run.
+
+    python -m bench.engine [--model DIR] [--streams 1,8,32] [--out bench/results/engine.json]
+
+Greedy, prompts of 64 random tokens, 32 tokens out (no stop token); tokens/s counts outputs and includes the prefill.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.report import Spread, machine, versions, write
+from cluster.router.blocks import BlockAllocator
+from cluster.router.scheduler import Scheduler, SchedulerConfig
+from cluster.router.sequence import SequenceRequest
+from workers.config import ParallelLayout, RunnerConfig
+from workers.parallel import ParallelState
+from workers.runner import ModelRunner
+from workers.step import SamplingParams
+
+Prompts = Sequence[list[int]]
+Generate = Callable[[Prompts, int], list[list[int]]]
+"""(prompts, tokens out) -> the tokens of each."""
+
+
+def mull_engine(model_dir: Path, threads: int) -> Generate:
+    """Scheduler and ModelRunner in this process, driven in lockstep: what one rank does for one Router."""
+    block_size, max_num_seqs, budget = 32, 64, 2048
+    config = RunnerConfig(
+        model_dir=str(model_dir),
+        rank=0,
+        layout=ParallelLayout(tp=1),
+        device="cpu",
+        num_threads=threads,
+        max_model_len=1024,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=budget,
+        block_size=block_size,
+        kv_memory_bytes=256 * 2**20,
+    )
+    runner = ModelRunner(config, ParallelState.single())
+    # Without the prefix cache: the same prompts come back in every run, and the peers compute them each time.
+    scheduler = Scheduler(
+        SchedulerConfig(max_model_len=1024, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget),
+        BlockAllocator(runner.num_blocks, block_size, enable_prefix_cache=False),
+    )
+
+    def generate(prompts: Prompts, tokens_out: int) -> list[list[int]]:
+        outputs: list[list[int]] = [[] for _ in prompts]
+        for key, prompt in enumerate(prompts):
+            sampling = SamplingParams(temperature=0.0)
+            scheduler.add(SequenceRequest(key=key, prompt_ids=prompt, sampling=sampling, max_tokens=tokens_out))
+        while (plan := scheduler.schedule()) is not None:
+            for update in scheduler.apply(runner.execute(plan)):
+                assert isinstance(update.key, int)
+                outputs[update.key] += update.token_ids
+        return outputs
+
+    return generate
+
+
+def transformers_generate(model: Any) -> Generate:
+    """`generate` on one padded batch; all prompts have the same length, so nothing is padded."""
+
+    def generate(prompts: Prompts, tokens_out: int) -> list[list[int]]:
+        ids_BT = torch.tensor(prompts)
+        mask_BT = torch.ones_like(ids_BT)
+        out_BT = model.generate(
+            ids_BT,
+            attention_mask=mask_BT,
+            max_new_tokens=tokens_out,
+            min_new_tokens=tokens_out,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+        )
+        rows: list[list[int]] = out_BT[:, ids_BT.shape[1] :].tolist()
+        return rows
+
+    return generate
+
+
+def transformers_continuous(model: Any) -> Generate:
+    """transformers' continuous batching, its manager kept between runs so that set-up is not counted."""
+    from transformers import ContinuousBatchingConfig, GenerationConfig
+
+    batching = ContinuousBatchingConfig(page_size=256, num_blocks=64, max_batch_tokens=2048)
+
+    def generate(prompts: Prompts, tokens_out: int) -> list[list[int]]:
+        config = GenerationConfig(max_new_tokens=tokens_out, do_sample=False, eos_token_id=-1)
+        outputs = model.generate_batch(
+            [list(p) for p in prompts],
+            generation_config=config,
+            continuous_batching_config=batching,
+            persistent_manager=True,
+            progress_bar=False,
+        )
+        return [output.generated_tokens for output in outputs.values()]
+
+    return generate
+
+
+def load_transformers(model_dir: Path) -> Any:
+    """The same directory in transformers, dequantised, in fp32 as our CPU path computes."""
+    from transformers import AutoModelForCausalLM, FineGrainedFP8Config
+
+    quantization = FineGrainedFP8Config(dequantize=True)
+    return AutoModelForCausalLM.from_pretrained(model_dir, quantization_config=quantization).float()
+
+
+def measure(engines: dict[str, Generate], prompts: Prompts, tokens_out: int, runs: int) -> dict[str, Spread]:
+    """Tokens/s of each engine: one warm-up, then `runs` rounds in which the engines take turns."""
+    rates: dict[str, list[float]] = {name: [] for name in engines}
+    for round_number in range(runs + 1):
+        for name, generate in engines.items():
+            start_s = time.perf_counter()
+            outputs = generate(prompts, tokens_out)
+            elapsed_s = time.perf_counter() - start_s
+            assert all(len(output) == tokens_out for output in outputs), f"{name} stopped early"
+            if round_number > 0:
+                rates[name].append(len(prompts) * tokens_out / elapsed_s)
+    return {name: Spread.of(values) for name, values in rates.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=Path("deploy/models/pocket"))
+    parser.add_argument("--streams", default="1,8,32")
+    parser.add_argument("--prompt", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+
+    torch.set_num_threads(args.threads)
+    model = load_transformers(args.model)
+    engines = {
+        "mull": mull_engine(args.model, args.threads),
+        "transformers generate": transformers_generate(model),
+        "transformers continuous": transformers_continuous(model),
+    }
+    draw = random.Random(0)
+    vocab_size = min(model.config.vocab_size, 300)
+    results: dict[str, Any] = {"machine": machine(), "versions": versions("torch", "transformers"), "streams": {}}
+    print(results["machine"], results["versions"], f"threads {args.threads}", sep="\n")
+    for streams in map(int, args.streams.split(",")):
+        prompts = [[draw.randrange(vocab_size) for _ in range(args.prompt)] for _ in range(streams)]
+        rates = measure(engines, prompts, args.tokens, args.runs)
+        results["streams"][streams] = rates
+        for name, rate in rates.items():
+            ratio = rates["mull"].median / rate.median
+            print(f"{streams:4d} streams  {name:24s} {rate!s:32s} tokens/s   mull is {ratio:.2f}×")
+    write(args.out, results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Who has answered which step, and who is to blame when a group falls apart.
+
+Hop 6, the Router's side, pure: events go in, facts come out; no clock, socket or await. `shards.py` drives it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from cluster.errors import EngineError, RankLost
+from workers.step import StepResult
+
+
+@dataclass(slots=True)
+class _OpenStep:
+    step: int
+    missing: set[int]
+    named: StepResult | None = None
+    """Rank 0's answer, which has the tokens."""
+
+
+class StepGather:
+    """A step is complete when every rank has answered it. Steps complete in the order in which they were sent."""
+
+    def __init__(self, world: int) -> None:
+        self._world = world
+        self._open: deque[_OpenStep] = deque()
+
+    @property
+    def has_open_steps(self) -> bool:
+        return bool(self._open)
+
+    @property
+    def late_ranks(self) -> list[int]:
+        """The ranks that the oldest step waits for."""
+        return sorted(self._open[0].missing) if self._open else []
+
+    def sent(self, step: int) -> None:
+        """A plan has gone out to every rank."""
+        self._open.append(_OpenStep(step, set(range(self._world))))
+
+    def answered(self, result: StepResult) -> StepResult | None:
+        """Take one rank's answer. Gives rank 0's when this was the last one its step waited for.
+
+        Raises EngineError when the rank answered anything but its oldest open step: its order is broken.
+        """
+        expected = next((entry for entry in self._open if result.rank in entry.missing), None)
+        if expected is None or expected.step != result.step:
+            wanted = "nothing" if expected is None else f"step {expected.step}"
+            raise EngineError(f"rank {result.rank} answered step {result.step}, expected {wanted}")
+        expected.missing.remove(result.rank)
+        if result.rank == 0:
+            expected.named = result
+        # Ranks answer in order, so only the oldest step can have become complete.
+        return self._open.popleft().named if not expected.missing else None
+
+
+class Casualties:
+    """What is known about the ranks that are gone; finds the one that took the others with it.
+
+    A rank that fails by itself says so before it ends. One that vanished without a word was killed or crashed, and the
+    errors of the others (a broken collective) are then its consequence: so silence is blamed before words, and earlier
+    before later.
+    """
+
+    def __init__(self) -> None:
+        self._said: dict[int, str] = {}
+        self._ended: dict[int, str] = {}
+
+    def failed(self, rank: int, message: str) -> None:
+        """A rank told us its error."""
+        self._said.setdefault(rank, message)
+
+    def ended(self, rank: int, how: str) -> None:
+        """A rank's process or actor is no more; `how` reads on from 'rank 1 …'."""
+        self._ended.setdefault(rank, how)
+
+    @property
+    def any(self) -> bool:
+        return bool(self._said or self._ended)
+
+    def verdict(self) -> RankLost:
+        """The error to raise; call it only when there is a casualty."""
+        for rank, how in self._ended.items():
+            if rank not in self._said:
+                return RankLost(f"rank {rank} {how}", rank=rank)
+        rank, message = next(iter(self._said.items()))
+        return RankLost(f"rank {rank} failed: {message}", rank=rank)

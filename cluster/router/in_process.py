@@ -1,0 +1,97 @@
+"""InProcessGroup: one rank in a thread of this process, for tests, benches and machines with little memory.
+
+Hop 6 without a socket. The same interface as `shards.RankGroup`; only tp = 1, and a hung step can only be reported.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import time
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from cluster.errors import EngineError, MullError, RankLost
+from cluster.router.shards import GroupBounds, GroupInfo, OnProgress
+from workers.config import RunnerConfig
+from workers.shard import Runner, RunnerFactory, ShardConfig, load_runner
+from workers.step import RankLoading, RankReady, StepPlan, StepResult
+
+log = logging.getLogger(__name__)
+
+
+class InProcessGroup:
+    """Runs plans in order on one thread of its own."""
+
+    def __init__(
+        self,
+        config: RunnerConfig,
+        bounds: GroupBounds,
+        on_progress: OnProgress,
+        build_runner: RunnerFactory = load_runner,
+    ) -> None:
+        if config.layout.tp != 1:
+            raise EngineError(f"an in-process group has one rank, the layout has tp {config.layout.tp}; use processes")
+        self._config = config
+        self._bounds = bounds
+        self._on_progress = on_progress
+        self._build_runner = build_runner
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="rank 0")
+        self._steps: deque[Future[StepResult]] = deque()
+        self._runner: Runner | None = None
+        self._sent = asyncio.Event()
+
+    async def start(self) -> GroupInfo:
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(self._bounds.start_timeout_s):
+                return GroupInfo([await loop.run_in_executor(self._thread, self._load, loop)])
+        except TimeoutError:
+            raise RankLost(f"rank 0 was not ready within {self._bounds.start_timeout_s:g} s", rank=0) from None
+        except MullError as error:
+            raise RankLost(f"rank 0 failed: {error}", rank=0) from error
+
+    def _load(self, loop: asyncio.AbstractEventLoop) -> RankReady:
+        def progress(read_bytes: int, total_bytes: int) -> None:
+            loop.call_soon_threadsafe(self._on_progress, RankLoading(0, read_bytes, total_bytes))
+
+        started_at = time.monotonic()
+        runner = self._runner = self._build_runner(ShardConfig(runner=self._config, endpoint=""), progress)
+        return RankReady(
+            rank=0,
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            device=self._config.device,
+            num_blocks=runner.num_blocks,
+            block_size=self._config.block_size,
+            weight_bytes=runner.weight_bytes,
+            kv_bytes=runner.kv_bytes,
+            load_s=time.monotonic() - started_at,
+        )
+
+    def send(self, plan: StepPlan) -> None:
+        assert self._runner is not None, "send before start"
+        self._steps.append(self._thread.submit(self._runner.execute, plan))
+        self._sent.set()
+
+    async def receive(self) -> StepResult:
+        while not self._steps:
+            self._sent.clear()
+            await self._sent.wait()
+        step = asyncio.wrap_future(self._steps[0])
+        try:
+            # Shielded: a caller that is cancelled must find the step again.
+            result = await asyncio.wait_for(asyncio.shield(step), self._bounds.step_timeout_s)
+        except TimeoutError:
+            raise RankLost(f"rank 0 was late: no result within {self._bounds.step_timeout_s:g} s", rank=0) from None
+        except Exception as error:
+            log.exception("rank 0 failed")
+            raise RankLost(f"rank 0 failed: {type(error).__name__}: {error}", rank=0) from error
+        self._steps.popleft()
+        return result
+
+    async def stop(self) -> None:
+        """Does not wait for a step that runs: the thread ends after it."""
+        self._thread.shutdown(wait=False, cancel_futures=True)

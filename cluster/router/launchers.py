@@ -1,0 +1,164 @@
+"""How a rank comes to life: as a local process, or as a Ray actor in the Router's placement group.
+
+Hop 6, at the start and the end of a group only: plans never pass here. A launcher starts one rank and gives a handle
+that says how it ended and can end it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import msgspec
+
+from cluster.errors import EngineError
+from workers.shard import ShardActor, ShardConfig
+
+
+class RankHandle(Protocol):
+    """One started rank."""
+
+    @property
+    def rank(self) -> int: ...
+
+    async def wait(self) -> str:
+        """Returns when the rank has ended; the text reads on from 'rank 1 …'."""
+
+    def terminate(self) -> None:
+        """Ask the operating system to end it. Does nothing when it has ended."""
+
+    def kill(self) -> None:
+        """End it. Does nothing when it has ended."""
+
+
+class Launcher(Protocol):
+    """Starts ranks somewhere."""
+
+    @property
+    def host(self) -> str | None:
+        """The address at which ranks reach this process; None: they are its children on the same machine."""
+
+    @property
+    def settle_s(self) -> float:
+        """How long after the first sign of a loss the others' signs may come: the right rank is blamed then."""
+
+    async def launch(self, config: ShardConfig) -> RankHandle: ...
+
+
+class ProcessLauncher:
+    """Ranks as children of this process. Their stdout and stderr go to our stderr."""
+
+    host: str | None = None
+    settle_s = 0.2
+
+    def __init__(self, command: Sequence[str] = (sys.executable, "-m", "workers.shard")) -> None:
+        self._command = command
+
+    async def launch(self, config: ShardConfig) -> ProcessHandle:
+        process = await asyncio.create_subprocess_exec(
+            *self._command,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=2,
+            env=_environment(config),
+            start_new_session=True,  # the terminal's Ctrl-C is for the server, which then stops its ranks
+        )
+        assert process.stdin is not None
+        process.stdin.write(msgspec.json.encode(config) + b"\n")
+        return ProcessHandle(config.runner.rank, process)
+
+
+class ProcessHandle:
+    """A child process. Its stdin stays open as long as this lives: the rank ends when it closes."""
+
+    def __init__(self, rank: int, process: asyncio.subprocess.Process) -> None:
+        self.rank = rank
+        self._process = process
+
+    async def wait(self) -> str:
+        status = await self._process.wait()
+        return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
+
+    def terminate(self) -> None:
+        if self._process.returncode is None:
+            self._process.terminate()
+
+    def kill(self) -> None:
+        if self._process.returncode is None:
+            self._process.kill()
+
+
+def _environment(config: ShardConfig) -> Mapping[str, str]:
+    """Each local rank sees its own GPU, and gloo's connections stay on this machine."""
+    environment = dict(os.environ)
+    if any(name == "lo" for _, name in socket.if_nameindex()):
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if config.runner.device == "cuda":
+        visible = [device for device in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
+        environment["CUDA_VISIBLE_DEVICES"] = visible[config.runner.rank] if visible else str(config.runner.rank)
+    return environment
+
+
+class RayLauncher:
+    """Ranks as actors in the placement group of the Serve replica that calls this: bundle 0 is the Router's own."""
+
+    settle_s = 1.0  # Ray tells of a death later than the other ranks do
+
+    def __init__(self, actor_class: type = ShardActor) -> None:
+        import ray
+
+        self.host: str | None = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]  # Ray has no types there
+        self._actor_class = actor_class
+
+    async def launch(self, config: ShardConfig) -> ActorHandle:
+        import ray
+        from ray.util import get_current_placement_group
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        group = get_current_placement_group()
+        if group is None:
+            raise EngineError("ranks start in the placement group of the Router's replica, and there is none")
+        bundle = 1 + config.runner.rank
+        actor: Any = (
+            ray.remote(self._actor_class)
+            .options(
+                num_cpus=1,
+                num_gpus=1 if config.runner.device == "cuda" else 0,
+                max_restarts=0,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
+                # Ray runs workers at nice 15; ranks are what the machine is for.
+                runtime_env={"env_vars": {"RAY_worker_niceness": "0"}},
+            )
+            .remote()
+        )
+        return ActorHandle(config.runner.rank, actor, actor.run.remote(config))
+
+
+class ActorHandle:
+    """An actor whose one call runs as long as the rank lives."""
+
+    def __init__(self, rank: int, actor: Any, running: Any) -> None:
+        self.rank = rank
+        self._actor = actor
+        self._running = running
+
+    async def wait(self) -> str:
+        from ray.exceptions import RayError
+
+        try:
+            status = await self._running
+        except RayError as error:
+            return f"lost its actor: {' '.join(str(error).split())}"
+        return f"ended with status {status}"
+
+    def terminate(self) -> None:
+        self.kill()
+
+    def kill(self) -> None:
+        import ray
+
+        ray.kill(self._actor, no_restart=True)

@@ -1,0 +1,81 @@
+"""The Router's end of the socket to its ranks: one ROUTER socket on the event loop.
+
+Hop 6. Bytes to a rank, decoded messages from ranks; knows nothing of steps. It reads zmq's file descriptor itself:
+zmq.asyncio costs a future and a trip through the loop for every message.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import tempfile
+from collections.abc import Callable
+
+import msgspec
+import zmq
+
+from workers.step import FromRank, decode_from_rank
+
+log = logging.getLogger(__name__)
+
+
+class RankSocket:
+    """Binds on creation, on the running event loop. `on_message` gets what ranks send, in each rank's order."""
+
+    def __init__(self, host: str | None, on_message: Callable[[FromRank], None]) -> None:
+        """`host` None: the ranks are local, and the address lies in a directory that only we can open; else tcp."""
+        self._on_message = on_message
+        self._loop = asyncio.get_running_loop()
+        self._directory = tempfile.mkdtemp(prefix="mull-") if host is None else None
+        self._context = zmq.Context()
+        self._socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._socket.bind(f"ipc://{self._directory}/ranks" if host is None else f"tcp://{host}:*")
+        self.endpoint: str = self._socket.get_string(zmq.LAST_ENDPOINT).rstrip("\0")
+        self._descriptor = self._socket.fileno()
+        self._loop.add_reader(self._descriptor, self._drain)
+
+    def send(self, rank: int, data: bytes) -> bool:
+        """Never blocks. False: the rank is not connected, or has thousands of messages unread."""
+        try:
+            self._socket.send_multipart((str(rank).encode(), data), flags=zmq.DONTWAIT)
+        except zmq.ZMQError as error:
+            log.warning("rank %d cannot be reached: %s", rank, error)
+            return False
+        self._look_again()
+        return True
+
+    def _look_again(self) -> None:
+        # zmq's descriptor is edge-triggered, and a send may have consumed the edge of a message that came meanwhile.
+        if self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:  # type: ignore[arg-type]  # always an int
+            self._loop.call_soon(self._drain)
+
+    def _drain(self) -> None:
+        while not self._socket.closed:
+            try:
+                sender, data = self._socket.recv_multipart(flags=zmq.DONTWAIT)
+            except zmq.Again:
+                return
+            self._deliver(sender, data)
+
+    def _deliver(self, sender: bytes, data: bytes) -> None:
+        try:
+            message = decode_from_rank(data)
+        except msgspec.MsgspecError as error:
+            log.error("dropped %d bytes from %r that are not a rank's message: %s", len(data), sender, error)
+            return
+        if str(message.rank).encode() != sender:
+            log.error("dropped a message from %r that claims to be rank %d", sender, message.rank)
+            return
+        self._on_message(message)
+
+    def close(self) -> None:
+        """Close the socket and remove its directory. May be called again."""
+        if not self._socket.closed:
+            self._loop.remove_reader(self._descriptor)
+            self._socket.close()
+            self._context.term()
+        if self._directory is not None:
+            shutil.rmtree(self._directory, ignore_errors=True)

@@ -1,0 +1,219 @@
+"""The Router: one copy of the model behind RouterService, the gRPC service that gateways talk to.
+
+Hops 4 and 10. Brings sessions of gateways and the engine together: a Submit becomes a request of the scheduler, a
+step's updates become one message per session. Knows tokens only: no text, no clients, no ranks beyond their names.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from dataclasses import dataclass
+
+import grpc
+
+from cluster.errors import EngineError, NotReady, Overloaded, RequestError
+from cluster.router.engine import Engine, GroupFactory
+from cluster.router.scheduler import SchedulerConfig, SchedulerStats
+from cluster.router.sequence import SequenceUpdate
+from cluster.router.servicer import RouterServicer
+from cluster.router.session import Session
+from cluster.router.supervision import EngineState, RestartPolicy
+from cluster.router.wire import ModelInfo, RequestKey, to_request
+from mull.v1 import router_pb2 as pb
+from mull.v1 import router_pb2_grpc
+from workers.step import RankLoading, RankReady
+
+log = logging.getLogger(__name__)
+
+SERVER_OPTIONS = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", -1)]
+"""Two Routers must not share a port silently; a prompt's length is bounded by the context, not by bytes."""
+
+
+@dataclass(frozen=True)
+class RouterStats:
+    """A snapshot for metrics; *_total only grow while the Router lives."""
+
+    state: EngineState
+    reason: str
+    loading: list[RankLoading]
+    ranks: list[RankReady]
+    scheduler: SchedulerStats | None
+    """None while no group takes plans."""
+    num_sessions: int
+    num_unread: int
+    """Items that gateways have not read yet."""
+    num_steps_total: int
+    num_restarts_total: int
+
+
+class Router:
+    """`start`, `address`, then `wait_settled`; ends with `stop`."""
+
+    def __init__(
+        self,
+        model: ModelInfo,
+        config: SchedulerConfig,
+        make_group: GroupFactory,
+        *,
+        enable_prefix_cache: bool = True,
+        restarts: RestartPolicy | None = None,
+    ) -> None:
+        self._model = model
+        self._engine = Engine(
+            config,
+            make_group,
+            on_updates=self._deliver,
+            on_lost=self._end_all,
+            enable_prefix_cache=enable_prefix_cache,
+            restarts=restarts,
+        )
+        self._sessions: dict[int, Session] = {}
+        self._session_ids = itertools.count()
+        self._server: grpc.aio.Server | None = None
+        self._address: str | None = None
+
+    # Life
+
+    async def start(self, host: str = "127.0.0.1", port: int = 0) -> None:
+        """Listen (port 0: a free one), and begin to load the ranks. Raises EngineError where the port is taken."""
+        self._server = grpc.aio.server(options=SERVER_OPTIONS)
+        router_pb2_grpc.add_RouterServiceServicer_to_server(RouterServicer(self), self._server)
+        try:
+            bound_port = self._server.add_insecure_port(f"{host}:{port}")
+        except RuntimeError as error:
+            raise EngineError(f"the Router cannot listen on {host}:{port}; is the port taken?") from error
+        await self._server.start()
+        self._address = f"{host}:{bound_port}"
+        self._engine.start()
+
+    @property
+    def address(self) -> str:
+        """host:port, for gateways."""
+        if self._address is None:
+            raise EngineError("the Router has no address before its start")
+        return self._address
+
+    @property
+    def is_ready(self) -> bool:
+        return self._engine.state is EngineState.READY
+
+    async def wait_ready(self) -> None:
+        """Until the ranks can take plans. Raises EngineError with the rank's own words where the first start failed."""
+        await self._engine.wait_settled()
+        if not self.is_ready:
+            raise EngineError(self._engine.reason)
+
+    async def wait_failed(self) -> str:
+        """Until the engine has given up, or was stopped; returns why."""
+        await self._engine.wait_ended()
+        return self._engine.reason
+
+    async def stop(self, grace_s: float = 0.0) -> None:
+        """Refuse new sessions, give the open ones `grace_s`, then stop the ranks."""
+        try:
+            if self._server is not None:
+                await self._server.stop(grace_s)
+        finally:
+            await self._engine.stop()
+
+    # Sessions
+
+    def open_session(self) -> Session:
+        session = Session(next(self._session_ids))
+        self._sessions[session.id] = session
+        return session
+
+    def close_session(self, session: Session) -> None:
+        """The gateway is gone: so are its requests, and their blocks are free on return."""
+        del self._sessions[session.id]
+        for key in session.live:
+            self._engine.cancel(RequestKey(session.id, key))
+
+    def take(self, session: Session, message: pb.GatewayMessage) -> None:
+        """One message of a gateway. Raises EngineError where it breaks the protocol."""
+        match message.WhichOneof("message"):
+            case "submit":
+                self._submit(session, message.submit)
+            case "cancel":
+                self._cancel(session, message.cancel.key)
+            case kind:
+                raise EngineError(f"a gateway sent {kind or 'nothing'}; gateways and Routers must be of one release")
+
+    def _submit(self, session: Session, submit: pb.Submit) -> None:
+        if submit.key in session.live:
+            raise EngineError(f"a gateway used key {submit.key} again while it was live")
+        try:
+            self._engine.add(to_request(submit, session.id, self._model))
+            session.live.add(submit.key)
+        except NotReady as error:
+            session.end(submit.key, pb.End.REASON_UNAVAILABLE, str(error))
+        except Overloaded as error:
+            session.end(submit.key, pb.End.REASON_OVERLOADED, str(error))
+        except RequestError as error:
+            session.end(submit.key, pb.End.REASON_INVALID, str(error))
+
+    def _cancel(self, session: Session, key: int) -> None:
+        """A request that has ended meanwhile is not an error: the two messages crossed."""
+        if (update := self._engine.cancel(RequestKey(session.id, key))) is not None:
+            session.push(key, update)
+
+    # What the engine has to say
+
+    def _deliver(self, updates: list[SequenceUpdate]) -> None:
+        for update in updates:
+            assert isinstance(update.key, RequestKey)
+            session = self._sessions.get(update.key.session)
+            if session is not None:
+                session.push(update.key.key, update)
+
+    def _end_all(self, reason: str) -> None:
+        for session in self._sessions.values():
+            for key in sorted(session.live):
+                session.end(key, pb.End.REASON_UNAVAILABLE, reason)
+
+    # What it looks like
+
+    def stats(self) -> RouterStats:
+        engine = self._engine
+        return RouterStats(
+            state=engine.state,
+            reason=engine.reason,
+            loading=[engine.loading[rank] for rank in sorted(engine.loading)],
+            ranks=engine.info.ranks if engine.info else [],
+            scheduler=engine.scheduler_stats,
+            num_sessions=len(self._sessions),
+            num_unread=sum(session.num_unread for session in self._sessions.values()),
+            num_steps_total=engine.num_steps_total,
+            num_restarts_total=engine.num_restarts_total,
+        )
+
+    def describe(self) -> pb.DescribeResponse:
+        stats = self.stats()
+        response = pb.DescribeResponse(
+            model=self._model.name,
+            ready=self.is_ready,
+            reason=stats.reason,
+            max_model_len=self._model.max_model_len,
+            tensor_parallel_size=len(stats.ranks),
+            block_size=stats.ranks[0].block_size if stats.ranks else 0,
+            ranks=[_rank_info(rank) for rank in stats.ranks],
+        )
+        if stats.scheduler is not None:
+            response.num_blocks = stats.scheduler.num_blocks
+            response.num_free_blocks = stats.scheduler.num_free_blocks
+            response.num_running = stats.scheduler.num_running
+            response.num_waiting = stats.scheduler.num_waiting
+        return response
+
+
+def _rank_info(rank: RankReady) -> pb.RankInfo:
+    return pb.RankInfo(
+        rank=rank.rank,
+        host=rank.host,
+        pid=rank.pid,
+        device=rank.device,
+        weight_bytes=rank.weight_bytes,
+        kv_bytes=rank.kv_bytes,
+        load_seconds=rank.load_s,
+    )

@@ -1,0 +1,348 @@
+"""Decides what each step computes: continuous batching, chunked prefill, preemption, prefix reuse.
+
+Hops 5 and 10: requests in, plans out; results in, updates out. A state machine without clock, socket or await. Knows nothing of
+ranks, gateways or what a token means, beyond the ids that end a thought or a sequence.
+
+Order is the order of arrival, always: everyone in `_running` came before everyone in `_waiting`. Admission takes the head of the
+queue or nobody; preemption takes the last admitted and puts it back at the head. So nobody starves: the oldest sequence can take
+every other's blocks, and `context_limit` makes sure that the whole pool is enough for it.
+
+Plans may be made before the results of earlier ones are back, and blocks and slots are given away as soon as a sequence ends here,
+though a plan that still computes it may be in flight. That is safe because ranks execute plans strictly in order: the late writes
+of the old owner land before the first write of the new one. What the late step sampled is discarded in `apply`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Hashable
+from dataclasses import dataclass
+
+from cluster.errors import ConfigError, EngineError, InvalidRequest, Overloaded, PromptTooLong
+from cluster.router.blocks import BlockAllocator, chain_hash, root_hash
+from cluster.router.sequence import FinishReason, Sequence, SequenceRequest, SequenceUpdate
+from cluster.router.step_draft import StepDraft, StepInFlight
+from workers.step import StepPlan, StepResult
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SchedulerConfig:
+    """Bounds of one copy's steps and queue."""
+
+    max_model_len: int
+    """Longest prompt plus output, in tokens."""
+    max_num_seqs: int
+    """Slots."""
+    max_num_batched_tokens: int
+    """The token budget of one step; at least `max_num_seqs`, so that every running sequence can decode in every step."""
+    max_waiting: int = 256
+    """Requests beyond `max_num_seqs` that may be unfinished."""
+    max_in_flight: int = 2
+    """Plans whose results are not back."""
+
+    def __post_init__(self) -> None:
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens is {self.max_num_batched_tokens}, below max_num_seqs {self.max_num_seqs}; "
+                "raise the one or lower the other"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SchedulerStats:
+    """A snapshot for metrics. Those named _total only grow."""
+
+    num_running: int
+    num_waiting: int
+    num_blocks: int
+    num_free_blocks: int
+    num_cached_blocks: int
+    num_preempted_total: int
+    prefix_query_tokens_total: int
+    """Prompt tokens looked up in the prefix cache, once per request."""
+    prefix_hit_tokens_total: int
+
+
+class Scheduler:
+    """Owns the sequences, slots and blocks of one copy."""
+
+    def __init__(self, config: SchedulerConfig, blocks: BlockAllocator) -> None:
+        self._config = config
+        self._blocks = blocks
+        self._sequences: dict[Hashable, Sequence] = {}
+        self._waiting: deque[Sequence] = deque()
+        self._running: dict[Hashable, Sequence] = {}
+        self._free_slots = list(reversed(range(config.max_num_seqs)))
+        self._slots_to_close: list[int] = []
+        self._in_flight: deque[StepInFlight] = deque()
+        self._next_step = 0
+        self._num_preempted_total = 0
+        self._prefix_query_tokens_total = 0
+        self._prefix_hit_tokens_total = 0
+
+    @property
+    def context_limit(self) -> int:
+        """Longest prompt plus output that can run: `max_model_len`, or the whole KV pool where that is smaller."""
+        return min(self._config.max_model_len, self._blocks.num_blocks * self._blocks.block_size)
+
+    @property
+    def sequences(self) -> Collection[Sequence]:
+        """The unfinished sequences, to read."""
+        return self._sequences.values()
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_preempted_total(self) -> int:
+        return self._num_preempted_total
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self._sequences)
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._in_flight)
+
+    @property
+    def stats(self) -> SchedulerStats:
+        return SchedulerStats(
+            num_running=self.num_running,
+            num_waiting=self.num_waiting,
+            num_blocks=self._blocks.num_blocks,
+            num_free_blocks=self._blocks.num_free,
+            num_cached_blocks=self._blocks.num_cached,
+            num_preempted_total=self._num_preempted_total,
+            prefix_query_tokens_total=self._prefix_query_tokens_total,
+            prefix_hit_tokens_total=self._prefix_hit_tokens_total,
+        )
+
+    def add(self, request: SequenceRequest) -> None:
+        """Queue a request. Raises InvalidRequest, PromptTooLong or Overloaded; nothing has changed then.
+
+        A prompt that leaves no room for output is refused. A `max_tokens` that the context or the KV pool cannot hold is not: the
+        sequence ends with LENGTH at `context_limit`, since asking for "as much as fits" is the common case.
+        """
+        self._check(request)
+        max_output = min(request.max_tokens, self.context_limit - len(request.prompt_ids))
+        seq = Sequence.start(request, max_output=max_output)
+        self._sequences[request.key] = seq
+        self._waiting.append(seq)
+
+    def cancel(self, key: Hashable) -> SequenceUpdate | None:
+        """End a sequence now: its blocks are free on return. Gives its last update, or None where it has ended already.
+
+        The slot is closed by the next plan that computes something; until then the ranks keep its table, which costs nothing.
+        """
+        seq = self._sequences.get(key)
+        if seq is None:
+            return None
+        seq.finish = FinishReason.CANCELLED
+        self._end(seq)
+        return SequenceUpdate(key, finish=seq.finish)
+
+    def schedule(self) -> StepPlan | None:
+        """The next plan, with at least one token to compute. None: nothing to send now, or enough plans are out."""
+        if len(self._in_flight) >= self._config.max_in_flight:
+            return None
+        draft = StepDraft(self._config.max_num_batched_tokens)
+        for seq in self._draft_decodes(draft):
+            if draft.budget:
+                draft.prefill(seq)
+        self._draft_admissions(draft)
+        if draft.is_empty:
+            return None
+        return self._send(draft)
+
+    def apply(self, result: StepResult) -> list[SequenceUpdate]:
+        """Take rank 0's result of the oldest plan in flight: at most one update per sequence.
+
+        Raises EngineError when the result is of another step or has not one token per sampling slot.
+        """
+        done = self._take_in_flight(result)
+        cached_tokens = {seq.request.key: cached for seq, cached in done.admitted if seq.finish is None}
+        updates = []
+        for index, (seq, token_id) in enumerate(zip(done.sampled, result.token_ids, strict=True)):
+            seq.num_pending -= 1
+            if seq.finish is not None:
+                continue  # it ended while this step was under way: the token is one too many
+            seq.append(token_id)
+            logprobs = [result.logprobs[index]] if index in result.logprobs else []
+            key = seq.request.key
+            updates.append(SequenceUpdate(key, cached_tokens.pop(key, None), [token_id], logprobs, seq.finish))
+            if seq.finish is not None:
+                self._end(seq)
+        updates += [SequenceUpdate(key, cached) for key, cached in cached_tokens.items()]
+        return updates
+
+    def _check(self, request: SequenceRequest) -> None:
+        if request.key in self._sequences:
+            raise InvalidRequest(f"key {request.key!r} belongs to an unfinished request; choose another", field="key")
+        if not request.prompt_ids:
+            raise InvalidRequest("the prompt has 0 tokens; it needs at least 1", field="prompt")
+        if request.max_tokens < 1:
+            raise InvalidRequest(f"max_tokens is {request.max_tokens}; it must be at least 1", field="max_tokens")
+        if len(request.prompt_ids) >= self.context_limit:
+            raise PromptTooLong(
+                f"the prompt has {len(request.prompt_ids)} tokens, and prompt plus output may have {self.context_limit} "
+                f"(context {self._config.max_model_len}, KV pool {self._blocks.num_blocks} blocks of "
+                f"{self._blocks.block_size}); shorten it",
+                field="prompt",
+            )
+        limit = self._config.max_num_seqs + self._config.max_waiting
+        if len(self._sequences) >= limit:
+            raise Overloaded(
+                f"{len(self._running)} requests run and {len(self._waiting)} wait, the limit is {limit}; try again later"
+            )
+
+    def _draft_decodes(self, draft: StepDraft) -> list[Sequence]:
+        """A decode for everyone who can have one, oldest first. Returns those who are still prefilling, oldest first."""
+        prefilling = []
+        for seq in list(self._running.values()):
+            if seq.slot is None:
+                continue  # preempted for an older one in this very loop
+            if seq.is_prefilling:
+                prefilling.append(seq)
+            elif seq.can_sample_more and self._make_room(seq, draft):
+                draft.decode(seq)
+        return prefilling
+
+    def _make_room(self, seq: Sequence, draft: StepDraft) -> bool:
+        """A block for the next position of `seq`, if need be at the cost of later sequences.
+
+        False: it is the last itself. It then keeps what it has and waits for older ones to end; they may still take its blocks.
+        """
+        if seq.num_computed < len(seq.block_ids) * self._blocks.block_size:
+            return True
+        while self._blocks.num_free == 0:
+            # Victims come after `seq` in this step's order, so none of them is in the draft yet.
+            victim = next(reversed(self._running.values()))
+            if victim is seq:
+                return False
+            self._preempt(victim)
+        draft.extend(seq, self._blocks.allocate(1))
+        return True
+
+    def _draft_admissions(self, draft: StepDraft) -> None:
+        """Slots for those who wait, in order. Nobody overtakes a head that does not fit yet."""
+        while self._waiting and self._free_slots and draft.budget:
+            seq = self._waiting[0]
+            # A preempted sequence whose last token is still being sampled comes back when that token is known.
+            if seq.num_pending or not self._take_blocks(seq):
+                return
+            self._waiting.popleft()
+            self._running[seq.request.key] = seq
+            seq.slot = self._free_slots.pop()
+            draft.open(seq)
+            if not seq.was_admitted:
+                self._count_first_admission(seq, draft)
+            draft.prefill(seq)
+
+    def _take_blocks(self, seq: Sequence) -> bool:
+        """Blocks for all known tokens at once, the cached ones among them; False, and nothing taken, where they are not free.
+
+        All at once, so that a long prompt never stops half-way. One block per running sequence must stay free beyond that: without
+        this margin a newcomer would be preempted again by the next decode.
+        """
+        blocks = self._blocks
+        if blocks.num_free < seq.num_blocks_wanted + len(self._running):
+            return False
+        self._hash_full_blocks(seq)
+        # At least one token is computed, or there would be no logits to sample from.
+        cached = blocks.match(seq.block_hashes[: (seq.num_known - 1) // blocks.block_size])
+        num_fresh = blocks.num_blocks_for(seq.num_known) - len(cached)
+        seq.num_blocks_wanted = num_fresh + blocks.num_idle(cached)
+        if blocks.num_free < seq.num_blocks_wanted + len(self._running):
+            return False
+        blocks.share(cached)
+        seq.block_ids = cached + blocks.allocate(num_fresh)
+        seq.num_published = len(cached)
+        seq.num_computed = len(cached) * blocks.block_size
+        seq.prefill_end = seq.num_known
+        return True
+
+    def _count_first_admission(self, seq: Sequence, draft: StepDraft) -> None:
+        seq.was_admitted = True
+        draft.admitted.append((seq, seq.num_computed))
+        if self._blocks.enable_prefix_cache:
+            self._prefix_query_tokens_total += len(seq.request.prompt_ids)
+            self._prefix_hit_tokens_total += seq.num_computed
+
+    def _send(self, draft: StepDraft) -> StepPlan:
+        """Number the draft and remember it. Prompt blocks that it fills can be hit by the next plan, which runs after it.
+
+        Only prompt blocks: the template drops thoughts from the history, so no later prompt holds what comes after them.
+        """
+        for seq in draft.prefilled:
+            self._publish(seq, min(seq.num_computed, len(seq.request.prompt_ids)))
+        step, close = self._next_step, self._slots_to_close
+        self._next_step, self._slots_to_close = step + 1, []
+        self._in_flight.append(draft.in_flight(step))
+        return draft.plan(step, close)
+
+    def _take_in_flight(self, result: StepResult) -> StepInFlight:
+        if not self._in_flight or self._in_flight[0].step != result.step:
+            expected = self._in_flight[0].step if self._in_flight else "none"
+            raise EngineError(f"rank {result.rank} answered step {result.step}, expected {expected}; restart the group")
+        done = self._in_flight[0]
+        if len(done.sampled) != len(result.token_ids):
+            raise EngineError(
+                f"rank {result.rank} gave {len(result.token_ids)} tokens for step {result.step}, "
+                f"expected {len(done.sampled)}; restart the group"
+            )
+        return self._in_flight.popleft()
+
+    def _preempt(self, seq: Sequence) -> None:
+        """Back to the head of the queue; its tokens are all that is kept, and are prefilled again later.
+
+        What it computed is published, thoughts too: if it comes back before the blocks are reused, it hits them itself.
+        """
+        self._hash_full_blocks(seq)
+        self._publish(seq, min(seq.num_computed, seq.num_known))
+        self._vacate(seq)
+        seq.num_blocks_wanted = 0
+        self._waiting.appendleft(seq)
+        self._num_preempted_total += 1
+
+    def _end(self, seq: Sequence) -> None:
+        """A sequence has finished: drop it wherever it is. Only its prompt stays in the prefix cache."""
+        del self._sequences[seq.request.key]
+        self._blocks.forget(seq.block_hashes[len(seq.request.prompt_ids) // self._blocks.block_size :])
+        if seq.slot is None:
+            self._waiting.remove(seq)
+        else:
+            self._vacate(seq)
+
+    def _vacate(self, seq: Sequence) -> None:
+        """Take slot and blocks from a running sequence. A slot may be closed and opened by the same plan, in this order."""
+        assert seq.slot is not None
+        del self._running[seq.request.key]
+        self._slots_to_close.append(seq.slot)
+        self._free_slots.append(seq.slot)
+        self._blocks.release(seq.block_ids)
+        seq.slot = None
+        seq.block_ids = []
+        seq.num_computed = seq.prefill_end = 0
+
+    def _hash_full_blocks(self, seq: Sequence) -> None:
+        """Names for its full blocks of known tokens, as far as they have none yet."""
+        if not self._blocks.enable_prefix_cache:
+            return
+        size, hashes = self._blocks.block_size, seq.block_hashes
+        parent = hashes[-1] if hashes else root_hash(seq.request.cache_salt)
+        for start in range(len(hashes) * size, seq.num_known - size + 1, size):
+            parent = chain_hash(parent, seq.token_ids(start, start + size))
+            hashes.append(parent)
+
+    def _publish(self, seq: Sequence, num_tokens: int) -> None:
+        """Let others find its full blocks within the first `num_tokens`."""
+        end = min(num_tokens // self._blocks.block_size, len(seq.block_hashes))
+        for index in range(seq.num_published, end):
+            self._blocks.publish(seq.block_ids[index], seq.block_hashes[index])
+        seq.num_published = max(seq.num_published, end)

@@ -1,0 +1,90 @@
+"""A plan while it is being made, and what the Router must remember of it until its result is back.
+
+Hop 5, a part of the scheduler. Holds sequences beside slots: by the time a result comes, a slot may be someone else's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from cluster.router.sequence import Sequence
+from workers.step import ExtendSlot, OpenSlot, Prefill, StepPlan
+
+
+@dataclass(frozen=True, slots=True)
+class StepInFlight:
+    """A plan that was sent and has no result yet."""
+
+    step: int
+    sampled: list[Sequence]
+    """Who gets the tokens of `StepResult.token_ids`, in its order."""
+    admitted: list[tuple[Sequence, int]]
+    """Sequences that got a slot for the first time, and their cached prompt tokens."""
+
+
+@dataclass(slots=True)
+class StepDraft:
+    """Collects the deltas of one step within its token budget."""
+
+    budget: int
+    """Tokens that may still be added."""
+    opened: list[OpenSlot] = field(default_factory=list)
+    extended: list[ExtendSlot] = field(default_factory=list)
+    prefills: list[Prefill] = field(default_factory=list)
+    prefilled: list[Sequence] = field(default_factory=list)
+    """One per prefill, in its order."""
+    decodes: list[int] = field(default_factory=list)
+    decoded: list[Sequence] = field(default_factory=list)
+    """One per decode, in its order."""
+    admitted: list[tuple[Sequence, int]] = field(default_factory=list)
+
+    @property
+    def is_empty(self) -> bool:
+        """Nothing to compute."""
+        return not self.prefills and not self.decodes
+
+    def open(self, seq: Sequence) -> None:
+        """Give a sequence its slot on the ranks."""
+        assert seq.slot is not None
+        if seq.request.sampling.has_penalties:
+            counted = (seq.request.prompt_ids, seq.output_ids.copy())
+        else:
+            counted = ([], [])
+        # The table is copied: it grows here while the plan may not be encoded yet.
+        opened = OpenSlot(seq.slot, seq.block_ids.copy(), seq.num_computed, seq.request.sampling, *counted)
+        self.opened.append(opened)
+
+    def extend(self, seq: Sequence, block_ids: list[int]) -> None:
+        """Append blocks to a running sequence's table."""
+        assert seq.slot is not None
+        self.extended.append(ExtendSlot(seq.slot, block_ids))
+        seq.block_ids += block_ids
+
+    def decode(self, seq: Sequence) -> None:
+        """Compute the token that the slot sampled last, and sample the next one."""
+        assert seq.slot is not None
+        self.decodes.append(seq.slot)
+        self.decoded.append(seq)
+        self.budget -= 1
+        seq.num_computed += 1
+        seq.num_pending += 1
+
+    def prefill(self, seq: Sequence) -> None:
+        """Compute as many known tokens as the budget allows; the chunk with the last of them samples."""
+        assert seq.slot is not None
+        start, end = seq.num_computed, min(seq.prefill_end, seq.num_computed + self.budget)
+        samples = end == seq.prefill_end
+        self.prefills.append(Prefill(seq.slot, start, seq.token_ids(start, end), samples))
+        self.prefilled.append(seq)
+        self.budget -= end - start
+        seq.num_computed = end
+        seq.num_pending += samples
+
+    def plan(self, step: int, close: list[int]) -> StepPlan:
+        """What is sent to the ranks."""
+        return StepPlan(step, close, self.opened, self.extended, self.prefills, self.decodes)
+
+    def in_flight(self, step: int) -> StepInFlight:
+        """What is kept until the result is back."""
+        sampled = [seq for prefill, seq in zip(self.prefills, self.prefilled, strict=True) if prefill.sample]
+        return StepInFlight(step, sampled + self.decoded, self.admitted)

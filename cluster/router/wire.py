@@ -1,0 +1,132 @@
+"""Between router.proto and what the scheduler knows: checks a Submit, fills updates.
+
+Hop 4, pure. The gateway has validated what clients sent; this checks what a release mismatch or a bug could break.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from cluster.errors import InvalidRequest
+from cluster.router.sequence import FinishReason, SequenceRequest, SequenceUpdate
+from mull.v1 import router_pb2 as pb
+from workers.step import SamplingParams, TokenLogprobs
+
+MAX_LOGPROBS = 32
+MAX_SEED = 2**63 - 1
+
+_END = {
+    FinishReason.STOP: pb.End.REASON_STOP,
+    FinishReason.LENGTH: pb.End.REASON_LENGTH,
+    FinishReason.CANCELLED: pb.End.REASON_CANCELLED,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInfo:
+    """What the Router needs to know of its model."""
+
+    name: str
+    vocab_size: int
+    max_model_len: int
+    """Longest prompt plus output, in tokens."""
+    think_end_id: int | None
+    """The token that ends the thoughts; None for a model that has none."""
+
+
+@dataclass(frozen=True)
+class RequestKey:
+    """Names a request at the scheduler: the session it came over, and the gateway's key in it."""
+
+    session: int
+    key: int
+
+
+def to_request(submit: pb.Submit, session: int, model: ModelInfo) -> SequenceRequest:
+    """A checked request. Raises InvalidRequest."""
+    if not submit.prompt_ids:
+        raise InvalidRequest("the prompt is empty; send at least one token", field="input")
+    if submit.max_tokens < 1:
+        raise InvalidRequest("max_tokens is 0; ask for at least 1", field="max_tokens")
+    _check_vocabulary(submit.prompt_ids, model, "input")
+    _check_vocabulary(submit.stop_token_ids, model, "stop_token_ids")
+    return SequenceRequest(
+        key=RequestKey(session, submit.key),
+        prompt_ids=list(submit.prompt_ids),
+        sampling=_sampling(submit.sampling),
+        max_tokens=submit.max_tokens,
+        stop_token_ids=frozenset(submit.stop_token_ids),
+        starts_thinking=submit.starts_thinking,
+        think_end_id=model.think_end_id,
+        request_id=submit.request_id,
+    )
+
+
+def _check_vocabulary(token_ids: Iterable[int], model: ModelInfo, field: str) -> None:
+    largest = max(token_ids, default=0)
+    if largest >= model.vocab_size:
+        raise InvalidRequest(f"token id {largest} is not in the vocabulary of {model.vocab_size}", field=field)
+
+
+def _sampling(wire: pb.RouterSampling) -> SamplingParams:
+    if wire.seed > MAX_SEED:
+        raise InvalidRequest(f"seed {wire.seed} is above {MAX_SEED}", field="seed")
+    if wire.num_logprobs > MAX_LOGPROBS:
+        raise InvalidRequest(
+            f"{wire.num_logprobs} logprobs a token were asked for, the limit is {MAX_LOGPROBS}", field="top_logprobs"
+        )
+    params = SamplingParams(
+        temperature=wire.temperature,
+        top_k=wire.top_k,
+        top_p=wire.top_p,
+        min_p=wire.min_p,
+        presence_penalty=wire.presence_penalty,
+        frequency_penalty=wire.frequency_penalty,
+        repetition_penalty=wire.repetition_penalty,
+        seed=wire.seed,
+        num_logprobs=wire.num_logprobs if wire.HasField("num_logprobs") else None,
+    )
+    _check_ranges(params)
+    return params
+
+
+def _check_ranges(params: SamplingParams) -> None:
+    """One slot's bad number must not reach the ranks: there it would spoil the step of all."""
+    checks = {
+        "temperature": params.temperature >= 0,
+        "top_p": 0 < params.top_p <= 1,
+        "min_p": 0 <= params.min_p <= 1,
+        "presence_penalty": True,
+        "frequency_penalty": True,
+        "repetition_penalty": params.repetition_penalty > 0,
+    }
+    for name, in_range in checks.items():
+        value = getattr(params, name)
+        if not (in_range and math.isfinite(value)):
+            raise InvalidRequest(f"{name} {value:g} is out of range", field=name)
+
+
+def update_weight(update: SequenceUpdate) -> int:
+    """Items in it: itself, its tokens and its logprobs; each takes at most 12 bytes on the wire."""
+    return 1 + len(update.token_ids) + sum(1 + len(item.top) for item in update.logprobs)
+
+
+def merge_update(into: pb.SequenceUpdate, update: SequenceUpdate) -> None:
+    """Append what a step has for a request to what its gateway has not read yet."""
+    if update.admitted_cached_tokens is not None:
+        into.admitted.cached_tokens = update.admitted_cached_tokens
+    into.token_ids.extend(update.token_ids)
+    if update.logprobs:
+        into.logprobs.extend([_logprobs(item) for item in update.logprobs])
+    if update.finish is not None:
+        into.end.reason = _END[update.finish]
+
+
+def _logprobs(item: TokenLogprobs) -> pb.RouterLogprobs:
+    return pb.RouterLogprobs(
+        logprob=item.logprob,
+        top_ids=[token_id for token_id, _ in item.top],
+        top_logprobs=[logprob for _, logprob in item.top],
+    )

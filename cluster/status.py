@@ -1,0 +1,101 @@
+"""`mull status`: what a running server is and does, as a table or as JSON."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import grpc
+from rich.console import Console
+from rich.table import Table
+
+from mull.v1 import generation_pb2 as pb
+from mull.v1 import router_pb2
+from mull.v1.generation_pb2_grpc import GenerationServiceStub
+
+_TIMEOUT_S = 10.0
+
+
+def status(address: str, *, as_json: bool) -> int:
+    """Print the server's state. Returns 0 when it is ready, 3 when it is up but cannot take work."""
+    with grpc.insecure_channel(address) as channel:
+        info = GenerationServiceStub(channel).GetServerInfo(pb.GetServerInfoRequest(), timeout=_TIMEOUT_S)
+    if as_json:
+        print(json.dumps(_plain(info), indent=2))
+    else:
+        _print_tables(info, address)
+    return 0 if info.ready else 3
+
+
+def _plain(info: pb.GetServerInfoResponse) -> dict[str, Any]:
+    return {
+        "version": info.version,
+        "ready": info.ready,
+        "reason": info.reason,
+        "uptime_s": round(info.uptime_seconds, 1),
+        "num_streams": info.num_streams,
+        "ranks": [_plain_rank(rank, router) for router in info.routers for rank in router.ranks],
+        "routers": [
+            {
+                "model": router.model,
+                "ready": router.ready,
+                "reason": router.reason,
+                "tp": router.tensor_parallel_size,
+                "max_model_len": router.max_model_len,
+                "num_blocks": router.num_blocks,
+                "num_free_blocks": router.num_free_blocks,
+                "block_size": router.block_size,
+                "num_running": router.num_running,
+                "num_waiting": router.num_waiting,
+                "loaded_bytes": router.loaded_bytes,
+                "total_bytes": router.total_bytes,
+            }
+            for router in info.routers
+        ],
+    }
+
+
+def _plain_rank(rank: router_pb2.RankInfo, router: router_pb2.DescribeResponse) -> dict[str, Any]:
+    return {
+        "rank": rank.rank,
+        "host": rank.host,
+        "pid": rank.pid,
+        "device": rank.device,
+        "model": router.model,
+        "weight_bytes": rank.weight_bytes,
+        "kv_bytes": rank.kv_bytes,
+        "load_s": round(rank.load_seconds, 2),
+    }
+
+
+def _print_tables(info: pb.GetServerInfoResponse, address: str) -> None:
+    console = Console(highlight=False)
+    state = "[green]ready[/]" if info.ready else f"[red]not ready[/]: {info.reason}"
+    console.print(
+        f"mull {info.version} at {address}: {state} · up {info.uptime_seconds:.0f} s · {info.num_streams} streams"
+    )
+    for router in info.routers:
+        used = router.num_blocks - router.num_free_blocks
+        console.print(
+            f"[bold]{router.model}[/] · tp {router.tensor_parallel_size} · context {router.max_model_len:,} tokens · "
+            f"running {router.num_running} · waiting {router.num_waiting} · "
+            f"KV {used:,} of {router.num_blocks:,} blocks of {router.block_size} tokens in use"
+        )
+        console.print(_rank_table(router))
+
+
+def _rank_table(router: router_pb2.DescribeResponse) -> Table:
+    table = Table("rank", "host", "pid", "device", "weights MiB", "KV MiB", "loaded in s")
+    for column in (0, 2, 4, 5, 6):
+        table.columns[column].justify = "right"
+    for rank in router.ranks:
+        table.add_row(
+            str(rank.rank),
+            rank.host,
+            str(rank.pid),
+            rank.device,
+            f"{rank.weight_bytes / 2**20:.1f}",
+            f"{rank.kv_bytes / 2**20:.1f}",
+            f"{rank.load_seconds:.2f}",
+        )
+    return table

@@ -1,0 +1,87 @@
+"""A real `mull serve` in a process of its own, for tests: started on free ports, found by its ready line, always ended."""
+
+from __future__ import annotations
+
+import os
+import queue
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+START_TIMEOUT_S = 120.0
+STOP_TIMEOUT_S = 60.0
+
+MULL = (sys.executable, "-m", "cluster.cli")
+
+
+@dataclass
+class Server:
+    """A running `mull serve`."""
+
+    process: subprocess.Popen[str]
+    address: str
+    metrics_url: str
+    lines: list[str] = field(default_factory=list)
+
+    def interrupt(self, number: signal.Signals = signal.SIGINT) -> None:
+        """Signal its whole process group, as a terminal does on Ctrl-C."""
+        os.killpg(self.process.pid, number)
+
+    def wait(self) -> int:
+        return self.process.wait(STOP_TIMEOUT_S)
+
+
+def mull(*args: str, stdin: str | None = None, timeout_s: float = 60.0) -> subprocess.CompletedProcess[str]:
+    """Run one `mull` command to its end."""
+    return subprocess.run([*MULL, *args], input=stdin, capture_output=True, text=True, timeout=timeout_s, check=False)
+
+
+@contextmanager
+def serving(*flags: str) -> Iterator[Server]:
+    """`mull serve` on free ports, ready. On exit it is interrupted, and killed when it does not end in time."""
+    command = [*MULL, "serve", "--grpc-port", "0", "--metrics-port", "0", *flags]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    try:
+        yield _when_ready(process)
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                raise
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+def _when_ready(process: subprocess.Popen[str]) -> Server:
+    lines: list[str] = []
+    ready: queue.Queue[str | None] = queue.Queue()
+
+    def read() -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line.rstrip())
+            if line.startswith("ready"):
+                ready.put(line)
+        ready.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    try:
+        line = ready.get(timeout=START_TIMEOUT_S)
+    except queue.Empty:
+        raise AssertionError(f"no ready line within {START_TIMEOUT_S:g} s; it printed:\n" + "\n".join(lines)) from None
+    if line is None:
+        raise AssertionError(f"mull serve ended with {process.wait(STOP_TIMEOUT_S)}:\n" + "\n".join(lines))
+    found = re.search(r"grpc (\S+) · metrics (\S+)", line)
+    assert found is not None, line
+    return Server(process, found[1], found[2], lines)

@@ -1,0 +1,247 @@
+"""The whole product as its users meet it: `mull serve` with two ranks under Ray, `mull chat`, `mull status`, the signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from urllib.request import urlopen
+
+import grpc
+import psutil
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from mull.v1 import generation_pb2 as pb
+from mull.v1.generation_pb2_grpc import GenerationServiceStub
+from tests.end_to_end.servers import MULL, Server, mull, serving
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with serving("--tp", "2") as running:
+        yield running
+
+
+@pytest.fixture
+def stub(server: Server) -> Iterator[GenerationServiceStub]:
+    with grpc.insecure_channel(server.address) as channel:
+        yield GenerationServiceStub(channel)
+
+
+def question(text: str, **fields: object) -> pb.GenerateRequest:
+    conversation = pb.Conversation(messages=[pb.Message(role="user", content=text)])
+    fields.setdefault("sampling", pb.SamplingOptions(temperature=0))
+    return pb.GenerateRequest(conversation=conversation, **fields)  # type: ignore[arg-type]  # protobuf's own field types
+
+
+def wait_until(condition: object, what: str, timeout_s: float = 20.0) -> None:
+    assert callable(condition)
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, f"waited {timeout_s:g} s for {what}"
+        time.sleep(0.05)
+
+
+def test_a_question_streams_thoughts_and_then_the_right_answer(stub: GenerationServiceStub) -> None:
+    events = list(stub.Generate(question("What is 347 + 285?")))
+
+    kinds = [event.WhichOneof("event") for event in events]
+    assert kinds[0] == "started"
+    assert kinds[-1] == "finished"
+    assert kinds.index("thinking_delta") < kinds.index("thinking_ended") < kinds.index("answer_delta")
+    assert [event.sequence for event in events] == list(range(len(events)))
+    assert "632" in "".join(event.answer_delta.text for event in events)
+    assert events[-1].finished.usage.thinking_tokens > events[-1].finished.usage.answer_tokens > 0
+
+
+def test_many_streams_at_once_give_the_tokens_of_each_alone(stub: GenerationServiceStub) -> None:
+    requests = [
+        question(f"What is {n} + 285?", sampling=pb.SamplingOptions(temperature=0.8, seed=n), max_tokens=48)
+        for n in range(300, 312)
+    ]
+
+    def tokens(request: pb.GenerateRequest) -> list[int]:
+        events = list(stub.Generate(request))
+        return [
+            i for e in events for i in (*e.thinking_delta.token_ids, *e.thinking_ended.token_ids, *e.answer_delta.token_ids)
+        ]
+
+    alone = [tokens(request) for request in requests]
+    with ThreadPoolExecutor(len(requests)) as threads:
+        together = list(threads.map(tokens, requests))
+
+    assert together == alone
+
+
+def test_chat_prints_one_json_event_a_line(server: Server) -> None:
+    done = mull("chat", "What is 12 + 30?", "--address", server.address, "--json", "--temperature", "0", "--seed", "7")
+
+    assert done.returncode == 0, done.stderr
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [e["sequence"] for e in events] == list(range(len(events)))
+    assert {"event", "sequence", "text", "token_ids"} <= events[1].keys()
+    assert events[0]["event"] == "started"
+    assert events[0]["seed"] == 7
+    assert events[-1]["reason"] == "stop"
+
+
+def test_chat_converses_over_several_turns(server: Server) -> None:
+    done = mull("chat", "--address", server.address, "--temperature", "0", stdin="hello\nWhat is 20 + 22?\n")
+
+    assert done.returncode == 0, done.stderr
+    assert "42" in done.stdout.splitlines()[-2]
+
+
+def test_output_cut_in_the_thoughts_says_so(server: Server) -> None:
+    done = mull("chat", "What is 347 + 285?", "--address", server.address, "--max-tokens", "5", "--json")
+
+    last = json.loads(done.stdout.splitlines()[-1])
+    assert (last["reason"], last["phase"], last["usage"]["answer_tokens"]) == ("length", "thinking", 0)
+
+
+def test_status_names_each_rank_and_its_process(server: Server) -> None:
+    done = mull("status", "--address", server.address, "--json")
+
+    state = json.loads(done.stdout)
+    assert state["ready"] is True
+    assert [rank["rank"] for rank in state["ranks"]] == [0, 1]
+    assert len({rank["pid"] for rank in state["ranks"]}) == 2
+    assert all(psutil.pid_exists(rank["pid"]) for rank in state["ranks"])
+    assert mull("status", "--address", server.address).returncode == 0
+
+
+def test_a_client_that_vanishes_frees_its_blocks(server: Server, stub: GenerationServiceStub) -> None:
+    def router() -> tuple[int, int]:
+        info = stub.GetServerInfo(pb.GetServerInfoRequest()).routers[0]
+        return info.num_running + info.num_waiting, info.num_free_blocks
+
+    _, free_before = router()
+    endless = pb.GenerateRequest(raw_prompt="1 2 3 4 5 6 7 8", max_tokens=900, sampling=pb.SamplingOptions(seed=1))
+    with grpc.insecure_channel(server.address) as channel:
+        call = GenerationServiceStub(channel).Generate(endless)
+        next(call)
+        next(call)
+
+    wait_until(lambda: router()[0] == 0, "the Router to drop the request of a client that is gone")
+    assert router()[1] == free_before
+
+
+def test_health_and_metrics_answer(server: Server) -> None:
+    with grpc.insecure_channel(server.address) as channel:
+        health = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+    metrics = urlopen(server.metrics_url, timeout=10).read().decode()
+
+    assert health.status == health_pb2.HealthCheckResponse.SERVING
+    assert "mull_generation_tokens_total" in metrics
+
+
+@pytest.mark.parametrize(
+    ("request_", "words"),
+    [
+        (question("hi", max_tokens=0), "max_tokens"),
+        (question("hi", sampling=pb.SamplingOptions(top_p=1.5)), "top_p"),
+        (question("hi", model="gpt"), "model"),
+        (pb.GenerateRequest(), "input"),
+        (pb.GenerateRequest(raw_prompt="1 " * 5000), "context"),
+        (pb.GenerateRequest(token_ids=pb.TokenIds(ids=[4_000_000_000])), "token_ids"),
+    ],
+)
+def test_a_bad_request_is_refused_with_the_field_that_is_wrong(
+    stub: GenerationServiceStub, request_: pb.GenerateRequest, words: str
+) -> None:
+    with pytest.raises(grpc.RpcError) as refused:
+        list(stub.Generate(request_))
+
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert words in refused.value.details()
+
+
+def test_a_second_server_on_the_same_port_is_refused_with_one_line(server: Server) -> None:
+    port = server.address.rpartition(":")[2]
+
+    done = mull("serve", "--grpc-port", port, "--metrics-port", "0")
+
+    assert done.returncode == 2
+    assert port in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--model", "/nowhere"), "/nowhere"),
+        (("--tp", "3"), "3"),
+        (("--tp", "0"), "tp"),
+        (("--config", "/nowhere.yaml"), "/nowhere.yaml"),
+    ],
+)
+def test_a_wrong_flag_ends_in_one_line_before_anything_starts(flags: tuple[str, ...], words: str) -> None:
+    done = mull("serve", *flags)
+
+    assert done.returncode in (1, 2)
+    assert words in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_chat_without_a_server_says_so_in_one_line() -> None:
+    done = mull("chat", "hi", "--address", "127.0.0.1:1")
+
+    assert done.returncode == 1
+    assert "mull serve" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def descendants(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def test_ctrl_c_lets_a_running_stream_end_and_leaves_no_process() -> None:
+    with serving("--tp", "1") as server:
+        started = descendants(server.process)
+        with grpc.insecure_channel(server.address) as channel:
+            call = GenerationServiceStub(channel).Generate(question("What is 347 + 285?"))
+            next(call)
+            server.interrupt()
+            events = list(call)
+
+        assert events[-1].WhichOneof("event") == "finished"
+        assert server.wait() == 0
+        wait_until(lambda: not any(p.is_running() for p in started), "all processes of the server to end")
+
+
+def test_kill_9_leaves_no_process() -> None:
+    with serving("--tp", "2") as server:
+        started = descendants(server.process)
+        os.kill(server.process.pid, signal.SIGKILL)
+        server.wait()
+
+        wait_until(lambda: not any(p.is_running() for p in started), "all processes of a killed server to end")
+
+
+def test_a_checkpoint_that_is_cut_short_is_refused_naming_the_file(tmp_path: Path) -> None:
+    source = Path("deploy/models/pocket")
+    for file in source.iterdir():
+        data = file.read_bytes()
+        is_last_shard = file.name.startswith("model-00002")
+        (tmp_path / file.name).write_bytes(data[: len(data) // 2] if is_last_shard else data)
+
+    done = mull("serve", "--model", str(tmp_path))
+
+    assert done.returncode == 1
+    assert "model-00002" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_demo_command_is_the_same_program() -> None:
+    done = subprocess.run([*MULL, "demo", "--tp", "2"], capture_output=True, text=True, timeout=180, check=False)
+
+    assert done.returncode == 0, done.stderr
+    assert "632" in done.stdout

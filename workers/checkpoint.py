@@ -1,0 +1,188 @@
+"""Reads one rank's part of a checkpoint: only its bytes, in parallel, straight into the fused parameters.
+
+Stored tensors are cut into pieces of whole tile rows; each piece is read at its offset, turned into the final dtype in place, and
+forgotten, so that memory never holds more than the finished slice and about one tensor. Knows nothing of the model's arithmetic.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from workers.config import ModelConfig, ShardSpec
+from workers.errors import CheckpointError
+from workers.kernels.dequant import dequantize_into
+from workers.layout import Span
+from workers.safetensors_header import SCALE_SUFFIX, StoredTensor, check_checkpoint
+from workers.weights import TensorSlice, param_shapes, rank_slices
+
+Progress = Callable[[int, int], None]
+"""Called in the caller's thread with bytes read so far and in all."""
+
+NUM_READERS = 4
+MIN_PIECE_BYTES = 64 * 2**10
+MAX_PIECE_BYTES = 4 * 2**20
+PIECES_PER_TENSOR = 4 * NUM_READERS
+"""Pieces in flight take at most a quarter of the largest tensor, which leaves room for their conversion."""
+TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+def no_progress(_read_bytes: int, _total_bytes: int) -> None:
+    """For callers that show none."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checked model directory: every tensor's place is known, no weight has been read."""
+
+    directory: Path
+    config: ModelConfig
+    tensors: dict[str, StoredTensor]
+
+    @classmethod
+    def open(cls, directory: str | Path) -> Checkpoint:
+        """Read config, index and headers. Raises CheckpointError naming the file and the remedy."""
+        config = ModelConfig.from_dir(directory)
+        return cls(Path(directory), config, check_checkpoint(directory, config))
+
+    def slice_bytes(self, spec: ShardSpec) -> int:
+        """Stored bytes of a rank's slice, scales included."""
+        return sum(self._num_bytes(part) for part in rank_slices(self.config, spec))
+
+    def read(
+        self,
+        spec: ShardSpec,
+        progress: Progress = no_progress,
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> dict[str, Tensor]:
+        """This rank's fused parameters. Raises LayoutError before any byte is read, CheckpointError where a file fails."""
+        spec.layout.check(self.config)
+        slices = list(rank_slices(self.config, spec))
+        shapes = param_shapes(slices)
+        params = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
+        total = sum(self._num_bytes(part) for part in slices)
+        piece_bytes = max(self._num_bytes(part) for part in slices) // PIECES_PER_TENSOR
+        pieces = [piece for part in slices for piece in self._cut(part, piece_bytes)]
+        with ExitStack() as stack:
+            files = {file: stack.enter_context(OpenShard(file)) for file in self._files(slices)}
+            pool = stack.enter_context(ThreadPoolExecutor(NUM_READERS, "checkpoint"))
+            stack.callback(pool.shutdown, cancel_futures=True)
+            read = 0
+            for done in as_completed([pool.submit(self._load, piece, params, files) for piece in pieces]):
+                read += done.result()
+                progress(read, total)
+        return params
+
+    def _files(self, slices: list[TensorSlice]) -> set[Path]:
+        stored = [self.tensors[part.name].file for part in slices]
+        scales = [self.tensors[part.name + SCALE_SUFFIX].file for part in slices if self._is_fp8(part)]
+        return {*stored, *scales}
+
+    def _is_fp8(self, part: TensorSlice) -> bool:
+        return self.tensors[part.name].dtype == "F8_E4M3"
+
+    def _num_bytes(self, part: TensorSlice) -> int:
+        stored = part.num_elements * self.tensors[part.name].item_bytes
+        if not self._is_fp8(part):
+            return stored
+        rows, cols = self._tiles(part)
+        return stored + rows.size * cols.size * self.tensors[part.name + SCALE_SUFFIX].item_bytes
+
+    def _block(self) -> tuple[int, int]:
+        assert self.config.quantization is not None, "only FP8 tensors ask, and they need a quantization_config"
+        return self.config.quantization.block_rows, self.config.quantization.block_cols
+
+    def _tiles(self, part: TensorSlice) -> tuple[Span, Span]:
+        """The tiles that a slice touches."""
+        assert part.cols is not None, "FP8 tensors are matrices"
+        rows, cols = self._block()
+        touched_rows = Span(part.rows.start // rows, -(-part.rows.stop // rows))
+        return touched_rows, Span(part.cols.start // cols, -(-part.cols.stop // cols))
+
+    def _cut(self, part: TensorSlice, piece_bytes: int) -> Iterator[TensorSlice]:
+        """Pieces of whole tile rows, so that no scale is read twice."""
+        height = self._block()[0] if self._is_fp8(part) else 1
+        row_bytes = part.num_elements // part.rows.size * self.tensors[part.name].item_bytes
+        wanted = min(max(piece_bytes, MIN_PIECE_BYTES), MAX_PIECE_BYTES) // row_bytes
+        step = max(wanted // height, 1) * height
+        start = part.rows.start
+        while start < part.rows.stop:
+            stop = min((start // step + 1) * step, part.rows.stop)
+            row = part.param_row + start - part.rows.start
+            yield TensorSlice(
+                part.name, part.shape, Span(start, stop), part.cols, part.param, row, part.expert, part.is_linear
+            )
+            start = stop
+
+    def _load(self, piece: TensorSlice, params: dict[str, Tensor], files: dict[Path, OpenShard]) -> int:
+        """Read one piece into its parameter; returns the bytes read."""
+        param = params[piece.param]
+        target = param if piece.expert is None else param[piece.expert]
+        out = target[piece.param_row : piece.param_row + piece.rows.size]
+        stored = self.tensors[piece.name]
+        raw = files[stored.file].read(piece.name, stored, piece.rows, piece.cols)
+        if not self._is_fp8(piece):
+            out.copy_(raw.view(TORCH_DTYPES[stored.dtype]).view(out.shape))
+            return raw.numel()
+        rows, cols = self._tiles(piece)
+        scale = self.tensors[piece.name + SCALE_SUFFIX]
+        raw_scale = files[scale.file].read(piece.name + SCALE_SUFFIX, scale, rows, cols)
+        scale_rc = raw_scale.view(TORCH_DTYPES[scale.dtype]).view(rows.size, cols.size)
+        assert piece.cols is not None, "FP8 tensors are matrices"
+        block = self._block()
+        origin = (piece.rows.start - rows.start * block[0], piece.cols.start - cols.start * block[1])
+        bits = raw.view(out.shape).to(out.device)
+        dequantize_into(out, bits, scale_rc.to(out.device), block=block, origin=origin)
+        return raw.numel() + raw_scale.numel()
+
+
+class OpenShard:
+    """An open safetensors file; reads at offsets, from many threads at once."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __enter__(self) -> OpenShard:
+        try:
+            self._fd = os.open(self.file, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise CheckpointError(f"{self.file}: cannot be opened ({error.strerror}); check the file") from error
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        os.close(self._fd)
+
+    def read(self, name: str, stored: StoredTensor, rows: Span, cols: Span | None) -> Tensor:
+        """The bytes of a slice, rows one after another, as uint8. Raises CheckpointError where the file ends early."""
+        width = 1 if cols is None else stored.shape[1]
+        first, count = (0, 1) if cols is None else (cols.start, cols.size)
+        raw = torch.empty(rows.size * count * stored.item_bytes, dtype=torch.uint8)
+        view = memoryview(raw.numpy())
+        start = stored.offset + (rows.start * width + first) * stored.item_bytes
+        if count == width:
+            self._fill(name, view, start)
+            return raw
+        row_bytes = count * stored.item_bytes
+        for row in range(rows.size):
+            piece = view[row * row_bytes : (row + 1) * row_bytes]
+            self._fill(name, piece, start + row * width * stored.item_bytes)
+        return raw
+
+    def _fill(self, name: str, view: memoryview, offset: int) -> None:
+        while len(view):
+            try:
+                count = os.preadv(self._fd, [view], offset)
+            except OSError as error:
+                raise CheckpointError(f"{self.file}: reading {name} failed ({error.strerror}); check the disk") from error
+            if count == 0:
+                raise CheckpointError(f"{self.file}: ends inside {name} at byte {offset}; download it again")
+            view, offset = view[count:], offset + count

@@ -1,0 +1,248 @@
+"""What a rank must know before it touches a weight: the model's dimensions, the layout and the runner's limits.
+
+Read from config.json by the command line, the Router and every rank; no torch here, so that all of them can.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from workers.errors import CheckpointError
+from workers.layout import ParallelLayout, ShardSpec
+
+__all__ = ["Architecture", "ModelConfig", "ParallelLayout", "Quantization", "RunnerConfig", "ShardSpec"]
+
+Architecture = Literal["qwen3", "qwen3_moe"]
+ARCHITECTURES: dict[str, Architecture] = {"Qwen3ForCausalLM": "qwen3", "Qwen3MoeForCausalLM": "qwen3_moe"}
+UNQUANTIZED_TILE = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantization:
+    """Block FP8: e4m3 weights with one scale per tile of `block_rows` × `block_cols`."""
+
+    block_rows: int
+    block_cols: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The dimensions of one checkpoint, as its config.json gives them."""
+
+    architecture: Architecture
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    eos_token_ids: tuple[int, ...]
+    quantization: Quantization | None = None
+    num_experts: int = 0
+    num_experts_per_token: int = 0
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = False
+    mlp_only_layers: frozenset[int] = field(default_factory=frozenset)
+    decoder_sparse_step: int = 1
+
+    @classmethod
+    def from_dir(cls, path: str | Path) -> ModelConfig:
+        """Read `path`/config.json. Raises CheckpointError naming the file, the field and the remedy."""
+        return _ConfigReader(Path(path) / "config.json").model_config()
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether a layer has experts: not listed as dense, and every `decoder_sparse_step`-th."""
+        if self.num_experts == 0 or layer in self.mlp_only_layers:
+            return False
+        return (layer + 1) % self.decoder_sparse_step == 0
+
+    @property
+    def has_moe_layers(self) -> bool:
+        return any(self.is_moe_layer(layer) for layer in range(self.num_layers))
+
+    @property
+    def has_dense_layers(self) -> bool:
+        return not all(self.is_moe_layer(layer) for layer in range(self.num_layers))
+
+    @property
+    def tile_size(self) -> int:
+        """Columns of a dense feed-forward layer that stay together on a rank."""
+        if self.quantization is not None:
+            return self.quantization.block_rows
+        tile = UNQUANTIZED_TILE
+        while self.intermediate_size % tile:
+            tile //= 2
+        return tile
+
+    @property
+    def num_ffn_tiles(self) -> int:
+        return -(-self.intermediate_size // self.tile_size)
+
+    @property
+    def num_groups(self) -> int:
+        """Query heads that share one KV head."""
+        return self.num_heads // self.num_kv_heads
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunnerConfig:
+    """Everything one rank needs to load its slice and run plans; picklable, so that it travels to the rank's process."""
+
+    model_dir: str
+    rank: int = 0
+    layout: ParallelLayout = field(default_factory=ParallelLayout)
+    device: Literal["cpu", "cuda"] = "cpu"
+    num_threads: int | None = None
+    """CPU threads of this rank; None leaves torch's choice."""
+    max_model_len: int = 4096
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    block_size: int = 32
+    kv_memory_bytes: int | None = None
+    """KV pool of this rank; None takes a share of the free memory on a GPU and 256 MiB on a CPU."""
+
+    @property
+    def spec(self) -> ShardSpec:
+        return ShardSpec(self.layout, self.rank)
+
+
+class _ConfigReader:
+    """Takes typed values out of one config.json; every complaint names the file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.values = self._load()
+
+    def model_config(self) -> ModelConfig:
+        architecture = self._architecture()
+        self._refuse_unsupported()
+        num_heads = self._positive("num_attention_heads")
+        hidden_size = self._positive("hidden_size")
+        config = ModelConfig(
+            architecture=architecture,
+            vocab_size=self._positive("vocab_size"),
+            hidden_size=hidden_size,
+            intermediate_size=self._positive("intermediate_size"),
+            num_layers=self._positive("num_hidden_layers"),
+            num_heads=num_heads,
+            num_kv_heads=self._positive("num_key_value_heads", default=num_heads),
+            head_dim=self._positive("head_dim", default=hidden_size // num_heads),
+            rms_norm_eps=self._number("rms_norm_eps", default=1e-6),
+            rope_theta=self._rope_theta(),
+            max_position_embeddings=self._positive("max_position_embeddings"),
+            tie_word_embeddings=bool(self.values.get("tie_word_embeddings", False)),
+            eos_token_ids=self._token_ids("eos_token_id"),
+            quantization=self._quantization(),
+            **(self._moe() if architecture == "qwen3_moe" else {}),
+        )
+        if config.num_heads % config.num_kv_heads or config.head_dim % 2:
+            raise self._error(
+                f"{config.num_heads} heads over {config.num_kv_heads} KV heads of {config.head_dim} is no valid attention",
+                "fix the config",
+            )
+        return config
+
+    def _load(self) -> dict[str, Any]:
+        if not self.file.parent.is_dir():
+            raise CheckpointError(f"{self.file.parent}: no such model directory; give the path of a checkpoint directory")
+        if not self.file.is_file():
+            raise self._error("missing", "point to a directory with config.json and safetensors files")
+        try:
+            values = json.loads(self.file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise self._error(f"not readable as JSON ({error})".replace("\n", " "), "download it again") from error
+        if not isinstance(values, dict):
+            raise self._error("not a JSON object", "download it again")
+        return values
+
+    def _architecture(self) -> Architecture:
+        named = self.values.get("architectures")
+        supported = ", ".join(ARCHITECTURES)
+        if not isinstance(named, list) or len(named) != 1 or named[0] not in ARCHITECTURES:
+            raise self._error(f"unknown architecture {named!r}", f"mull serves {supported}")
+        return ARCHITECTURES[named[0]]
+
+    def _refuse_unsupported(self) -> None:
+        """Features of other checkpoints that would give silently wrong output."""
+        if self.values.get("attention_bias"):
+            raise self._error("attention_bias is true", "only checkpoints without attention biases can be served")
+        if self.values.get("use_sliding_window"):
+            raise self._error("use_sliding_window is true", "only full attention can be served")
+        if self.values.get("hidden_act", "silu") != "silu":
+            raise self._error(f"hidden_act is {self.values['hidden_act']!r}", "only silu can be served")
+        scaling = self._rope_parameters() or self.values.get("rope_scaling")
+        kind = scaling.get("rope_type", scaling.get("type", "default")) if isinstance(scaling, Mapping) else "default"
+        if kind != "default":
+            raise self._error(f"RoPE scaling {kind!r} is not supported", "remove rope_scaling and serve the native context")
+
+    def _rope_parameters(self) -> Mapping[str, Any] | None:
+        parameters = self.values.get("rope_parameters")
+        return parameters if isinstance(parameters, Mapping) else None
+
+    def _rope_theta(self) -> float:
+        parameters = self._rope_parameters()
+        if parameters is not None and isinstance(parameters.get("rope_theta"), int | float):
+            return float(parameters["rope_theta"])
+        return self._number("rope_theta", default=10000.0)
+
+    def _moe(self) -> dict[str, Any]:
+        num_experts = self._positive("num_experts", default=self.values.get("num_local_experts"))
+        per_token = self._positive("num_experts_per_tok")
+        if per_token > num_experts:
+            raise self._error(f"num_experts_per_tok is {per_token}, num_experts {num_experts}", "fix the config")
+        return {
+            "num_experts": num_experts,
+            "num_experts_per_token": per_token,
+            "moe_intermediate_size": self._positive("moe_intermediate_size"),
+            "norm_topk_prob": bool(self.values.get("norm_topk_prob", False)),
+            "mlp_only_layers": frozenset(self.values.get("mlp_only_layers") or ()),
+            "decoder_sparse_step": self._positive("decoder_sparse_step", default=1),
+        }
+
+    def _quantization(self) -> Quantization | None:
+        values = self.values.get("quantization_config")
+        if values is None:
+            return None
+        remedy = "mull serves fp8 e4m3 checkpoints with weight_block_size and dynamic activations, and unquantised ones"
+        method = values.get("quant_method") if isinstance(values, dict) else values
+        if not isinstance(values, dict) or method != "fp8":
+            raise self._error(f"unsupported quantization {method!r}", remedy)
+        block = values.get("weight_block_size")
+        if not (isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)):
+            raise self._error(f"unsupported weight_block_size {block!r}", remedy)
+        if values.get("fmt", "e4m3") != "e4m3" or values.get("activation_scheme", "dynamic") != "dynamic":
+            kind = f"{values.get('fmt')}/{values.get('activation_scheme')}"
+            raise self._error(f"unsupported fp8 format {kind}", remedy)
+        return Quantization(block_rows=block[0], block_cols=block[1])
+
+    def _positive(self, name: str, default: object = None) -> int:
+        value = self.values.get(name)
+        value = default if value is None else value
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise self._error(f"{name} is {value!r}, not a positive integer", "fix or download the config again")
+        return value
+
+    def _number(self, name: str, default: float) -> float:
+        value = self.values.get(name, default)
+        if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+            raise self._error(f"{name} is {value!r}, not a positive number", "fix or download the config again")
+        return float(value)
+
+    def _token_ids(self, name: str) -> tuple[int, ...]:
+        value = self.values.get(name)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(token, int) for token in ids):
+            raise self._error(f"{name} is {value!r}, not token ids", "fix or download the config again")
+        return tuple(ids)
+
+    def _error(self, problem: str, remedy: str) -> CheckpointError:
+        return CheckpointError(f"{self.file}: {problem}; {remedy}")
