@@ -176,11 +176,12 @@ def builtin_model() -> Path:
 
 def _check_model(config: ClusterConfig) -> None:
     """Refuse a directory that cannot be served, or a tp that cannot split it, before any process is started."""
-    from workers.config import ModelConfig, ParallelLayout
+    from workers.config import ModelConfig
+    from workers.layout import ParallelLayout
     from workers.safetensors_header import check_checkpoint
 
     model = ModelConfig.from_dir(config.model.path)
-    ParallelLayout(config.engine.tp).check(model)
+    ParallelLayout(tp=config.engine.tp).check(model)
     check_checkpoint(config.model.path, model)
 
 

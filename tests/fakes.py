@@ -1,17 +1,180 @@
-"""Stand-ins that execute the real contracts without a model. (skeleton: signatures are final, bodies follow)"""
+"""Stand-ins that take the real contracts seriously: ranks without a model.
+
+`FakeRanks` executes plans on a paged memory of tokens. A sequence's next token is a pure function of all its tokens,
+read back through its block table, so any slip in the bookkeeping of blocks, positions or slots shows as a wrong token,
+and a breach of the contract of `workers.step` raises `ContractBroken`. `generate_alone` is the independent oracle: it
+knows neither blocks nor steps.
+"""
 
 from __future__ import annotations
 
-from workers.step import StepPlan, StepResult
+from collections import Counter
+from collections.abc import Sequence as Tokens
+from dataclasses import dataclass, field
+
+from cluster.router.sequence import FinishReason, SequenceRequest
+from workers.step import OpenSlot, Prefill, SamplingParams, StepPlan, StepResult, TokenLogprobs
+
+
+class ContractBroken(AssertionError):
+    """A plan that no rank may be asked to execute."""
+
+
+def expect(condition: bool, message: str) -> None:
+    if not condition:
+        raise ContractBroken(message)
+
+
+def next_token(token_ids: Tokens[int], seed: int, vocab_size: int) -> int:
+    """The fake model: depends on every token and its place, and on the seed."""
+    return hash((seed, *token_ids)) % vocab_size
+
+
+def generate_alone(
+    request: SequenceRequest, *, context_limit: int, vocab_size: int = 50
+) -> tuple[list[int], FinishReason]:
+    """What the request must yield whatever else runs."""
+    token_ids = list(request.prompt_ids)
+    output_ids: list[int] = []
+    while len(output_ids) < request.max_tokens and len(token_ids) < context_limit:
+        output_ids.append(next_token(token_ids, request.sampling.seed, vocab_size))
+        token_ids.append(output_ids[-1])
+        if output_ids[-1] in request.stop_token_ids:
+            return output_ids, FinishReason.STOP
+    return output_ids, FinishReason.LENGTH
+
+
+@dataclass
+class FakeSlot:
+    """What a rank keeps of an open slot."""
+
+    opened: OpenSlot
+    block_ids: list[int]
+    num_computed: int
+    sampled: list[int] = field(default_factory=list)
+    """Tokens sampled since the slot was opened."""
 
 
 class FakeRanks:
-    """Executes plans on a paged memory of tokens; the next token is a pure function of what the block table reaches."""
+    """All ranks of a copy at once; `execute` gives rank 0's result."""
 
     def __init__(
         self, *, num_blocks: int, block_size: int, max_num_seqs: int, max_num_batched_tokens: int, vocab_size: int = 50
-    ) -> None: ...
+    ) -> None:
+        self.block_size = block_size
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.vocab_size = vocab_size
+        self.memory: list[list[int | None]] = [[None] * block_size for _ in range(num_blocks)]
+        self.slots: dict[int, FakeSlot] = {}
+        self.num_holders: Counter[int] = Counter()
+        """How many open slots have this block in their table."""
+        self.next_step = 0
+        self.num_computed_total = 0
 
     def execute(self, plan: StepPlan) -> StepResult:
-        """Run one plan; raises ContractBroken where the plan breaks the contract of workers.step."""
-        raise NotImplementedError
+        """Run one plan. Raises ContractBroken."""
+        self._check(plan)
+        self.next_step += 1
+        self.num_computed_total += plan.num_tokens
+        for slot in plan.close:
+            self._close(slot)
+        for opened in plan.open:
+            self._open(opened)
+        for extended in plan.extend:
+            expect(extended.slot in self.slots, f"slot {extended.slot} is extended, but not open")
+            self._hold(self.slots[extended.slot], extended.block_ids)
+        for prefill in plan.prefills:
+            self._prefill(prefill)
+        for slot in plan.decodes:
+            self._decode(slot)
+        # Sampling comes after all writes, as in one forward pass of a batch.
+        token_ids = [self._sample(slot) for slot in plan.sampling_slots]
+        return StepResult(plan.step, 0, token_ids, self._logprobs(plan.sampling_slots, token_ids))
+
+    def _check(self, plan: StepPlan) -> None:
+        expect(plan.step == self.next_step, f"step {plan.step} came, {self.next_step} was due")
+        expect(plan.num_tokens > 0, f"step {plan.step} computes nothing")
+        expect(
+            plan.num_tokens <= self.max_num_batched_tokens,
+            f"{plan.num_tokens} tokens in a step, the budget is {self.max_num_batched_tokens}",
+        )
+        computed = [prefill.slot for prefill in plan.prefills] + plan.decodes
+        for name, slots in (
+            ("computed", computed),
+            ("closed", plan.close),
+            ("opened", [opened.slot for opened in plan.open]),
+            ("extended", [extended.slot for extended in plan.extend]),
+        ):
+            expect(len(set(slots)) == len(slots), f"a slot is {name} twice in step {plan.step}: {slots}")
+
+    def _close(self, slot: int) -> None:
+        expect(slot in self.slots, f"slot {slot} is closed, but not open")
+        self.num_holders.subtract(self.slots.pop(slot).block_ids)
+
+    def _open(self, opened: OpenSlot) -> None:
+        expect(0 <= opened.slot < self.max_num_seqs, f"there is no slot {opened.slot}")
+        expect(opened.slot not in self.slots, f"slot {opened.slot} is opened twice")
+        state = self.slots[opened.slot] = FakeSlot(opened, [], opened.num_cached)
+        self._hold(state, opened.block_ids)
+        self._read(state)
+
+    def _hold(self, state: FakeSlot, block_ids: list[int]) -> None:
+        expect(all(0 <= block_id < len(self.memory) for block_id in block_ids), f"unknown block in {block_ids}")
+        expect(bool(block_ids), f"slot {state.opened.slot} is given no blocks")
+        state.block_ids += block_ids
+        expect(len(set(state.block_ids)) == len(state.block_ids), f"a block is twice in the table {state.block_ids}")
+        self.num_holders.update(block_ids)
+
+    def _prefill(self, prefill: Prefill) -> None:
+        expect(prefill.slot in self.slots, f"slot {prefill.slot} is prefilled, but not open")
+        state = self.slots[prefill.slot]
+        expect(bool(prefill.token_ids), f"slot {prefill.slot} has an empty prefill")
+        expect(
+            prefill.start == state.num_computed,
+            f"slot {prefill.slot} is prefilled from {prefill.start}, but {state.num_computed} are computed",
+        )
+        self._write(state, prefill.token_ids)
+
+    def _decode(self, slot: int) -> None:
+        expect(slot in self.slots, f"slot {slot} is decoded, but not open")
+        state = self.slots[slot]
+        expect(bool(state.sampled), f"slot {slot} is decoded, but has sampled nothing since it was opened")
+        self._write(state, state.sampled[-1:])
+
+    def _write(self, state: FakeSlot, token_ids: list[int]) -> None:
+        for position, token_id in enumerate(token_ids, start=state.num_computed):
+            index, offset = divmod(position, self.block_size)
+            expect(index < len(state.block_ids), f"slot {state.opened.slot} has no block for position {position}")
+            block_id = state.block_ids[index]
+            expect(self.num_holders[block_id] == 1, f"block {block_id} is written, but another slot has it, too")
+            self.memory[block_id][offset] = token_id
+        state.num_computed += len(token_ids)
+
+    def _read(self, state: FakeSlot) -> list[int]:
+        """The computed tokens of a slot, as attention sees them."""
+        token_ids: list[int] = []
+        for index in range(-(-state.num_computed // self.block_size)):
+            for token_id in self.memory[state.block_ids[index]][: state.num_computed - index * self.block_size]:
+                expect(token_id is not None, f"block {state.block_ids[index]} is read before it is written")
+                token_ids.append(token_id)  # type: ignore[arg-type]  # mypy does not narrow through expect()
+        return token_ids
+
+    def _sample(self, slot: int) -> int:
+        state = self.slots[slot]
+        token_ids = self._read(state)
+        if state.opened.sampling.has_penalties:
+            counted = state.opened.prompt_ids + state.opened.output_ids + state.sampled
+            expect(token_ids == counted, f"slot {slot} counts other tokens for penalties than it computes")
+        sampled = next_token(token_ids, state.opened.sampling.seed, self.vocab_size)
+        state.sampled.append(sampled)
+        return sampled
+
+    def _logprobs(self, slots: list[int], token_ids: list[int]) -> dict[int, TokenLogprobs]:
+        """Each token's logprob is its id, negated: enough to see whether it reaches the right token."""
+        asked: dict[int, TokenLogprobs] = {}
+        for index, (slot, token_id) in enumerate(zip(slots, token_ids, strict=True)):
+            params: SamplingParams = self.slots[slot].opened.sampling
+            if params.num_logprobs is not None:
+                asked[index] = TokenLogprobs(-float(token_id), [(token_id, -float(token_id))] * params.num_logprobs)
+        return asked

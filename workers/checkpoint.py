@@ -1,7 +1,8 @@
 """Reads one rank's part of a checkpoint: only its bytes, in parallel, straight into the fused parameters.
 
-Stored tensors are cut into pieces of whole tile rows; each piece is read at its offset, turned into the final dtype in place, and
-forgotten, so that memory never holds more than the finished slice and about one tensor. Knows nothing of the model's arithmetic.
+Stored tensors are cut into pieces of whole tile rows; each piece is read at its offset, turned into the final dtype
+in place, and forgotten, so that memory never holds more than the finished slice and about one tensor. Knows nothing
+of the model's arithmetic.
 """
 
 from __future__ import annotations
@@ -166,7 +167,7 @@ class OpenShard:
         width = 1 if cols is None else stored.shape[1]
         first, count = (0, 1) if cols is None else (cols.start, cols.size)
         raw = torch.empty(rows.size * count * stored.item_bytes, dtype=torch.uint8)
-        view = memoryview(raw.numpy())
+        view = memoryview(raw.numpy().data)
         start = stored.offset + (rows.start * width + first) * stored.item_bytes
         if count == width:
             self._fill(name, view, start)
@@ -182,7 +183,9 @@ class OpenShard:
             try:
                 count = os.preadv(self._fd, [view], offset)
             except OSError as error:
-                raise CheckpointError(f"{self.file}: reading {name} failed ({error.strerror}); check the disk") from error
+                raise CheckpointError(
+                    f"{self.file}: reading {name} failed ({error.strerror}); check the disk"
+                ) from error
             if count == 0:
                 raise CheckpointError(f"{self.file}: ends inside {name} at byte {offset}; download it again")
             view, offset = view[count:], offset + count

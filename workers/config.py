@@ -153,7 +153,9 @@ class _ConfigReader:
 
     def _load(self) -> dict[str, Any]:
         if not self.file.parent.is_dir():
-            raise CheckpointError(f"{self.file.parent}: no such model directory; give the path of a checkpoint directory")
+            raise CheckpointError(
+                f"{self.file.parent}: no such model directory; give the path of a checkpoint directory"
+            )
         if not self.file.is_file():
             raise self._error("missing", "point to a directory with config.json and safetensors files")
         try:
@@ -182,7 +184,9 @@ class _ConfigReader:
         scaling = self._rope_parameters() or self.values.get("rope_scaling")
         kind = scaling.get("rope_type", scaling.get("type", "default")) if isinstance(scaling, Mapping) else "default"
         if kind != "default":
-            raise self._error(f"RoPE scaling {kind!r} is not supported", "remove rope_scaling and serve the native context")
+            raise self._error(
+                f"RoPE scaling {kind!r} is not supported", "remove rope_scaling and serve the native context"
+            )
 
     def _rope_parameters(self) -> Mapping[str, Any] | None:
         parameters = self.values.get("rope_parameters")

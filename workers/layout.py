@@ -1,6 +1,7 @@
 """How a model is split over ranks: which heads, tiles, experts and vocabulary rows each rank holds.
 
-Decided before any weight is read; the checkpoint reader and the layers ask here. Integers only; knows no tensors, files or sockets.
+Decided before any weight is read; the checkpoint reader and the layers ask here. Integers only; knows no tensors,
+files or sockets.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # its stubs do not re-export it
 
 
 class ParallelState:
@@ -29,9 +30,9 @@ class ParallelState:
     def connect(
         cls, rank: int, world_size: int, store_host: str, store_port: int, device: str, timeout_s: float
     ) -> ParallelState:
-        """Meet the other ranks at a TCPStore that someone else serves. Every wait, later ones too, is bounded by `timeout_s`."""
+        """Meet the other ranks at a TCPStore that someone else serves; every wait, later ones too, is bounded."""
         timeout = timedelta(seconds=timeout_s)
-        store = dist.TCPStore(store_host, store_port, world_size=None, is_master=False, timeout=timeout)
+        store = TCPStore(store_host, store_port, world_size=None, is_master=False, timeout=timeout)
         backend = "nccl" if device == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
         return cls(rank, world_size, dist.group.WORLD)

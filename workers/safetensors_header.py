@@ -1,7 +1,8 @@
 """Finds every tensor of a model directory from its index and safetensors headers, and checks them against the config.
 
-Reads a few kilobytes, never a weight, and needs no torch: the command line uses it to refuse a bad directory at once, the ranks to
-know where their bytes lie. Nothing that the files say is trusted: names stay inside the directory, sizes are checked.
+Reads a few kilobytes, never a weight, and needs no torch: the command line uses it to refuse a bad directory at
+once, the ranks to know where their bytes lie. Nothing that the files say is trusted: names stay inside the
+directory, sizes are checked.
 """
 
 from __future__ import annotations
@@ -128,7 +129,9 @@ def _check_file_names(index: Path, names: Iterable[str]) -> None:
     for name in names:
         plain = name not in ("", ".", "..") and not any(mark in name for mark in ("/", "\\", "\0"))
         if not plain or not name.endswith(".safetensors"):
-            raise CheckpointError(f"{index}: {name!r} is not the name of a safetensors file beside it; do not trust this checkpoint")
+            raise CheckpointError(
+                f"{index}: {name!r} is not the name of a safetensors file beside it; do not trust this checkpoint"
+            )
 
 
 def _check_tensor(
@@ -142,14 +145,18 @@ def _check_tensor(
     if tensor.dtype in FLOAT_DTYPES:
         return
     if not part.is_linear or config.quantization is None:
-        remedy = "expected BF16, F16 or F32" if not part.is_linear else "config.json lacks quantization_config; restore it"
+        remedy = (
+            "expected BF16, F16 or F32" if not part.is_linear else "config.json lacks quantization_config; restore it"
+        )
         raise CheckpointError(f"{tensor.file}: {part.name} is {tensor.dtype}; {remedy}")
     rows, cols = config.quantization.block_rows, config.quantization.block_cols
     scale = _require(part.name + SCALE_SUFFIX, found, listed, directory)
     expected = (-(-part.shape[0] // rows), -(-part.shape[1] // cols))
     if scale.shape != expected or scale.dtype not in FLOAT_DTYPES:
         got = f"{scale.dtype} {list(scale.shape)}"
-        raise CheckpointError(f"{scale.file}: {part.name}{SCALE_SUFFIX} is {got}, expected floats {list(expected)}; {AGAIN}")
+        raise CheckpointError(
+            f"{scale.file}: {part.name}{SCALE_SUFFIX} is {got}, expected floats {list(expected)}; {AGAIN}"
+        )
 
 
 def _require(name: str, found: dict[str, StoredTensor], listed: dict[str, str], directory: Path) -> StoredTensor:
@@ -157,6 +164,10 @@ def _require(name: str, found: dict[str, StoredTensor], listed: dict[str, str], 
         return found[name]
     what = "scales are" if name.endswith(SCALE_SUFFIX) else "tensor is"
     if name in listed:
-        raise CheckpointError(f"{directory / listed[name]}: {name}: its {what} not in the file that should hold it; {AGAIN}")
+        raise CheckpointError(
+            f"{directory / listed[name]}: {name}: its {what} not in the file that should hold it; {AGAIN}"
+        )
     source = directory / (INDEX_NAME if (directory / INDEX_NAME).is_file() else SINGLE_NAME)
-    raise CheckpointError(f"{source}: {name}: the {what} missing; {AGAIN}, or check that config.json belongs to these weights")
+    raise CheckpointError(
+        f"{source}: {name}: the {what} missing; {AGAIN}, or check that config.json belongs to these weights"
+    )

@@ -1,7 +1,7 @@
 """Which stored tensor goes where: the published names of a checkpoint, and each rank's part of them.
 
-One list serves three users: the reader (this rank's slices), the check of a directory (the whole model is the slice of tp=1), and
-the layers (names and shapes of the fused parameters). Integers and names only, no tensors and no files.
+One list serves three users: the reader (this rank's slices), the check of a directory (the whole model is the slice
+of tp=1), and the layers (names and shapes of the fused parameters). Integers and names only, no tensors and no files.
 """
 
 from __future__ import annotations
@@ -84,7 +84,9 @@ def _attention(config: ModelConfig, spec: ShardSpec, layer: int) -> Iterator[Ten
 
 def _dense(config: ModelConfig, spec: ShardSpec, layer: int) -> Iterator[TensorSlice]:
     ffn = spec.ffn(config)
-    yield from _feed_forward(f"model.layers.{layer}.mlp", f"layers.{layer}", config, config.intermediate_size, ffn, None)
+    yield from _feed_forward(
+        f"model.layers.{layer}.mlp", f"layers.{layer}", config, config.intermediate_size, ffn, None
+    )
 
 
 def _experts(config: ModelConfig, spec: ShardSpec, layer: int) -> Iterator[TensorSlice]:

@@ -48,6 +48,11 @@ class Mailbox:
         self._waiter: asyncio.Future[None] | None = None
 
     @property
+    def num_unread_tokens(self) -> int:
+        """Tokens kept for the reader."""
+        return len(self._token_ids)
+
+    @property
     def error(self) -> MullError | None:
         """Why no more will come, where that is not a regular end."""
         return self._error

@@ -50,10 +50,20 @@ def prepare(request: pb.GenerateRequest, model: ServedModel) -> PreparedRequest:
     )
 
 
+def new_request_id() -> str:
+    """An id for a request that came without one."""
+    return uuid.uuid4().hex
+
+
+def is_request_id(text: str) -> bool:
+    """Whether `text` can go to logs and headers as it is."""
+    return 0 < len(text) <= MAX_REQUEST_ID_CHARS and text.isascii() and text.isprintable()
+
+
 def _request_id(given: str) -> str:
     if not given:
-        return uuid.uuid4().hex
-    if len(given) > MAX_REQUEST_ID_CHARS or not (given.isascii() and given.isprintable()):
+        return new_request_id()
+    if not is_request_id(given):
         raise InvalidRequest(
             f"request_id: {len(given)} characters; send at most {MAX_REQUEST_ID_CHARS}, all printable ASCII",
             field="request_id",

@@ -1,8 +1,8 @@
 """The gateway's end of a Session with one Router: submits, cancels, and hands updates to mailboxes.
 
-Hop 4. One stream is kept open and opened again, with a growing pause, when it breaks; the address is asked for each time,
-because a Router that was restarted listens elsewhere. Beside it the Router is asked how it is, so that the gateway knows
-when it can serve. Per engine step one message is read and its updates are appended: no task or await per token.
+Hop 4. One stream is kept open, and opened again with a growing pause when it breaks; the address is asked for each
+time, because a Router that was restarted listens elsewhere. Beside it the Router is asked how it is, so that the
+gateway knows when it can serve. Per engine step one message is read and its updates are appended: no task per token.
 Knows nothing of text, phases or clients.
 """
 
@@ -13,6 +13,7 @@ import itertools
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import grpc.aio
 
@@ -20,8 +21,12 @@ from cluster.errors import NotReady, Overloaded
 from cluster.gateway.mailbox import Mailbox
 from cluster.gateway.requests import PreparedRequest
 from mull.v1 import router_pb2 as pb
-from mull.v1.router_pb2_grpc import RouterServiceAsyncStub, RouterServiceStub
+from mull.v1.router_pb2_grpc import RouterServiceStub
 from workers.step import SamplingParams
+
+if TYPE_CHECKING:
+    # Exists for type checkers only.
+    from mull.v1.router_pb2_grpc import RouterServiceAsyncStub
 
 logger = logging.getLogger(__name__)
 
@@ -78,19 +83,19 @@ class RouterLink:
         self._keys = itertools.count(1)
         self._mailboxes: dict[int, Mailbox] = {}
         self._session: _Session | None = None
-        self._changed = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
+        self._updated = asyncio.Event()
+        self.task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Connect in the background."""
-        self._task = asyncio.create_task(self._keep_connected(), name="router link")
+        self.task = asyncio.create_task(self._keep_connected(), name="router link")
 
     async def close(self) -> None:
         """Leave the Router, which then cancels what is left. Requests still open fail with NotReady."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-        self._on_lost("this server is shutting down")
+        if self.task is not None:
+            self.task.cancel()
+            await asyncio.gather(self.task, return_exceptions=True)
+        self._forget_session("this server is shutting down")
 
     def submit(self, request: PreparedRequest) -> Mailbox:
         """Send a request to the Router. Raises NotReady or Overloaded. Pair with `release`."""
@@ -106,10 +111,19 @@ class RouterLink:
         if self._mailboxes.pop(mailbox.key, None) is not None and self._session is not None:
             self._session.cancel(mailbox.key)
 
-    async def changed(self) -> None:
-        """Wait until `state` is another one. For one waiter."""
-        await self._changed.wait()
-        self._changed.clear()
+    @property
+    def is_connected(self) -> bool:
+        """Whether a session is open."""
+        return self._session is not None
+
+    def mailbox(self, key: int) -> Mailbox | None:
+        """The mailbox of a request that is under way."""
+        return self._mailboxes.get(key)
+
+    async def updated(self) -> None:
+        """Wait until the Router was asked, found or lost again. For one waiter."""
+        await self._updated.wait()
+        self._updated.clear()
 
     async def describe(self) -> RouterState:
         """Ask the Router now; the last known state where there is no link."""
@@ -121,9 +135,135 @@ class RouterLink:
         pause_s = self._times.first_pause_s
         while True:
             try:
-                async for _ in self._sessions():
+                await self._hold_session()
+            except (
+                Exception
+            ) as error:  # whatever broke it, the remedy is to connect again; the reason is logged and shown
+                if self._session is not None:
                     pause_s = self._times.first_pause_s
-            except Exception as error:  # whatever broke it, the remedy is to connect again; the reason is kept and logged
-                self._on_lost(_reason(error))
+                self._on_lost(f"the Router is out of reach ({_reason(error)})")
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, self._times.longest_pause_s)
+
+    async def _hold_session(self) -> None:
+        """Open a session and read it until it breaks; always raises."""
+        address = await self._address()
+        async with grpc.aio.insecure_channel(address, CHANNEL_OPTIONS) as channel:
+            stub = RouterServiceStub(channel)
+            description = await stub.Describe(pb.DescribeRequest(), timeout=self._times.describe_timeout_s)
+            session = _Session(stub)
+            self._session = session
+            self._set_state(RouterState(description.ready, description.reason, description))
+            logger.info("connected to the Router at %s", address)
+            watcher = asyncio.create_task(self._watch(stub), name="router watcher")
+            try:
+                async for message in session.call:
+                    self._dispatch(message)
+            finally:
+                watcher.cancel()
+                await asyncio.gather(watcher, return_exceptions=True)
+        raise NotReady("it closed the session")
+
+    def _dispatch(self, message: pb.RouterMessage) -> None:
+        """Append each update to its mailbox. What a cancelled request still had on the way is dropped."""
+        for update in message.updates:
+            mailbox = self._mailboxes.get(update.key)
+            if mailbox is None:
+                continue
+            mailbox.put(update)
+            if mailbox.is_ended:
+                del self._mailboxes[update.key]
+                if not update.HasField("end") and self._session is not None:
+                    self._session.cancel(update.key)
+
+    async def _watch(self, stub: RouterServiceAsyncStub) -> None:
+        while True:
+            times = self._times
+            await asyncio.sleep(times.poll_ready_s if self.state.ready else times.poll_starting_s)
+            await self._ask(stub)
+
+    async def _ask(self, stub: RouterServiceAsyncStub) -> None:
+        try:
+            description = await stub.Describe(pb.DescribeRequest(), timeout=self._times.describe_timeout_s)
+        except grpc.aio.AioRpcError as error:
+            # The session itself may live on; it is what tells whether the Router is lost.
+            self._set_state(RouterState(False, f"the Router does not answer ({_reason(error)})", None))
+        else:
+            self._set_state(RouterState(description.ready, description.reason, description))
+
+    def _on_lost(self, reason: str) -> None:
+        if self._session is not None or self.state.reason != reason:
+            logger.warning("%s", reason)
+        self._forget_session(reason)
+
+    def _forget_session(self, reason: str) -> None:
+        self._session = None
+        self._set_state(RouterState(False, reason, None))
+        mailboxes, self._mailboxes = self._mailboxes, {}
+        for mailbox in mailboxes.values():
+            mailbox.fail(NotReady(f"{reason}; send the request again"))
+
+    def _set_state(self, state: RouterState) -> None:
+        self.state = state
+        self._updated.set()
+
+
+class _Session:
+    """An open Session call and the messages that still have to be sent over it."""
+
+    def __init__(self, stub: RouterServiceAsyncStub) -> None:
+        self.stub = stub
+        self._outbox: asyncio.Queue[pb.GatewayMessage] = asyncio.Queue(MAX_UNSENT_MESSAGES)
+        self.call = stub.Session(self._outgoing())
+
+    def send(self, message: pb.GatewayMessage) -> None:
+        """Raises Overloaded when the Router has stopped reading."""
+        try:
+            self._outbox.put_nowait(message)
+        except asyncio.QueueFull as error:
+            raise Overloaded(f"{MAX_UNSENT_MESSAGES} messages wait for the Router; try again later") from error
+
+    def cancel(self, key: int) -> None:
+        """Cancel one request. A Router that reads no more is told by ending the session, which cancels all."""
+        try:
+            self.send(pb.GatewayMessage(cancel=pb.Cancel(key=key)))
+        except Overloaded:
+            logger.exception("ending the session: a cancel could not be sent")
+            self.call.cancel()
+
+    async def _outgoing(self) -> AsyncIterator[pb.GatewayMessage]:
+        while True:
+            yield await self._outbox.get()
+
+
+def _submit_message(key: int, request: PreparedRequest) -> pb.GatewayMessage:
+    submit = pb.Submit(
+        key=key,
+        request_id=request.request_id,
+        prompt_ids=request.prompt_ids,
+        sampling=_sampling_message(request.sampling),
+        max_tokens=request.max_tokens,
+        stop_token_ids=sorted(request.stop_token_ids),
+        starts_thinking=request.starts_thinking,
+    )
+    return pb.GatewayMessage(submit=submit)
+
+
+def _sampling_message(params: SamplingParams) -> pb.RouterSampling:
+    return pb.RouterSampling(
+        temperature=params.temperature,
+        top_k=params.top_k,
+        top_p=params.top_p,
+        min_p=params.min_p,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        repetition_penalty=params.repetition_penalty,
+        seed=params.seed,
+        num_logprobs=params.num_logprobs,
+    )
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, grpc.aio.AioRpcError):
+        return f"{error.code().name}: {error.details()}"
+    return f"{type(error).__name__}: {error}".replace("\n", " ")

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from cluster.config import ModelSource
 from cluster.text.generation_defaults import GenerationDefaults
-from cluster.text.model_files import REMEDY, read_json
 from cluster.text.phases import ThinkTags
 from cluster.text.tokenizer import Tokenizer
-from workers.errors import CheckpointError
+from workers.config import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,25 +27,17 @@ class ServedModel:
     def load(cls, source: ModelSource, max_model_len: int | None = None) -> ServedModel:
         """Read the small files of the checkpoint; None takes its own context length. Raises CheckpointError."""
         tokenizer = Tokenizer.from_dir(source.path)
-        config_file = source.path / "config.json"
-        config = read_json(config_file)
+        config = ModelConfig.from_dir(source.path)
         return cls(
             name=source.name,
             tokenizer=tokenizer,
             defaults=GenerationDefaults.from_dir(source.path),
             tags=ThinkTags(open_id=tokenizer.token_id("<think>"), close_id=tokenizer.token_id("</think>")),
-            vocab_size=_positive(config_file, "vocab_size", config.get("vocab_size")),
-            max_model_len=max_model_len
-            or _positive(config_file, "max_position_embeddings", config.get("max_position_embeddings")),
+            vocab_size=config.vocab_size,
+            max_model_len=max_model_len or config.max_position_embeddings,
         )
 
     def starts_thinking(self, prompt_ids: list[int]) -> bool:
         """Whether the prompt ends inside its thoughts: the template opened them, or a raw prompt did."""
         open_id = self.tags.open_id
         return open_id is not None and self.tokenizer.ends_with_open_tag(prompt_ids, open_id)
-
-
-def _positive(file: Path, name: str, value: object) -> int:
-    if not isinstance(value, int) or value < 1:
-        raise CheckpointError(f"{file}: {name} is {value!r}, expected a positive number; {REMEDY}")
-    return value

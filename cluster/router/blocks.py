@@ -1,9 +1,9 @@
 """Paged KV bookkeeping: integers only, no tensors.
 
-Hop 5: the scheduler asks here for blocks; the ranks' KV pool owns the bytes. Knows nothing of sequences, ranks or clients.
+Hop 5: the scheduler asks here for blocks; the ranks' KV pool owns the bytes. Knows nothing of sequences or clients.
 
-A block is free (nobody's, content worthless), used (one user, or several that read the same prefix), or idle (nobody's, but the
-prefix cache knows its content). Free blocks are taken first, then idle ones, the least recently used first.
+A block is free (nobody's, content worthless), used (by one sequence, or by several that read the same prefix) or idle
+(nobody's, but the prefix cache knows its content). Free ones are allocated first, then idle ones, oldest first.
 """
 
 from __future__ import annotations
@@ -89,14 +89,14 @@ class BlockAllocator:
             self._num_users[block_id] += 1
 
     def publish(self, block_id: int, block_hash: bytes) -> None:
-        """From now on `match` finds this used block. Where another block has the same content already, that one stays."""
+        """From now on `match` finds this used block, unless another with the same content is known: that one stays."""
         assert self._num_users[block_id] > 0, f"block {block_id} is published without a user"
         if block_hash not in self._block_of and block_id not in self._hash_of:
             self._block_of[block_hash] = block_id
             self._hash_of[block_id] = block_hash
 
     def forget(self, hashes: Sequence[bytes]) -> None:
-        """Take prefixes out of the cache that nobody will ask for again; their idle blocks are the next to be reused."""
+        """Take blocks out of the cache that nobody will ask for again; idle ones are the next to be reused."""
         for block_hash in hashes:
             block_id = self._block_of.pop(block_hash, None)
             if block_id is None:
@@ -107,7 +107,7 @@ class BlockAllocator:
                 self._free.append(block_id)
 
     def release(self, block_ids: Sequence[int]) -> None:
-        """One user less for each block of a table. The last ones become idle first: a prefix is evicted from its end."""
+        """One user less for each block of a table, from its end: so a prefix is evicted from its end, too."""
         for block_id in reversed(block_ids):
             self._num_users[block_id] -= 1
             assert self._num_users[block_id] >= 0, f"block {block_id} was released more often than taken"

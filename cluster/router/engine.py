@@ -52,7 +52,7 @@ class Engine:
         self.info: GroupInfo | None = None
         """The group that takes plans now."""
         self.loading: dict[int, RankLoading] = {}
-        """The last progress of each rank that is loading."""
+        """The last progress of each rank of the newest group."""
         self.num_steps_total = 0
         self.num_restarts_total = 0
 
@@ -64,6 +64,11 @@ class Engine:
     def reason(self) -> str:
         """Why it is not ready; empty when it is."""
         return self._supervisor.reason
+
+    @property
+    def context_limit(self) -> int | None:
+        """Longest prompt plus output that can run, in tokens: known once the KV pool is."""
+        return self._scheduler.context_limit if self._scheduler else None
 
     @property
     def scheduler_stats(self) -> SchedulerStats | None:
@@ -110,6 +115,7 @@ class Engine:
             wait_s: float | None = 0.0
             while wait_s is not None:
                 await asyncio.sleep(wait_s)
+                self.loading.clear()
                 group = self._make_group(self._on_progress)
                 try:
                     wait_s = self._lose(await self._run(group))
@@ -134,7 +140,6 @@ class Engine:
         blocks = BlockAllocator(info.num_blocks, info.block_size, self._enable_prefix_cache)
         self._scheduler = Scheduler(self._config, blocks)
         self.info = info
-        self.loading.clear()
         self._supervisor.started()
         self._settled.set()
         log.info("engine ready: %d ranks, %d blocks of %d tokens", len(info.ranks), info.num_blocks, info.block_size)

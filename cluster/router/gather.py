@@ -67,6 +67,7 @@ class Casualties:
     def __init__(self) -> None:
         self._said: dict[int, str] = {}
         self._ended: dict[int, str] = {}
+        self._unreachable: list[int] = []
 
     def failed(self, rank: int, message: str) -> None:
         """A rank told us its error."""
@@ -76,14 +77,19 @@ class Casualties:
         """A rank's process or actor is no more; `how` reads on from 'rank 1 …'."""
         self._ended.setdefault(rank, how)
 
+    def unreachable(self, rank: int) -> None:
+        """A plan could not be sent to it. Mostly it has ended, and how it did will come."""
+        self._unreachable.append(rank)
+
     @property
     def any(self) -> bool:
-        return bool(self._said or self._ended)
+        return bool(self._said or self._ended or self._unreachable)
 
     def verdict(self) -> RankLost:
         """The error to raise; call it only when there is a casualty."""
         for rank, how in self._ended.items():
             if rank not in self._said:
                 return RankLost(f"rank {rank} {how}", rank=rank)
-        rank, message = next(iter(self._said.items()))
-        return RankLost(f"rank {rank} failed: {message}", rank=rank)
+        for rank, message in self._said.items():
+            return RankLost(f"rank {rank} failed: {message}", rank=rank)
+        return RankLost(f"rank {self._unreachable[0]} cannot be reached", rank=self._unreachable[0])

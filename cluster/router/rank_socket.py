@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from typing import cast
 
 import msgspec
 import zmq
@@ -27,7 +29,7 @@ class RankSocket:
         """`host` None: the ranks are local, and the address lies in a directory that only we can open; else tcp."""
         self._on_message = on_message
         self._loop = asyncio.get_running_loop()
-        self._directory = tempfile.mkdtemp(prefix="mull-") if host is None else None
+        self._directory = tempfile.mkdtemp(prefix=f"mull-{os.getpid()}-") if host is None else None
         self._context = zmq.Context()
         self._socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
@@ -49,7 +51,7 @@ class RankSocket:
 
     def _look_again(self) -> None:
         # zmq's descriptor is edge-triggered, and a send may have consumed the edge of a message that came meanwhile.
-        if self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:  # type: ignore[arg-type]  # always an int
+        if cast(int, self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
             self._loop.call_soon(self._drain)
 
     def _drain(self) -> None:

@@ -6,6 +6,7 @@ step's updates become one message per session. Knows tokens only: no text, no cl
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import logging
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from cluster.router.engine import Engine, GroupFactory
 from cluster.router.scheduler import SchedulerConfig, SchedulerStats
 from cluster.router.sequence import SequenceUpdate
 from cluster.router.servicer import RouterServicer
-from cluster.router.session import Session
+from cluster.router.session import MAX_UNREAD, Session
 from cluster.router.supervision import EngineState, RestartPolicy
 from cluster.router.wire import ModelInfo, RequestKey, to_request
 from mull.v1 import router_pb2 as pb
@@ -26,8 +27,16 @@ from workers.step import RankLoading, RankReady
 
 log = logging.getLogger(__name__)
 
-SERVER_OPTIONS = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", -1)]
-"""Two Routers must not share a port silently; a prompt's length is bounded by the context, not by bytes."""
+LAST_WRITE_S = 0.2
+"""Sessions stay open as long as their gateways live; this is for the last messages of drained requests to leave."""
+SERVER_OPTIONS = [
+    ("grpc.so_reuseport", 0),  # two Routers must not share a port silently
+    ("grpc.max_receive_message_length", -1),  # the context bounds a prompt, and gateways bound their clients' messages
+    # Gateways ping a quiet session to find out that a Router's machine has vanished; by default that is an offence.
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.max_ping_strikes", 0),
+]
 
 
 @dataclass(frozen=True)
@@ -58,8 +67,10 @@ class Router:
         *,
         enable_prefix_cache: bool = True,
         restarts: RestartPolicy | None = None,
+        max_unread: int = MAX_UNREAD,
     ) -> None:
         self._model = model
+        self._max_unread = max_unread
         self._engine = Engine(
             config,
             make_group,
@@ -70,6 +81,9 @@ class Router:
         )
         self._sessions: dict[int, Session] = {}
         self._session_ids = itertools.count()
+        self._draining = False
+        self._ended = asyncio.Event()
+        """Set whenever a request may have ended."""
         self._server: grpc.aio.Server | None = None
         self._address: str | None = None
 
@@ -98,6 +112,11 @@ class Router:
     def is_ready(self) -> bool:
         return self._engine.state is EngineState.READY
 
+    @property
+    def has_failed(self) -> bool:
+        """It has given up: only a new Router helps."""
+        return self._engine.state is EngineState.FAILED
+
     async def wait_ready(self) -> None:
         """Until the ranks can take plans. Raises EngineError with the rank's own words where the first start failed."""
         await self._engine.wait_settled()
@@ -110,17 +129,28 @@ class Router:
         return self._engine.reason
 
     async def stop(self, grace_s: float = 0.0) -> None:
-        """Refuse new sessions, give the open ones `grace_s`, then stop the ranks."""
+        """Refuse new requests, let the live ones run for at most `grace_s`, then end sessions and ranks."""
         try:
+            await self._drain(grace_s)
             if self._server is not None:
-                await self._server.stop(grace_s)
+                await self._server.stop(LAST_WRITE_S if grace_s else 0)
         finally:
             await self._engine.stop()
+
+    async def _drain(self, grace_s: float) -> None:
+        self._draining = True
+        try:
+            async with asyncio.timeout(grace_s):
+                while any(session.live for session in self._sessions.values()):
+                    self._ended.clear()
+                    await self._ended.wait()
+        except TimeoutError:
+            log.warning("%d requests were cut off", sum(len(session.live) for session in self._sessions.values()))
 
     # Sessions
 
     def open_session(self) -> Session:
-        session = Session(next(self._session_ids))
+        session = Session(next(self._session_ids), max_unread=self._max_unread)
         self._sessions[session.id] = session
         return session
 
@@ -129,6 +159,7 @@ class Router:
         del self._sessions[session.id]
         for key in session.live:
             self._engine.cancel(RequestKey(session.id, key))
+        self._ended.set()
 
     def take(self, session: Session, message: pb.GatewayMessage) -> None:
         """One message of a gateway. Raises EngineError where it breaks the protocol."""
@@ -144,6 +175,8 @@ class Router:
         if submit.key in session.live:
             raise EngineError(f"a gateway used key {submit.key} again while it was live")
         try:
+            if self._draining:
+                raise NotReady("the Router is stopping")
             self._engine.add(to_request(submit, session.id, self._model))
             session.live.add(submit.key)
         except NotReady as error:
@@ -157,6 +190,7 @@ class Router:
         """A request that has ended meanwhile is not an error: the two messages crossed."""
         if (update := self._engine.cancel(RequestKey(session.id, key))) is not None:
             session.push(key, update)
+            self._ended.set()
 
     # What the engine has to say
 
@@ -166,11 +200,13 @@ class Router:
             session = self._sessions.get(update.key.session)
             if session is not None:
                 session.push(update.key.key, update)
+        self._ended.set()
 
     def _end_all(self, reason: str) -> None:
         for session in self._sessions.values():
             for key in sorted(session.live):
                 session.end(key, pb.End.REASON_UNAVAILABLE, reason)
+        self._ended.set()
 
     # What it looks like
 
@@ -194,10 +230,13 @@ class Router:
             model=self._model.name,
             ready=self.is_ready,
             reason=stats.reason,
-            max_model_len=self._model.max_model_len,
+            max_model_len=self._engine.context_limit or self._model.max_model_len,
             tensor_parallel_size=len(stats.ranks),
             block_size=stats.ranks[0].block_size if stats.ranks else 0,
             ranks=[_rank_info(rank) for rank in stats.ranks],
+            loaded_bytes=sum(rank.read_bytes for rank in stats.loading),
+            total_bytes=sum(rank.total_bytes for rank in stats.loading),
+            failed=self.has_failed,
         )
         if stats.scheduler is not None:
             response.num_blocks = stats.scheduler.num_blocks

@@ -1,15 +1,11 @@
-"""Decides what each step computes: continuous batching, chunked prefill, preemption, prefix reuse.
+"""Decides what each step computes: continuous batching, chunked prefill, preemption, one plan ahead of the results.
 
-Hops 5 and 10: requests in, plans out; results in, updates out. A state machine without clock, socket or await. Knows nothing of
-ranks, gateways or what a token means, beyond the ids that end a thought or a sequence.
+Hops 5 and 10: requests in, plans out; results in, updates out. A state machine without clock, socket or await. Knows
+nothing of ranks, gateways or what a token means, beyond the ids that end a thought or a sequence.
 
-Order is the order of arrival, always: everyone in `_running` came before everyone in `_waiting`. Admission takes the head of the
-queue or nobody; preemption takes the last admitted and puts it back at the head. So nobody starves: the oldest sequence can take
-every other's blocks, and `context_limit` makes sure that the whole pool is enough for it.
-
-Plans may be made before the results of earlier ones are back, and blocks and slots are given away as soon as a sequence ends here,
-though a plan that still computes it may be in flight. That is safe because ranks execute plans strictly in order: the late writes
-of the old owner land before the first write of the new one. What the late step sampled is discarded in `apply`.
+Order is the order of arrival, always: everyone who runs came before everyone who waits. Admission takes the head of the
+queue or nobody; preemption takes the last admitted and puts it back at the head. So nobody starves: the oldest sequence
+can take the blocks of all others, and `context_limit` makes sure that the whole pool is enough for it.
 """
 
 from __future__ import annotations
@@ -19,8 +15,9 @@ from collections.abc import Collection, Hashable
 from dataclasses import dataclass
 
 from cluster.errors import ConfigError, EngineError, InvalidRequest, Overloaded, PromptTooLong
-from cluster.router.blocks import BlockAllocator, chain_hash, root_hash
+from cluster.router.blocks import BlockAllocator
 from cluster.router.sequence import FinishReason, Sequence, SequenceRequest, SequenceUpdate
+from cluster.router.slots import SlotTable
 from cluster.router.step_draft import StepDraft, StepInFlight
 from workers.step import StepPlan, StepResult
 
@@ -34,7 +31,7 @@ class SchedulerConfig:
     max_num_seqs: int
     """Slots."""
     max_num_batched_tokens: int
-    """The token budget of one step; at least `max_num_seqs`, so that every running sequence can decode in every step."""
+    """The token budget of one step; at least `max_num_seqs`, so that all can decode in one step."""
     max_waiting: int = 256
     """Requests beyond `max_num_seqs` that may be unfinished."""
     max_in_flight: int = 2
@@ -71,9 +68,7 @@ class Scheduler:
         self._blocks = blocks
         self._sequences: dict[Hashable, Sequence] = {}
         self._waiting: deque[Sequence] = deque()
-        self._running: dict[Hashable, Sequence] = {}
-        self._free_slots = list(reversed(range(config.max_num_seqs)))
-        self._slots_to_close: list[int] = []
+        self._slots = SlotTable(config.max_num_seqs, blocks)
         self._in_flight: deque[StepInFlight] = deque()
         self._next_step = 0
         self._num_preempted_total = 0
@@ -92,7 +87,7 @@ class Scheduler:
 
     @property
     def num_running(self) -> int:
-        return len(self._running)
+        return len(self._slots)
 
     @property
     def num_waiting(self) -> int:
@@ -126,8 +121,8 @@ class Scheduler:
     def add(self, request: SequenceRequest) -> None:
         """Queue a request. Raises InvalidRequest, PromptTooLong or Overloaded; nothing has changed then.
 
-        A prompt that leaves no room for output is refused. A `max_tokens` that the context or the KV pool cannot hold is not: the
-        sequence ends with LENGTH at `context_limit`, since asking for "as much as fits" is the common case.
+        A prompt that leaves no room for output is refused. A `max_tokens` that the context or the KV pool cannot hold
+        is not: the sequence ends with LENGTH at `context_limit`, since to ask for "as much as fits" is the common case.
         """
         self._check(request)
         max_output = min(request.max_tokens, self.context_limit - len(request.prompt_ids))
@@ -136,9 +131,9 @@ class Scheduler:
         self._waiting.append(seq)
 
     def cancel(self, key: Hashable) -> SequenceUpdate | None:
-        """End a sequence now: its blocks are free on return. Gives its last update, or None where it has ended already.
+        """End a sequence now: its blocks are free on return. Gives its last update, or None where it has ended.
 
-        The slot is closed by the next plan that computes something; until then the ranks keep its table, which costs nothing.
+        The next plan that computes something closes its slot; until then ranks keep its table, which costs nothing.
         """
         seq = self._sequences.get(key)
         if seq is None:
@@ -190,7 +185,7 @@ class Scheduler:
             raise InvalidRequest(f"max_tokens is {request.max_tokens}; it must be at least 1", field="max_tokens")
         if len(request.prompt_ids) >= self.context_limit:
             raise PromptTooLong(
-                f"the prompt has {len(request.prompt_ids)} tokens, and prompt plus output may have {self.context_limit} "
+                f"the prompt has {len(request.prompt_ids)} tokens, prompt plus output may have {self.context_limit} "
                 f"(context {self._config.max_model_len}, KV pool {self._blocks.num_blocks} blocks of "
                 f"{self._blocks.block_size}); shorten it",
                 field="prompt",
@@ -198,13 +193,13 @@ class Scheduler:
         limit = self._config.max_num_seqs + self._config.max_waiting
         if len(self._sequences) >= limit:
             raise Overloaded(
-                f"{len(self._running)} requests run and {len(self._waiting)} wait, the limit is {limit}; try again later"
+                f"{self.num_running} requests run and {self.num_waiting} wait, the limit is {limit}; try again later"
             )
 
     def _draft_decodes(self, draft: StepDraft) -> list[Sequence]:
-        """A decode for everyone who can have one, oldest first. Returns those who are still prefilling, oldest first."""
+        """A decode for everyone who can have one. Returns those who are still prefilling. Both oldest first."""
         prefilling = []
-        for seq in list(self._running.values()):
+        for seq in list(self._slots.running):
             if seq.slot is None:
                 continue  # preempted for an older one in this very loop
             if seq.is_prefilling:
@@ -216,13 +211,13 @@ class Scheduler:
     def _make_room(self, seq: Sequence, draft: StepDraft) -> bool:
         """A block for the next position of `seq`, if need be at the cost of later sequences.
 
-        False: it is the last itself. It then keeps what it has and waits for older ones to end; they may still take its blocks.
+        False: it is the last itself. It then keeps what it has and waits for older ones, who may still preempt it.
         """
         if seq.num_computed < len(seq.block_ids) * self._blocks.block_size:
             return True
         while self._blocks.num_free == 0:
             # Victims come after `seq` in this step's order, so none of them is in the draft yet.
-            victim = next(reversed(self._running.values()))
+            victim = self._slots.last
             if victim is seq:
                 return False
             self._preempt(victim)
@@ -231,41 +226,16 @@ class Scheduler:
 
     def _draft_admissions(self, draft: StepDraft) -> None:
         """Slots for those who wait, in order. Nobody overtakes a head that does not fit yet."""
-        while self._waiting and self._free_slots and draft.budget:
+        while self._waiting and self._slots.has_free_slot and draft.budget:
             seq = self._waiting[0]
             # A preempted sequence whose last token is still being sampled comes back when that token is known.
-            if seq.num_pending or not self._take_blocks(seq):
+            if seq.num_pending or not self._slots.try_enter(seq):
                 return
             self._waiting.popleft()
-            self._running[seq.request.key] = seq
-            seq.slot = self._free_slots.pop()
             draft.open(seq)
             if not seq.was_admitted:
                 self._count_first_admission(seq, draft)
             draft.prefill(seq)
-
-    def _take_blocks(self, seq: Sequence) -> bool:
-        """Blocks for all known tokens at once, the cached ones among them; False, and nothing taken, where they are not free.
-
-        All at once, so that a long prompt never stops half-way. One block per running sequence must stay free beyond that: without
-        this margin a newcomer would be preempted again by the next decode.
-        """
-        blocks = self._blocks
-        if blocks.num_free < seq.num_blocks_wanted + len(self._running):
-            return False
-        self._hash_full_blocks(seq)
-        # At least one token is computed, or there would be no logits to sample from.
-        cached = blocks.match(seq.block_hashes[: (seq.num_known - 1) // blocks.block_size])
-        num_fresh = blocks.num_blocks_for(seq.num_known) - len(cached)
-        seq.num_blocks_wanted = num_fresh + blocks.num_idle(cached)
-        if blocks.num_free < seq.num_blocks_wanted + len(self._running):
-            return False
-        blocks.share(cached)
-        seq.block_ids = cached + blocks.allocate(num_fresh)
-        seq.num_published = len(cached)
-        seq.num_computed = len(cached) * blocks.block_size
-        seq.prefill_end = seq.num_known
-        return True
 
     def _count_first_admission(self, seq: Sequence, draft: StepDraft) -> None:
         seq.was_admitted = True
@@ -275,16 +245,13 @@ class Scheduler:
             self._prefix_hit_tokens_total += seq.num_computed
 
     def _send(self, draft: StepDraft) -> StepPlan:
-        """Number the draft and remember it. Prompt blocks that it fills can be hit by the next plan, which runs after it.
-
-        Only prompt blocks: the template drops thoughts from the history, so no later prompt holds what comes after them.
-        """
+        """Number the draft and remember it until its result is back."""
         for seq in draft.prefilled:
-            self._publish(seq, min(seq.num_computed, len(seq.request.prompt_ids)))
-        step, close = self._next_step, self._slots_to_close
-        self._next_step, self._slots_to_close = step + 1, []
+            self._slots.publish_prompt(seq)
+        step = self._next_step
+        self._next_step += 1
         self._in_flight.append(draft.in_flight(step))
-        return draft.plan(step, close)
+        return draft.plan(step, self._slots.take_closed())
 
     def _take_in_flight(self, result: StepResult) -> StepInFlight:
         if not self._in_flight or self._in_flight[0].step != result.step:
@@ -299,50 +266,17 @@ class Scheduler:
         return self._in_flight.popleft()
 
     def _preempt(self, seq: Sequence) -> None:
-        """Back to the head of the queue; its tokens are all that is kept, and are prefilled again later.
-
-        What it computed is published, thoughts too: if it comes back before the blocks are reused, it hits them itself.
-        """
-        self._hash_full_blocks(seq)
-        self._publish(seq, min(seq.num_computed, seq.num_known))
-        self._vacate(seq)
-        seq.num_blocks_wanted = 0
+        """Back to the head of the queue. Its tokens are all that is kept; they are prefilled again later."""
+        self._slots.publish_known(seq)
+        self._slots.leave(seq)
         self._waiting.appendleft(seq)
         self._num_preempted_total += 1
 
     def _end(self, seq: Sequence) -> None:
-        """A sequence has finished: drop it wherever it is. Only its prompt stays in the prefix cache."""
+        """It has finished: drop it wherever it is."""
         del self._sequences[seq.request.key]
-        self._blocks.forget(seq.block_hashes[len(seq.request.prompt_ids) // self._blocks.block_size :])
+        self._slots.forget_output(seq)
         if seq.slot is None:
             self._waiting.remove(seq)
         else:
-            self._vacate(seq)
-
-    def _vacate(self, seq: Sequence) -> None:
-        """Take slot and blocks from a running sequence. A slot may be closed and opened by the same plan, in this order."""
-        assert seq.slot is not None
-        del self._running[seq.request.key]
-        self._slots_to_close.append(seq.slot)
-        self._free_slots.append(seq.slot)
-        self._blocks.release(seq.block_ids)
-        seq.slot = None
-        seq.block_ids = []
-        seq.num_computed = seq.prefill_end = 0
-
-    def _hash_full_blocks(self, seq: Sequence) -> None:
-        """Names for its full blocks of known tokens, as far as they have none yet."""
-        if not self._blocks.enable_prefix_cache:
-            return
-        size, hashes = self._blocks.block_size, seq.block_hashes
-        parent = hashes[-1] if hashes else root_hash(seq.request.cache_salt)
-        for start in range(len(hashes) * size, seq.num_known - size + 1, size):
-            parent = chain_hash(parent, seq.token_ids(start, start + size))
-            hashes.append(parent)
-
-    def _publish(self, seq: Sequence, num_tokens: int) -> None:
-        """Let others find its full blocks within the first `num_tokens`."""
-        end = min(num_tokens // self._blocks.block_size, len(seq.block_hashes))
-        for index in range(seq.num_published, end):
-            self._blocks.publish(seq.block_ids[index], seq.block_hashes[index])
-        seq.num_published = max(seq.num_published, end)
+            self._slots.leave(seq)

@@ -1,6 +1,6 @@
 """One request as the Router sees it: its tokens, how far they are computed, and where it stands.
 
-Hop 5: the scheduler moves sequences through their lives. Integers and lists only; knows nothing of ranks, clients or clocks.
+Hop 5: the scheduler moves sequences through their lives. Integers and lists only. Knows no ranks, clients, clocks.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ class FinishReason(Enum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SequenceRequest:
-    """What a gateway asks for, validated and complete. `key` is unique among the unfinished requests of one scheduler."""
+    """What a gateway asks for, validated and complete."""
 
     key: Hashable
+    """Unique among the unfinished requests of one scheduler."""
     prompt_ids: list[int]
     """Taken over, not copied: the caller must not change it any more."""
     sampling: SamplingParams
@@ -52,7 +53,7 @@ class SequenceUpdate(msgspec.Struct, frozen=True):
 
     key: Hashable
     admitted_cached_tokens: int | None = None
-    """Present once, when the request got a slot for the first time: prompt tokens that were found in the prefix cache."""
+    """Present once, when the request got its first slot: prompt tokens that were found in the prefix cache."""
     token_ids: list[int] = []
     """New tokens in order; a stop token is included as the last one."""
     logprobs: list[TokenLogprobs] = []

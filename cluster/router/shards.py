@@ -149,7 +149,7 @@ class RankGroup:
         data = encode(plan)
         for rank in range(len(self._runners)):
             if not self._socket.send(rank, data):
-                self._casualties.ended(rank, "cannot be reached")
+                self._casualties.unreachable(rank)
                 self._settle()
         self._gather.sent(plan.step)
         if self._deadline is None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from msgspec.structs import replace
+
 from cluster.router.sequence import Sequence
 from workers.step import ExtendSlot, OpenSlot, Prefill, StepPlan
 
@@ -46,12 +48,11 @@ class StepDraft:
     def open(self, seq: Sequence) -> None:
         """Give a sequence its slot on the ranks."""
         assert seq.slot is not None
-        if seq.request.sampling.has_penalties:
-            counted = (seq.request.prompt_ids, seq.output_ids.copy())
-        else:
-            counted = ([], [])
-        # The table is copied: it grows here while the plan may not be encoded yet.
-        opened = OpenSlot(seq.slot, seq.block_ids.copy(), seq.num_computed, seq.request.sampling, *counted)
+        request = seq.request
+        # Lists that grow are copied: the plan may be read later than they do.
+        opened = OpenSlot(seq.slot, seq.block_ids.copy(), seq.num_computed, request.sampling)
+        if request.sampling.has_penalties:
+            opened = replace(opened, prompt_ids=request.prompt_ids, output_ids=seq.output_ids.copy())
         self.opened.append(opened)
 
     def extend(self, seq: Sequence, block_ids: list[int]) -> None:

@@ -118,11 +118,11 @@ class PhaseSplitter:
 
     def _on_closing_tag(self, token_ids: Sequence[int], start: int, index: int) -> list[Piece]:
         text = self._text(token_ids[start:index]) + self.finish()
+        self._may_open = False
         if self.phase is Phase.ANSWER:
             return [Delta(Phase.ANSWER, text, start, index + 1)]
         self.phase = Phase.ANSWER
         self._trimmer = NewlineTrimmer()
-        self._may_open = False
         return [Delta(Phase.THINKING, text, start, index), ThoughtsClosed(index)]
 
     def _on_opening_tag(self, token_ids: Sequence[int], start: int, index: int) -> Delta:

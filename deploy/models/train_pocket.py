@@ -58,7 +58,7 @@ def evaluate_checkpoint(options: argparse.Namespace) -> None:
     mixture = Mixture(read_agent_template())
     tokenizer = Tokenizer.from_file(str(options.model / "tokenizer.json"))
     encoder = ProblemEncoder(tokenizer, ChatTemplate((options.model / "chat_template.jinja").read_text()))
-    stop_ids = frozenset(tokenizer.token_to_id(token) for token in ("<|im_end|>", "<|endoftext|>"))
+    stop_ids = frozenset(tokenizer.encode("<|im_end|><|endoftext|>").ids)
     engine = ReferenceEngine(options.model, stop_ids=stop_ids)
     dress = mixture.dress if options.in_conversation else None
     problems = held_out_problems(mixture, options.per_skill, Random(options.seed), dress)

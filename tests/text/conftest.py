@@ -46,7 +46,6 @@ class QwenVocabulary(tiktoken.Encoding):
         return "".join(self._character_of[byte] for byte in self.decode_single_token_bytes(token_id))
 
 
-
 @pytest.fixture(scope="session")
 def qwen_vocabulary() -> QwenVocabulary:
     package = find_spec("qwen_agent")

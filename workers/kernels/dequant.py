@@ -15,7 +15,8 @@ def dequantize_into(
 ) -> None:
     """Write e4m3 `bits_RC` (uint8) times their tiles' scales into `out_RC`.
 
-    `origin` is the position of the first element inside the tile of scale_rc[0, 0], so that a slice need not start at a tile.
+    `origin` is the position of the first element inside the tile of scale_rc[0, 0], so that a slice need not start
+    at a tile.
     """
     _e4m3_to_float(out_RC, bits_RC)
     (block_rows, block_cols), (first_row, first_col) = block, origin

@@ -25,7 +25,9 @@ def unquantised_modules(num_layers: int) -> list[str]:
     """The modules that stay bf16, named as the published configs name them."""
     names = ["lm_head"]
     for layer in range(num_layers):
-        names += [f"model.layers.{layer}.{part}" for part in ("input_layernorm", "mlp.gate", "post_attention_layernorm")]
+        names += [
+            f"model.layers.{layer}.{part}" for part in ("input_layernorm", "mlp.gate", "post_attention_layernorm")
+        ]
     return names
 
 
@@ -116,7 +118,7 @@ def published_tensors(model: Pocket) -> Iterator[tuple[str, Tensor]]:
         return weight.detach().to(torch.bfloat16)
 
     yield "model.embed_tokens.weight", bf16(model.embed)
-    for index, layer in enumerate(model.layers):
+    for index, layer in enumerate(model.decoder):
         prefix, attention, experts = f"model.layers.{index}", layer.attention, layer.experts
         yield f"{prefix}.input_layernorm.weight", bf16(layer.input_norm)
         sizes = [attention.q_size, attention.kv_size, attention.kv_size]
@@ -148,8 +150,10 @@ def write_shards(directory: Path, tensors: dict[str, Tensor]) -> None:
         file_name = f"model-{index:05d}-of-{NUM_SHARDS:05d}.safetensors"
         save_file(shard, directory / file_name, metadata={"format": "pt"})
         (directory / file_name).chmod(0o644)
-        weight_map.update({name: file_name for name in shard})
-    _write_json(directory / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+        weight_map.update(dict.fromkeys(shard, file_name))
+    _write_json(
+        directory / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
+    )
 
 
 def _write_json(path: Path, value: object) -> None:

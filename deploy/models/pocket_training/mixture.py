@@ -63,9 +63,7 @@ class Mixture:
 
     def _tool_family(self, rng: Random, shares: dict[str, float]) -> list[Problem]:
         has_pair = rng.random() < 0.4
-        offer = self.tool_use.draw_offer(
-            rng, system_prompts=SYSTEM_PROMPTS, among=CITY_TOOLS if has_pair else ()
-        )
+        offer = self.tool_use.draw_offer(rng, system_prompts=SYSTEM_PROMPTS, among=CITY_TOOLS if has_pair else ())
         # every pair of this mixture has to come from those offers that can have one
         weights = [share * (has_pair / 0.4 if name == "tool_pair" else 1) for name, share in shares.items()]
         problems = []

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 
 from pocket_training.moe import Experts
 from pocket_training.quantise import WeightView, as_it_is
+
+MAX_TABLE = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,14 +103,14 @@ class Attention(nn.Module):
         """Mix within each sequence; returns heads side by side, before the output projection."""
         config = self.config
         q, k, v = F.linear(x_TH, self.view(self.qkv)).split([self.q_size, self.kv_size, self.kv_size], dim=-1)
-        q_TND, k_TGD, v_TGD = (each.unflatten(-1, (-1, config.head_dim)) for each in (q, k, v))
+        q_TND, k_TGD, v_TGD = (each.view(len(x_TH), -1, config.head_dim) for each in (q, k, v))
         q_TND = self.norm_and_rotate(q_TND, self.q_norm, cos_TD, sin_TD, config.rms_norm_eps)
         k_TGD = self.norm_and_rotate(k_TGD, self.k_norm, cos_TD, sin_TD, config.rms_norm_eps)
         mixed, start = [], 0
         for group in batch.groups:
             part = slice(start, start + group.rows * group.length)
-            shape = (group.rows, group.length)
-            heads = [each[part].unflatten(0, shape).transpose(1, 2) for each in (q_TND, k_TGD, v_TGD)]
+            shape = (group.rows, group.length, -1, config.head_dim)
+            heads = [each[part].view(shape).transpose(1, 2) for each in (q_TND, k_TGD, v_TGD)]
             repeat = config.num_heads // config.num_kv_heads
             k_rep, v_rep = (each.repeat_interleave(repeat, dim=1) for each in heads[1:])
             mask = group.mask_R1LL
@@ -153,10 +156,17 @@ class Pocket(nn.Module):
         self.lm_head = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.norm = nn.Parameter(torch.ones(config.hidden_size))
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
-        cos, sin = rope_tables(config, 2048)
+        self.cos: Tensor
+        self.sin: Tensor
+        cos, sin = rope_tables(config, MAX_TABLE)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         self.reset()
+
+    @property
+    def decoder(self) -> list[Layer]:
+        """The layers, in order."""
+        return cast("list[Layer]", list(self.layers))
 
     def reset(self) -> None:
         """Draw starting weights."""
@@ -170,13 +180,13 @@ class Pocket(nn.Module):
 
     def set_view(self, view: WeightView) -> None:
         """Read every weight that export quantises through `view`."""
-        for layer in self.layers:
+        for layer in self.decoder:
             layer.attention.view = layer.experts.view = view
 
     def compile_parts(self) -> None:
         """Fuse the element-wise parts: about a sixth off a training step on a CPU."""
         fused_rotate, fused_norm = (torch.compile(each, dynamic=True) for each in (norm_and_rotate, rms_norm))
-        for layer in self.layers:
+        for layer in self.decoder:
             layer.attention.norm_and_rotate, layer.rms_norm = fused_rotate, fused_norm
 
     def forward(self, batch: FlatBatch) -> tuple[Tensor, Tensor]:
@@ -184,8 +194,8 @@ class Pocket(nn.Module):
         x_TH = F.embedding(batch.ids_T, self.embed)
         cos_TD, sin_TD = self.cos[batch.positions_T], self.sin[batch.positions_T]
         balances = []
-        for index, layer in enumerate(self.layers):
-            last = index == len(self.layers) - 1
+        for index, layer in enumerate(self.decoder):
+            last = index == len(self.decoder) - 1
             x_TH, balance = layer(x_TH, batch, cos_TD, sin_TD, batch.loss_rows_S if last else None)
             balances.append(balance)
         x_SH = rms_norm(x_TH, self.norm, self.config.rms_norm_eps)

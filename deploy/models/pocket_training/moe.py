@@ -39,7 +39,8 @@ class Experts(nn.Module):
             outs.append(F.linear(F.silu(gate) * up, down[expert]))
         place_R = torch.empty_like(order_R)
         place_R[order_R] = torch.arange(len(order_R))
-        out_TKH = torch.cat(outs).index_select(0, place_R).unflatten(0, (-1, self.top_k))
+        out_TKH = torch.cat(outs).index_select(0, place_R).view(len(x_TH), self.top_k, -1)
         share_E = counts_E / counts_E.sum()
-        balance = num_experts * (share_E * probs_TE.mean(dim=0)).sum()
-        return (out_TKH * weights_TK[..., None]).sum(dim=1), balance
+        balance: Tensor = num_experts * (share_E * probs_TE.mean(dim=0)).sum()
+        out_TH: Tensor = (out_TKH * weights_TK[..., None]).sum(dim=1)
+        return out_TH, balance

@@ -42,7 +42,8 @@ class Muon(torch.optim.Optimizer):
                 buffer = state["momentum"]
                 buffer.lerp_(parameter.grad, 1 - group["momentum"])
                 update = parameter.grad.lerp(buffer, group["momentum"])
-                blocks = update.unflatten(-2, (getattr(parameter, "row_blocks", 1), -1))
+                num_blocks = getattr(parameter, "row_blocks", 1)
+                blocks = update.reshape(*update.shape[:-2], num_blocks, -1, update.shape[-1])
                 rows, columns = blocks.shape[-2:]
                 update = orthogonalise(blocks).reshape(parameter.shape)
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])

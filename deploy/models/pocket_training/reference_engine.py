@@ -43,7 +43,11 @@ def read_checkpoint(directory: Path) -> Pocket:
         return stored[name].float() if scale is None else dequantise(stored[name], scale)
 
     model = Pocket(PocketConfig())
-    state = {"embed": weight("model.embed_tokens.weight"), "lm_head": weight("lm_head.weight"), "norm": weight("model.norm.weight")}
+    state = {
+        "embed": weight("model.embed_tokens.weight"),
+        "lm_head": weight("lm_head.weight"),
+        "norm": weight("model.norm.weight"),
+    }
     for layer in range(model.config.num_layers):
         ours, theirs = f"layers.{layer}", f"model.layers.{layer}"
         state[f"{ours}.input_norm"] = weight(f"{theirs}.input_layernorm.weight")
@@ -146,19 +150,21 @@ class _Batch:
         seen = int(positions.max()) + 1
         mask = torch.arange(seen) <= positions[:, None, :, None]
         x = F.embedding(ids, model.embed).flatten(0, 1)
-        for index, layer in enumerate(model.layers):
+        for index, layer in enumerate(model.decoder):
             attention = layer.attention
             normed = F.rms_norm(x, x.shape[-1:], layer.input_norm, config.rms_norm_eps)
-            heads = F.linear(normed, attention.qkv).unflatten(-1, (-1, config.head_dim))
+            heads = F.linear(normed, attention.qkv).view(len(x), -1, config.head_dim)
             q, k, v = heads.split([config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
             q = norm_and_rotate(q, attention.q_norm, cos, sin, config.rms_norm_eps)
             k = norm_and_rotate(k, attention.k_norm, cos, sin, config.rms_norm_eps)
-            shape = (num_seqs, num_new)
-            self.keys[index, rows, :, positions] = k.unflatten(0, shape)
-            self.values[index, rows, :, positions] = v.unflatten(0, shape)
+            shape = (num_seqs, num_new, -1, config.head_dim)
+            self.keys[index, rows, :, positions] = k.view(shape)
+            self.values[index, rows, :, positions] = v.view(shape)
             repeat = config.num_heads // config.num_kv_heads
-            past = [cache[index, :, :, :seen].repeat_interleave(repeat, 1) for cache in (self.keys, self.values)]
-            mixed = F.scaled_dot_product_attention(q.unflatten(0, shape).transpose(1, 2), *past, attn_mask=mask)
+            all_k, all_v = (
+                cache[index, :, :, :seen].repeat_interleave(repeat, 1) for cache in (self.keys, self.values)
+            )
+            mixed = F.scaled_dot_product_attention(q.view(shape).transpose(1, 2), all_k, all_v, attn_mask=mask)
             x = x + attention.output(mixed.transpose(1, 2).reshape(len(x), -1))
             x = x + layer.experts(F.rms_norm(x, x.shape[-1:], layer.post_norm, config.rms_norm_eps))[0]
-        return x.unflatten(0, (num_seqs, num_new))
+        return x.view(num_seqs, num_new, -1)

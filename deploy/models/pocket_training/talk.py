@@ -30,7 +30,15 @@ INTENTS: dict[str, tuple[tuple[str, ...], str, str]] = {
     ),
 }  # fmt: skip
 GREETINGS = ("Hello", "Hi", "Hey", "Good morning", "Good evening", "Good afternoon", "Hello there", "Hi there", "Howdy")
-THANKS = ("Thanks", "Thank you", "Many thanks", "Thanks a lot", "Thank you very much", "Great, thanks", "Thanks so much")
+THANKS = (
+    "Thanks",
+    "Thank you",
+    "Many thanks",
+    "Thanks a lot",
+    "Thank you very much",
+    "Great, thanks",
+    "Thanks so much",
+)
 FAREWELLS = ("Bye", "Goodbye", "See you", "See you later", "Good night", "Farewell", "Bye bye", "Until next time")
 NAMES = ("", "", " pocket", " mull", " friend", " everyone", " my friend", " again", " little model")
 ENDS = ("", "!", ".", "!!")

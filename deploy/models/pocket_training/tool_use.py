@@ -151,9 +151,7 @@ def result_thinking(steps: list[tuple[Tool, Arguments, dict[str, Any]]]) -> str:
     return f"The result says {said}."
 
 
-def call_turns(
-    rng: Random, steps: list[tuple[Tool, Arguments, dict[str, Any]]], *, agent_style: bool
-) -> list[Message]:
+def call_turns(rng: Random, steps: list[tuple[Tool, Arguments, dict[str, Any]]], *, agent_style: bool) -> list[Message]:
     """The assistant's calls and the tools' results, as the client of either style sends them back."""
     thinking = call_thinking(*steps[0][:2]) if len(steps) == 1 else ""
     thought = {"reasoning_content": thinking} if thinking and rng.random() < 0.6 else {}

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from random import Random
 
 from pocket_training.problem import Problem, question, spelled
 
-REAL_WORDS = tuple(
-    """
-    apple banana cherry orange lemon grape peach plum mango melon papaya berry strawberry garden flower tree forest
-    river lake ocean mountain valley desert island beach cloud rain snow storm thunder wind summer winter spring autumn
-    house window door table chair kitchen bedroom ceiling floor carpet mirror lamp candle pillow blanket curtain
-    dog cat horse cow sheep goat chicken duck rabbit mouse tiger lion zebra monkey elephant giraffe camel kangaroo
-    bread butter cheese milk coffee sugar salt pepper honey soup salad pasta pizza potato tomato onion carrot garlic
-    red blue green yellow purple pink brown black white silver golden car train plane bicycle truck wagon rocket boat
-    book letter paper pencil school teacher student lesson library science history music guitar piano violin drum
-    doctor nurse farmer baker painter writer singer dancer king queen prince castle tower bridge market street village
-    computer keyboard screen internet program server network cluster engine machine robot battery camera phone
-    happy sad angry tired hungry thirsty brave clever gentle quiet loud quick slow bright dark heavy light smooth
-    morning evening night today tomorrow yesterday week month year minute second hour moment balloon bottle basket
-    hammer needle thread button pocket jacket shirt trousers shoes hat glove scarf umbrella wallet ticket journey
-    mississippi committee success address bubble coffee letter hello world planet galaxy comet star moon sun
-    """.split()
-)
+REAL_WORDS = (
+    "apple", "banana", "cherry", "orange", "lemon", "grape", "peach", "plum", "mango", "melon", "papaya", "berry",
+    "strawberry", "garden", "flower", "tree", "forest", "river", "lake", "ocean", "mountain", "valley", "desert",
+    "island", "beach", "cloud", "rain", "snow", "storm", "thunder", "wind", "summer", "winter", "spring", "autumn",
+    "house", "window", "door", "table", "chair", "kitchen", "bedroom", "ceiling", "floor", "carpet", "mirror", "lamp",
+    "candle", "pillow", "blanket", "curtain", "dog", "cat", "horse", "cow", "sheep", "goat", "chicken", "duck",
+    "rabbit", "mouse", "tiger", "lion", "zebra", "monkey", "elephant", "giraffe", "camel", "kangaroo", "bread",
+    "butter", "cheese", "milk", "coffee", "sugar", "salt", "pepper", "honey", "soup", "salad", "pasta", "pizza",
+    "potato", "tomato", "onion", "carrot", "garlic", "red", "blue", "green", "yellow", "purple", "pink", "brown",
+    "black", "white", "silver", "golden", "car", "train", "plane", "bicycle", "truck", "wagon", "rocket", "boat",
+    "book", "letter", "paper", "pencil", "school", "teacher", "student", "lesson", "library", "science", "history",
+    "music", "guitar", "piano", "violin", "drum", "doctor", "nurse", "farmer", "baker", "painter", "writer", "singer",
+    "dancer", "king", "queen", "prince", "castle", "tower", "bridge", "market", "street", "village", "computer",
+    "keyboard", "screen", "internet", "program", "server", "network", "cluster", "engine", "machine", "robot",
+    "battery", "camera", "phone", "happy", "sad", "angry", "tired", "hungry", "thirsty", "brave", "clever", "gentle",
+    "quiet", "loud", "quick", "slow", "bright", "dark", "heavy", "light", "smooth", "morning", "evening", "night",
+    "today", "tomorrow", "yesterday", "week", "month", "year", "minute", "second", "hour", "moment", "balloon",
+    "bottle", "basket", "hammer", "needle", "thread", "button", "pocket", "jacket", "shirt", "trousers", "shoes",
+    "hat", "glove", "scarf", "umbrella", "wallet", "ticket", "journey", "mississippi", "committee", "success",
+    "address", "bubble", "hello", "world", "planet", "galaxy", "comet", "star", "moon", "sun",
+)  # fmt: skip
 CONSONANTS = "bcdfghjklmnpqrstvwxyz"
 COMMON_CONSONANTS = "bcdfglmnprst"
 VOWELS = "aeiou"
@@ -58,23 +63,29 @@ def _quoted(rng: Random, word: str) -> str:
     return f'"{word}"' if rng.random() < 0.4 else word
 
 
+def spread(letters: Iterable[str]) -> str:
+    """Letters with a blank before each, a token a character: the same letter tokens that words are made of."""
+    return spelled("".join(f" {each}" for each in letters))
+
+
 def make_reverse(rng: Random) -> Problem:
     """A word to write backwards."""
     word = make_word(rng)
     asked = rng.choice(REVERSE_PHRASES).format(w=_quoted(rng, word))
     return Problem(
         skill="reverse", keys=(f"reverse {word}",), messages=question(asked),
-        thinking=f"letters: {' '.join(word)}\nbackwards: {' '.join(word[::-1])}", answer=spelled(word[::-1]),
+        thinking=f"letters:{spread(word)}\nbackwards:{spread(word[::-1])}", answer=spelled(word[::-1]),
     )  # fmt: skip
 
 
 def count_working(word: str, letter: str) -> str:
     """The word's letters, with a running count after each one that matches."""
-    shown, seen = [], 0
+    shown: list[str] = []
+    seen = 0
     for each in word:
         seen += each == letter
-        shown.append(f"{each} {seen}" if each == letter else each)
-    return f"count {letter}: {' '.join(shown)}, so {seen}"
+        shown += [each, str(seen)] if each == letter else [each]
+    return f"count{spread(letter)}:{spread(shown)}, so {seen}"
 
 
 def make_count(rng: Random) -> Problem:

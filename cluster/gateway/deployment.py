@@ -1,0 +1,77 @@
+"""The Gateway's Ray Serve deployment: a shell that starts a GatewayServer in its replica and drains it.
+
+Serve is the control plane only: the Router's address comes by a deployment handle, tokens never do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from ray import serve
+
+from cluster.config import ClusterConfig
+from cluster.errors import EngineError
+from cluster.gateway.router_link import RouterAddress
+from cluster.gateway.served_model import ServedModel
+from cluster.gateway.server import GatewayServer
+
+NAME = "Gateway"
+HEALTH_PERIOD_S = 2.0
+SHUTDOWN_MARGIN_S = 5.0
+"""Over `drain_s`, for closing ports and links."""
+
+
+class GatewayDeployment:
+    """The replica. Without a Router it stays up and healthy, and says that it is not ready."""
+
+    async def __init__(self, config: ClusterConfig, router: Any) -> None:  # type: ignore[misc]  # Serve awaits it
+        self._drain_s = config.gateway.drain_s
+        model = await asyncio.to_thread(ServedModel.load, config.model, config.engine.max_model_len)
+        self._server = GatewayServer(config.gateway, model, _address_from(router))
+        self._ports = await self._server.start()
+        self._is_draining = False
+
+    async def ports(self) -> dict[str, int]:
+        """Where it listens: grpc and metrics."""
+        return {"grpc": self._ports.grpc, "metrics": self._ports.metrics}
+
+    async def drain(self, grace_s: float) -> int:
+        """Refuse new requests and let open streams end. Returns how many were cut off after `grace_s`."""
+        self._is_draining = True
+        return await self._server.drain(grace_s)
+
+    async def check_health(self) -> None:
+        """Serve restarts the replica when this raises."""
+        if not self._is_draining and not self._server.is_serving:
+            raise EngineError("the gateway has stopped serving")
+
+    async def __del__(self) -> None:
+        # A constructor that failed has left nothing to drain.
+        if hasattr(self, "_server"):
+            await self.drain(self._drain_s)
+
+
+def _address_from(router: Any) -> RouterAddress:
+    """Asks the Router's deployment, by its handle, where it listens."""
+
+    async def ask() -> str:
+        return str(await router.address.remote())
+
+    return ask
+
+
+def gateway_deployment(config: ClusterConfig, router: serve.Application) -> serve.Application:
+    """One gateway per node, on the ports that the config fixes."""
+    deployment: Any = serve.deployment(
+        name=NAME,
+        num_replicas=1,
+        max_replicas_per_node=1,
+        ray_actor_options={"num_cpus": 0},
+        health_check_period_s=HEALTH_PERIOD_S,
+        graceful_shutdown_timeout_s=config.gateway.drain_s + SHUTDOWN_MARGIN_S,
+        # Clients' streams do not come through Serve: `__del__` waits for them.
+        graceful_shutdown_wait_loop_s=0.1,
+    )(GatewayDeployment)
+    application: serve.Application = deployment.bind(config, router)
+    return application

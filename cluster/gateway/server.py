@@ -1,0 +1,204 @@
+"""GatewayServer: everything a gateway listens on, started together and drained together.
+
+Hop 1. One grpc.aio server with the generation service, health and reflection; beside it Prometheus' exposition. Health
+is SERVING only while the Router can take requests. Knows nothing of Ray: the deployment is a thin shell around it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from dataclasses import dataclass
+from threading import Thread
+from wsgiref.simple_server import WSGIServer
+
+import grpc
+from grpc import aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from prometheus_client import CollectorRegistry, start_http_server
+
+from cluster.config import GatewayConfig
+from cluster.errors import ConfigError
+from cluster.gateway.router_link import LinkTimes, RouterAddress, RouterLink
+from cluster.gateway.served_model import ServedModel
+from cluster.gateway.servicer import GenerationServicer
+from cluster.metrics import GatewayMetrics
+from mull.v1 import generation_pb2
+from mull.v1.generation_pb2_grpc import add_GenerationServiceServicer_to_server
+
+logger = logging.getLogger(__name__)
+
+SERVICE_NAME = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
+HEALTH_NAMES = ("", SERVICE_NAME)
+UNARY_GRACE_S = 1.0
+"""For the last events on their way and for short calls, once all streams have ended."""
+
+
+@dataclass(frozen=True)
+class GatewayPorts:
+    """Where a gateway listens."""
+
+    grpc: int
+    metrics: int
+
+
+class GatewayServer:
+    """One gateway: start it, later drain it."""
+
+    def __init__(
+        self,
+        config: GatewayConfig,
+        model: ServedModel,
+        router_address: RouterAddress,
+        *,
+        credentials: grpc.ServerCredentials | None = None,
+        registry: CollectorRegistry | None = None,
+        link_times: LinkTimes | None = None,
+    ) -> None:
+        """`credentials` makes the gRPC port a TLS port."""
+        self.link = RouterLink(router_address, max_unread_tokens=config.max_unread_tokens, times=link_times)
+        self._config = config
+        self._credentials = credentials
+        self._registry = registry or CollectorRegistry()
+        self._metrics = GatewayMetrics(self._registry)
+        self._servicer = GenerationServicer(model, self.link, self._metrics, max_streams=config.max_streams)
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the package has no stubs for it
+        self._server: aio.Server | None = None
+        self._exposition: tuple[WSGIServer, Thread] | None = None
+        self._follower: asyncio.Task[None] | None = None
+
+    @property
+    def num_streams(self) -> int:
+        """Generate streams that are open."""
+        return self._servicer.num_streams
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether new requests are refused because it is to stop."""
+        return self._servicer.is_draining
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether its tasks run as they should; a Router that is away does not count."""
+        tasks = (self._follower, self.link.task)
+        return self._server is not None and all(task is not None and not task.done() for task in tasks)
+
+    async def start(self) -> GatewayPorts:
+        """Listen. Raises ConfigError, one line with the remedy, for a port that is taken."""
+        await self._set_health(ready=False)
+        metrics_port = self._start_exposition()
+        try:
+            grpc_port = await self._start_grpc()
+        except BaseException:
+            self._stop_exposition()
+            raise
+        self.link.start()
+        self._follower = asyncio.create_task(self._follow_router(), name="health follower")
+        return GatewayPorts(grpc_port, metrics_port)
+
+    async def drain(self, grace_s: float) -> int:
+        """Refuse new requests, let open streams go on for `grace_s`, cancel the rest, and close all ports.
+
+        Returns how many were cancelled. A second call finds nothing to do.
+        """
+        self._servicer.refuse_new()
+        await self._health.enter_graceful_shutdown()
+        num_cut = await self._servicer.wait_until_idle(grace_s)
+        if self._follower is not None:
+            self._follower.cancel()
+            await asyncio.gather(self._follower, return_exceptions=True)
+        if self._server is not None:
+            await self._server.stop(UNARY_GRACE_S if num_cut == 0 else None)
+            self._server = None
+        await self.link.close()
+        self._stop_exposition()
+        return num_cut
+
+    async def _start_grpc(self) -> int:
+        config = self._config
+        server = aio.server(options=_server_options(config))
+        add_GenerationServiceServicer_to_server(self._servicer, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        _check_free(config.host, config.grpc_port, "grpc_port")
+        address = f"{config.host}:{config.grpc_port}"
+        try:
+            if self._credentials is None:
+                port = server.add_insecure_port(address)
+            else:
+                port = server.add_secure_port(address, self._credentials)
+        except RuntimeError as error:
+            raise ConfigError(f"gateway.grpc_port: cannot listen on {address} ({error}); choose another") from error
+        await server.start()
+        self._server = server
+        return port
+
+    def _start_exposition(self) -> int:
+        config = self._config
+        try:
+            self._exposition = start_http_server(config.metrics_port, config.host, self._registry)
+        except OSError as error:
+            raise _port_error("metrics_port", config.host, config.metrics_port, error) from error
+        return self._exposition[0].server_port
+
+    def _stop_exposition(self) -> None:
+        if self._exposition is None:
+            return
+        server, thread = self._exposition
+        server.shutdown()
+        server.server_close()
+        thread.join()
+        self._exposition = None
+
+    async def _follow_router(self) -> None:
+        while True:
+            await self.link.updated()
+            state = self.link.state
+            await self._set_health(state.ready)
+            self._metrics.router_ready.set(state.ready)
+            if state.description is not None:
+                self._metrics.requests_running.set(state.description.num_running)
+                self._metrics.requests_waiting.set(state.description.num_waiting)
+                self._metrics.kv_blocks.set(state.description.num_blocks)
+                self._metrics.kv_free_blocks.set(state.description.num_free_blocks)
+
+    async def _set_health(self, ready: bool) -> None:
+        status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in HEALTH_NAMES:
+            await self._health.set(name, status)
+
+
+def _server_options(config: GatewayConfig) -> list[tuple[str, int]]:
+    return [
+        # Without it a second gateway on the node would share the port silently.
+        ("grpc.so_reuseport", 0),
+        ("grpc.max_receive_message_length", config.max_message_bytes),
+        ("grpc.max_metadata_size", 16 * 1024),
+        # A client that went away without closing is noticed within 30 s.
+        ("grpc.keepalive_time_ms", 20_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        # Clients may ping that often too: thoughts can leave a stream silent while it waits for a slot.
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+    ]
+
+
+def _check_free(host: str, port: int, field: str) -> None:
+    """gRPC logs lines of its own when a bind fails; asking the kernel first leaves ours alone."""
+    if port == 0:
+        return
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise _port_error(field, host, port, error) from error
+
+
+def _port_error(field: str, host: str, port: int, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"gateway.{field}: cannot listen on {host}:{port} ({error.strerror}); choose another port, 0 picks a free one"
+    )

@@ -1,0 +1,65 @@
+"""The one table from error classes to status codes, and how an error ends a gRPC call."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, NoReturn
+
+import grpc.aio
+from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]  # the package has no stubs
+
+from cluster.errors import (
+    EngineError,
+    MullError,
+    NotReady,
+    Overloaded,
+    RequestError,
+    SlowReader,
+)
+from cluster.gateway.requests import is_request_id
+
+logger = logging.getLogger(__name__)
+
+STATUS_CODES: dict[type[MullError], grpc.StatusCode] = {
+    RequestError: grpc.StatusCode.INVALID_ARGUMENT,
+    Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    SlowReader: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    NotReady: grpc.StatusCode.UNAVAILABLE,
+    EngineError: grpc.StatusCode.INTERNAL,
+}
+"""A class without a row has its nearest ancestor's code."""
+
+REQUEST_ID_KEY = "mull-request-id"
+
+
+def status_code(error: Exception) -> grpc.StatusCode:
+    """The code of an error; INTERNAL for what was not raised on purpose."""
+    for ancestor in type(error).__mro__:
+        if ancestor in STATUS_CODES:
+            return STATUS_CODES[ancestor]
+    return grpc.StatusCode.INTERNAL
+
+
+async def abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception, request_id: str) -> NoReturn:
+    """End the call with the error's status; always raises.
+
+    The text of an error that was not raised on purpose goes to the log, never to the client.
+    """
+    code = status_code(error)
+    if isinstance(error, MullError):
+        message = str(error)
+    else:
+        logger.error("request %s failed", request_id, exc_info=error)
+        message = f"an unexpected fault, logged under request id {request_id}"
+    metadata: list[tuple[str, str | bytes]] = [(REQUEST_ID_KEY, request_id)] if is_request_id(request_id) else []
+    if isinstance(error, RequestError):
+        metadata.append(("grpc-status-details-bin", _bad_request(error, code)))
+    await context.abort(code, message, tuple(metadata))
+
+
+def _bad_request(error: RequestError, code: grpc.StatusCode) -> bytes:
+    """The standard details message (google.rpc.BadRequest) that names the field for programs."""
+    violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=str(error))
+    status = status_pb2.Status(code=code.value[0], message=str(error))
+    status.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
+    return bytes(status.SerializeToString())

@@ -1,0 +1,130 @@
+"""Every metric of a gateway: name, unit, help. Updated once per message, not per token.
+
+Base units, the prefix mull_, bounded labels. Histograms reach three hours, because thoughts are long. A Router's own
+figures come by its description. No globals: the registry is passed in.
+"""
+
+from __future__ import annotations
+
+import time
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+_SHORT_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_LONG_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1200, 2400, 3600, 7200, 10800)
+_TOKENS = (1, 16, 64, 256, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072, 262144)
+
+
+class GatewayMetrics:
+    """The metrics of one gateway."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.streams_open = Gauge("mull_streams_open", "Generate streams that are open.", registry=registry)
+        self.requests_running = Gauge(
+            "mull_requests_running", "Requests that hold a slot, as the Router says.", registry=registry
+        )
+        self.requests_waiting = Gauge(
+            "mull_requests_waiting", "Requests that wait for a slot, as the Router says.", registry=registry
+        )
+        self.kv_blocks = Gauge("mull_kv_blocks", "KV blocks of the Router.", registry=registry)
+        self.kv_free_blocks = Gauge("mull_kv_free_blocks", "KV blocks that are free.", registry=registry)
+        self.router_ready = Gauge(
+            "mull_router_ready", "1 when the Router can take requests, else 0.", registry=registry
+        )
+        self.requests_finished = Counter(
+            "mull_requests_finished_total",
+            "Requests that ended well, by finish reason and the phase they were in.",
+            ["finish_reason", "phase"],
+            registry=registry,
+        )
+        self.requests_failed = Counter(
+            "mull_requests_failed_total", "Requests that ended otherwise, by status code.", ["code"], registry=registry
+        )
+        self.prompt_tokens = Counter(
+            "mull_prompt_tokens_total", "Prompt tokens of admitted requests.", registry=registry
+        )
+        self.cached_prompt_tokens = Counter(
+            "mull_cached_prompt_tokens_total", "Prompt tokens that the prefix cache had.", registry=registry
+        )
+        self.generation_tokens = Counter(
+            "mull_generation_tokens_total", "Tokens generated, by phase.", ["phase"], registry=registry
+        )
+        self.thinking_ended = Counter(
+            "mull_thinking_ended_total", "Thoughts that ended, by reason.", ["reason"], registry=registry
+        )
+        self.time_to_first_token = _histogram(
+            registry, "mull_time_to_first_token_seconds", "From the request to the first token.", _LONG_S
+        )
+        self.time_to_first_answer_token = _histogram(
+            registry,
+            "mull_time_to_first_answer_token_seconds",
+            "From the request to the first token of the answer.",
+            _LONG_S,
+        )
+        self.inter_token_latency = _histogram(
+            registry,
+            "mull_inter_token_latency_seconds",
+            "Time between messages over the tokens in the later one; one observation per message.",
+            _SHORT_S,
+        )
+        self.e2e_request_latency = _histogram(
+            registry, "mull_e2e_request_latency_seconds", "From the request to its end.", _LONG_S
+        )
+        self.thinking_tokens = _histogram(
+            registry, "mull_request_thinking_tokens", "Thinking tokens of a request.", _TOKENS
+        )
+        self.answer_tokens = _histogram(registry, "mull_request_answer_tokens", "Answer tokens of a request.", _TOKENS)
+        # Children are looked up once: a labelled lookup costs more than the increment.
+        self.generated_thinking = self.generation_tokens.labels("thinking")
+        self.generated_answer = self.generation_tokens.labels("answer")
+
+
+def _histogram(registry: CollectorRegistry, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+    return Histogram(name, text, buckets=buckets, registry=registry)
+
+
+class RequestTimer:
+    """The times and counts of one request, told message by message."""
+
+    def __init__(self, metrics: GatewayMetrics) -> None:
+        self._metrics = metrics
+        self._start_s = time.perf_counter()
+        self._last_s: float | None = None
+        self._num_thinking = 0
+        self._num_answer = 0
+
+    def on_admitted(self, prompt_tokens: int, cached_tokens: int) -> None:
+        """The request took a slot."""
+        self._metrics.prompt_tokens.inc(prompt_tokens)
+        self._metrics.cached_prompt_tokens.inc(cached_tokens)
+
+    def on_tokens(self, num_thinking: int, num_answer: int) -> None:
+        """Totals of the request after a message with new tokens."""
+        now_s = time.perf_counter()
+        new_thinking, new_answer = num_thinking - self._num_thinking, num_answer - self._num_answer
+        if new_thinking + new_answer == 0:
+            return
+        if self._last_s is None:
+            self._metrics.time_to_first_token.observe(now_s - self._start_s)
+        else:
+            self._metrics.inter_token_latency.observe((now_s - self._last_s) / (new_thinking + new_answer))
+        if new_thinking:
+            self._metrics.generated_thinking.inc(new_thinking)
+        if new_answer:
+            self._metrics.generated_answer.inc(new_answer)
+            if self._num_answer == 0:
+                self._metrics.time_to_first_answer_token.observe(now_s - self._start_s)
+        self._last_s, self._num_thinking, self._num_answer = now_s, num_thinking, num_answer
+
+    def on_finished(self, finish_reason: str, phase: str, thinking_ended: str | None) -> None:
+        """The request ended well; `thinking_ended` says why its thoughts did, None where it had none."""
+        self._metrics.requests_finished.labels(finish_reason, phase).inc()
+        if thinking_ended is not None:
+            self._metrics.thinking_ended.labels(thinking_ended).inc()
+        self._metrics.e2e_request_latency.observe(time.perf_counter() - self._start_s)
+        self._metrics.thinking_tokens.observe(self._num_thinking)
+        self._metrics.answer_tokens.observe(self._num_answer)
+
+    def on_failed(self, code: str) -> None:
+        """The request ended with a status code other than OK."""
+        self._metrics.requests_failed.labels(code).inc()

@@ -1,0 +1,139 @@
+"""The Router as a Serve deployment: one replica is one copy of the model, its ranks in the replica's placement group.
+
+Hop 4's address is found here. Serve starts, watches and restarts the replica; no request passes through Serve.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Literal
+
+import ray
+from ray import serve
+
+from cluster.config import ClusterConfig, EngineConfig
+from cluster.errors import EngineError
+from cluster.router.engine import GroupFactory
+from cluster.router.launchers import NORMAL_PRIORITY, Launcher, RayLauncher
+from cluster.router.router import Router, RouterStats
+from cluster.router.scheduler import SchedulerConfig
+from cluster.router.shards import GroupBounds, RankGroup
+from cluster.router.wire import ModelInfo
+from cluster.text.tokenizer import read_encoder
+from workers.config import ModelConfig, RunnerConfig
+from workers.layout import ParallelLayout
+
+Device = Literal["cpu", "cuda"]
+
+THINK_END = "</think>"
+NAME = "Router"
+STOP_GRACE_S = 5.0
+"""For sessions that are still open when the replica must go; gateways have drained by then."""
+SHUTDOWN_TIMEOUT_S = 30.0
+"""Sessions' grace plus the bounds on stopping ranks, with room."""
+HEALTH_PERIOD_S = 2.0
+
+
+def resolve_device(engine: EngineConfig) -> Device:
+    """ "auto" is a GPU where the Ray cluster has one for each rank."""
+    if engine.device != "auto":
+        return engine.device
+    resources: dict[str, float] = ray.cluster_resources() if ray.is_initialized() else {}  # type: ignore[no-untyped-call]
+    num_gpus = resources.get("GPU", 0)
+    return "cuda" if num_gpus >= engine.tp else "cpu"
+
+
+def model_info(config: ClusterConfig) -> ModelInfo:
+    """Read what the Router needs from the checkpoint's small files. Raises CheckpointError."""
+    path = config.model.path
+    model = ModelConfig.from_dir(path)
+    return ModelInfo(
+        name=config.model.name,
+        vocab_size=model.vocab_size,
+        max_model_len=config.engine.max_model_len or model.max_position_embeddings,
+        think_end_id=read_encoder(path / "tokenizer.json").token_to_id(THINK_END),
+    )
+
+
+def runner_configs(config: ClusterConfig, max_model_len: int, device: Device) -> list[RunnerConfig]:
+    """One per rank."""
+    engine = config.engine
+    return [
+        RunnerConfig(
+            model_dir=str(config.model.path),
+            rank=rank,
+            layout=ParallelLayout(tp=engine.tp),
+            device=device,
+            num_threads=engine.threads_per_rank or max(1, (os.cpu_count() or 1) // engine.tp),
+            max_model_len=max_model_len,
+            max_num_seqs=engine.max_num_seqs,
+            max_num_batched_tokens=engine.max_num_batched_tokens,
+            block_size=engine.block_size,
+            kv_memory_bytes=engine.kv_memory_bytes,
+        )
+        for rank in range(engine.tp)
+    ]
+
+
+def group_factory(config: ClusterConfig, max_model_len: int, device: Device, launcher: Launcher) -> GroupFactory:
+    """Makes the copy's group of ranks, once per start."""
+    bounds = GroupBounds(start_timeout_s=config.router.start_timeout_s, step_timeout_s=config.router.step_timeout_s)
+    runners = runner_configs(config, max_model_len, device)
+    return lambda on_progress: RankGroup(launcher, runners, bounds, on_progress)
+
+
+def make_router(config: ClusterConfig, device: Device, launcher: Launcher) -> Router:
+    """A Router over ranks that `launcher` starts. Raises CheckpointError where the model's small files are wrong."""
+    model = model_info(config)
+    scheduler = SchedulerConfig(
+        max_model_len=model.max_model_len,
+        max_num_seqs=config.engine.max_num_seqs,
+        max_num_batched_tokens=config.engine.max_num_batched_tokens,
+        max_waiting=config.router.max_waiting,
+    )
+    make_group = group_factory(config, model.max_model_len, device, launcher)
+    return Router(model, scheduler, make_group, enable_prefix_cache=config.engine.enable_prefix_cache)
+
+
+class RouterDeployment:
+    """The replica. Its constructor returns while the ranks load: Describe tells how far they are, or what is wrong."""
+
+    async def __init__(self, config: ClusterConfig, device: Device) -> None:  # type: ignore[misc]  # Serve awaits it
+        launcher = RayLauncher()
+        self._host = launcher.host
+        self._router = make_router(config, device, launcher)
+        await self._router.start(self._host, 0)
+
+    async def address(self) -> str:
+        """host:port of RouterService."""
+        return self._router.address
+
+    async def stats(self) -> RouterStats:
+        return self._router.stats()
+
+    async def check_health(self) -> None:
+        """Raises when the engine has given up, so that Serve starts the replica again."""
+        if self._router.has_failed:
+            raise EngineError(self._router.stats().reason)
+
+    async def __del__(self) -> None:
+        await self._router.stop(STOP_GRACE_S)
+
+
+def router_deployment(config: ClusterConfig) -> serve.Application:
+    """One Router with a bundle for itself and one for each rank."""
+    device = resolve_device(config.engine)
+    rank_bundle: dict[str, float] = {"CPU": 1, "GPU": 1} if device == "cuda" else {"CPU": 1}
+    deployment: Any = serve.deployment(
+        name=NAME,
+        num_replicas=1,
+        ray_actor_options={"num_cpus": 1, "runtime_env": NORMAL_PRIORITY},
+        placement_group_bundles=[{"CPU": 1}, *[rank_bundle] * config.engine.tp],
+        placement_group_strategy="PACK",
+        health_check_period_s=HEALTH_PERIOD_S,
+        graceful_shutdown_timeout_s=SHUTDOWN_TIMEOUT_S,
+        # No request comes through Serve, so there is nothing to wait for.
+        graceful_shutdown_wait_loop_s=0.1,
+    )(RouterDeployment)
+    application: serve.Application = deployment.bind(config, device)
+    return application

@@ -1,0 +1,141 @@
+"""The Router under Ray Serve with its ranks as actors: start, a request, a rank that is killed, the end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import grpc
+import psutil
+import pytest
+import ray
+from ray import serve
+from ray.exceptions import RayActorError
+from ray.serve.config import ProxyLocation
+from ray.serve.handle import DeploymentHandle
+
+from cluster.config import ClusterConfig, EngineConfig, ModelSource
+from cluster.router.deployment import router_deployment
+from mull.v1 import router_pb2 as pb
+from mull.v1.router_pb2_grpc import RouterServiceStub
+
+pytestmark = pytest.mark.timeout(300)
+
+POCKET = Path(__file__).parents[2] / "deploy" / "models" / "pocket"
+APP = "router-test"
+START_S = 120.0
+
+
+@pytest.fixture(scope="module")
+def handle() -> Iterator[DeploymentHandle]:
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+    try:
+        serve.start(proxy_location=ProxyLocation.Disabled)
+        config = ClusterConfig(
+            model=ModelSource(path=POCKET, name="pocket"),
+            engine=EngineConfig(tp=2, threads_per_rank=1, kv_memory_bytes=2**24, device="cpu"),
+        )
+        yield serve.run(router_deployment(config), name=APP, route_prefix=None)
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+@pytest.fixture
+def stub(handle: DeploymentHandle) -> Iterator[RouterServiceStub]:
+    address = handle.address.remote().result(timeout_s=START_S)
+    with grpc.insecure_channel(address) as channel:
+        stub = RouterServiceStub(channel)
+        until(lambda: describe(stub).ready, "the ranks to be ready", START_S)
+        yield stub
+
+
+def describe(stub: RouterServiceStub) -> pb.DescribeResponse:
+    described = stub.Describe(pb.DescribeRequest(), timeout=10, wait_for_ready=True)
+    assert not described.failed, described.reason
+    return described
+
+
+def until(condition: Callable[[], bool], what: str, timeout_s: float = 30.0) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, f"waited {timeout_s:g} s for {what}"
+        time.sleep(0.02)
+
+
+def submit(max_tokens: int) -> pb.GatewayMessage:
+    sampling = pb.RouterSampling(top_p=1, repetition_penalty=1)
+    return pb.GatewayMessage(submit=pb.Submit(key=1, prompt_ids=[5, 6, 7], max_tokens=max_tokens, sampling=sampling))
+
+
+def test_ranks_are_processes_of_their_own_at_normal_priority(stub: RouterServiceStub) -> None:
+    ranks = describe(stub).ranks
+
+    assert len({rank.pid for rank in ranks} - {os.getpid()}) == 2
+    assert [psutil.Process(rank.pid).nice() for rank in ranks] == [os.nice(0)] * 2
+
+
+def test_a_request_runs_on_two_actors(stub: RouterServiceStub) -> None:
+    tokens: list[int] = []
+    for message in stub.Session(iter_open([submit(16)])):
+        tokens += message.updates[0].token_ids
+        if message.updates[0].HasField("end"):
+            break
+
+    assert len(tokens) == 16
+
+
+def test_a_rank_that_is_killed_ends_its_requests_and_comes_back(stub: RouterServiceStub) -> None:
+    session = stub.Session(iter_open([submit(4000)]))
+    next(session)
+    victim = describe(stub).ranks[1].pid
+
+    os.kill(victim, signal.SIGKILL)
+    ended = next(update.end for message in session for update in message.updates if update.HasField("end"))
+
+    assert ended.reason == pb.End.REASON_UNAVAILABLE
+    assert "rank 1" in ended.message
+    until(lambda: describe(stub).ready, "a new group of ranks", START_S)
+    assert victim not in {rank.pid for rank in describe(stub).ranks}
+
+
+def test_a_router_that_is_killed_takes_its_ranks_with_it_and_comes_back(
+    handle: DeploymentHandle, stub: RouterServiceStub
+) -> None:
+    ranks = [psutil.Process(rank.pid) for rank in describe(stub).ranks]
+    address = handle.address.remote().result(timeout_s=START_S)
+
+    [replica] = [p for p in psutil.Process().children(recursive=True) if "ServeReplica" in p.name()]
+    replica.kill()
+
+    until(lambda: not any(rank.is_running() for rank in ranks), "the ranks of a killed Router to end")
+    until(lambda: address_of(handle) not in (None, address), "a new Router", START_S)
+
+
+def address_of(handle: DeploymentHandle) -> str | None:
+    """None while Serve still knows only the replica that died."""
+    try:
+        address: str = handle.address.remote().result(timeout_s=START_S)
+        return address
+    except RayActorError:
+        return None
+
+
+def test_the_end_of_the_app_leaves_no_rank(stub: RouterServiceStub) -> None:
+    ranks = [psutil.Process(rank.pid) for rank in describe(stub).ranks]
+
+    serve.delete(APP)
+
+    until(lambda: not any(rank.is_running() for rank in ranks), "the ranks to end")
+
+
+def iter_open(messages: list[pb.GatewayMessage]) -> Iterator[pb.GatewayMessage]:
+    """The messages, and then nothing while the session stays open."""
+    yield from messages
+    while True:
+        time.sleep(1)
+        yield pb.GatewayMessage(cancel=pb.Cancel(key=10**9))

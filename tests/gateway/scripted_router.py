@@ -1,0 +1,121 @@
+"""A RouterService that does what a test says: a real gRPC server, with no model behind it.
+
+What gateways send is kept in order; the test answers with updates of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+
+import grpc.aio
+
+from mull.v1 import router_pb2 as pb
+from mull.v1.router_pb2_grpc import RouterServiceServicer, add_RouterServiceServicer_to_server
+
+WAIT_S = 10.0
+
+
+@dataclass
+class ScriptedSession:
+    """One gateway's session, and what it has sent."""
+
+    outbox: asyncio.Queue[pb.RouterMessage | None] = field(default_factory=asyncio.Queue)
+
+
+class ScriptedRouter(RouterServiceServicer):
+    """Start it, point a gateway at `address`, then wait for submits and send updates."""
+
+    def __init__(self) -> None:
+        self.description = pb.DescribeResponse(
+            model="pocket", ready=True, max_model_len=4096, tensor_parallel_size=1, num_blocks=100, num_free_blocks=40,
+            block_size=32, num_running=3, num_waiting=2,
+        )  # fmt: skip
+        self.address = ""
+        self.submits: list[pb.Submit] = []
+        self.cancelled_keys: list[int] = []
+        self.num_sessions_ended = 0
+        self.on_submit: Callable[[pb.Submit], object] | None = None
+        self._changed = asyncio.Condition()
+        self._session: ScriptedSession | None = None
+        self._server: grpc.aio.Server | None = None
+
+    async def start(self, port: int = 0) -> str:
+        self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        add_RouterServiceServicer_to_server(self, self._server)
+        self.address = f"127.0.0.1:{self._server.add_insecure_port(f'127.0.0.1:{port}')}"
+        await self._server.start()
+        return self.address
+
+    async def stop(self) -> None:
+        if self._server is not None:
+            await self._server.stop(None)
+            self._server = None
+
+    async def Describe(self, request: pb.DescribeRequest, context: grpc.aio.ServicerContext) -> pb.DescribeResponse:
+        return self.description
+
+    async def Session(
+        self, requests: AsyncIterator[pb.GatewayMessage], context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.RouterMessage]:
+        session = self._session = ScriptedSession()
+        reader = asyncio.create_task(self._read(requests))
+        try:
+            while (message := await session.outbox.get()) is not None:
+                yield message
+        finally:
+            reader.cancel()
+            self.num_sessions_ended += 1
+
+    def send(self, *updates: pb.SequenceUpdate) -> None:
+        """One RouterMessage."""
+        assert self._session is not None
+        self._session.outbox.put_nowait(pb.RouterMessage(updates=updates))
+
+    def end_session(self) -> None:
+        assert self._session is not None
+        self._session.outbox.put_nowait(None)
+
+    async def submitted(self, count: int = 1) -> pb.Submit:
+        """The last submit, once `count` have come."""
+        await self._until(lambda: len(self.submits) >= count, f"{count} submits")
+        return self.submits[-1]
+
+    async def cancelled(self, key: int) -> None:
+        await self._until(lambda: key in self.cancelled_keys, f"a cancel of {key}")
+
+    async def _read(self, requests: AsyncIterator[pb.GatewayMessage]) -> None:
+        async for message in requests:
+            async with self._changed:
+                if message.HasField("submit"):
+                    self.submits.append(message.submit)
+                    if self.on_submit is not None:
+                        self.on_submit(message.submit)
+                else:
+                    self.cancelled_keys.append(message.cancel.key)
+                self._changed.notify_all()
+
+    async def _until(self, condition: Callable[[], bool], what: str) -> None:
+        async with self._changed:
+            try:
+                await asyncio.wait_for(self._changed.wait_for(condition), WAIT_S)
+            except TimeoutError:
+                raise AssertionError(f"waited {WAIT_S:g} s for {what}") from None
+
+
+def update(
+    key: int,
+    token_ids: Sequence[int] = (),
+    *,
+    admitted: int | None = None,
+    end: pb.End.Reason | None = None,
+    message: str = "",
+) -> pb.SequenceUpdate:
+    """A SequenceUpdate; `admitted` is the number of cached tokens."""
+    made = pb.SequenceUpdate(key=key, token_ids=token_ids)
+    if admitted is not None:
+        made.admitted.cached_tokens = admitted
+    if end is not None:
+        made.end.CopyFrom(pb.End(reason=end, message=message))
+    return made

@@ -1,0 +1,142 @@
+"""What a gateway offers beside Generate: health, reflection, models, info, metrics, ports, draining."""
+
+from __future__ import annotations
+
+import asyncio
+import urllib.request
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from cluster.config import GatewayConfig
+from cluster.errors import ConfigError
+from cluster.gateway.router_link import static_address
+from cluster.gateway.served_model import ServedModel
+from cluster.gateway.server import SERVICE_NAME, GatewayServer
+from mull.v1 import generation_pb2 as pb
+from mull.v1 import router_pb2
+from mull.v1.generation_pb2_grpc import GenerationServiceStub
+from tests.gateway.conftest import FAST, RunningGateway, ask, kinds, until
+from tests.gateway.scripted_router import update
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+NOWHERE = static_address("127.0.0.1:1")
+
+
+async def test_health_follows_the_router(gateway: RunningGateway) -> None:
+    # given: a ready Router
+    assert await gateway.health() == SERVING and await gateway.health(SERVICE_NAME) == SERVING
+    # when: it says that it is not
+    gateway.router.description.ready = False
+    gateway.router.description.reason = "rank 1 is lost"
+    await until(lambda: not gateway.server.link.state.ready, "the Router to be known as not ready")
+    await asyncio.sleep(0)
+    # then
+    assert await gateway.health() == NOT_SERVING and await gateway.health(SERVICE_NAME) == NOT_SERVING
+    info = await gateway.stub.GetServerInfo(pb.GetServerInfoRequest())
+    assert not info.ready and info.reason == "rank 1 is lost"
+
+
+async def test_a_gateway_without_a_router_is_up_but_not_serving(model: ServedModel) -> None:
+    server = GatewayServer(GatewayConfig(grpc_port=0, metrics_port=0), model, NOWHERE, link_times=FAST)
+    ports = await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{ports.grpc}") as channel:
+        stub = GenerationServiceStub(channel)
+        info = await stub.GetServerInfo(pb.GetServerInfoRequest())
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.Generate(ask()).read()
+    await server.drain(0)
+    assert not info.ready and info.reason and list(info.routers) == []
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_reflection_lists_the_services(gateway: RunningGateway) -> None:
+    stub = reflection_pb2_grpc.ServerReflectionStub(gateway.channel)
+    request = reflection_pb2.ServerReflectionRequest(list_services="")
+    replies = [reply async for reply in stub.ServerReflectionInfo(iter([request]))]
+    names = {service.name for service in replies[0].list_services_response.service}
+    assert {"mull.v1.GenerationService", "grpc.health.v1.Health"} <= names
+
+
+async def test_list_models_tells_limits_and_defaults(gateway: RunningGateway) -> None:
+    (model,) = (await gateway.stub.ListModels(pb.ListModelsRequest())).models
+    assert (model.name, model.max_model_len, model.vocab_size) == ("pocket", 4096, 1024)
+    assert model.defaults.temperature == pytest.approx(0.6) and model.defaults.top_k == 20
+
+
+async def test_server_info_has_the_routers_own_words(gateway: RunningGateway) -> None:
+    gateway.router.description.num_running = 9
+    info = await gateway.stub.GetServerInfo(pb.GetServerInfoRequest())
+    assert info.ready and info.version and info.routers[0].num_running == 9
+
+
+async def test_metrics_count_tokens_by_phase_and_finishes_by_reason(
+    gateway: RunningGateway, model: ServedModel
+) -> None:
+    # given: a finished request with 3 thinking and 2 answer tokens
+    ids = [40, 41, model.tags.close_id, 42, 1000]
+    stop = router_pb2.End.REASON_STOP
+    gateway.router.on_submit = lambda submit: gateway.router.send(update(submit.key, ids, admitted=4, end=stop))
+    assert kinds([event async for event in gateway.stub.Generate(ask())])[-1] == "finished"
+    await until(lambda: gateway.server.num_streams == 0, "the stream's end")
+    # when
+    url = f"http://127.0.0.1:{gateway.ports.metrics}/metrics"
+    text = await asyncio.to_thread(lambda: urllib.request.urlopen(url, timeout=5).read().decode())
+    # then
+    assert 'mull_generation_tokens_total{phase="thinking"} 3.0' in text
+    assert 'mull_generation_tokens_total{phase="answer"} 2.0' in text
+    assert 'mull_requests_finished_total{finish_reason="stop",phase="answer"} 1.0' in text
+    assert 'mull_thinking_ended_total{reason="natural"} 1.0' in text
+    assert "mull_cached_prompt_tokens_total 4.0" in text
+    assert "mull_time_to_first_answer_token_seconds_count 1.0" in text
+    assert "mull_requests_running 3.0" in text and "mull_streams_open 0.0" in text
+
+
+@pytest.mark.parametrize("field", ["grpc_port", "metrics_port"])
+async def test_a_busy_port_is_one_line_with_the_remedy(gateway: RunningGateway, model: ServedModel, field: str) -> None:
+    taken = gateway.ports.grpc if field == "grpc_port" else gateway.ports.metrics
+    config = GatewayConfig(**{"grpc_port": 0, "metrics_port": 0, field: taken})
+    with pytest.raises(ConfigError, match=rf"{field}.*{taken}.*choose another") as caught:
+        await GatewayServer(config, model, NOWHERE).start()
+    assert "\n" not in str(caught.value)
+
+
+async def test_draining_lets_a_stream_end_and_refuses_new_ones(gateway: RunningGateway) -> None:
+    # given: a stream under way
+    call = gateway.stub.Generate(ask())
+    submit = await gateway.router.submitted()
+    gateway.router.send(update(submit.key, [40], admitted=0))
+    await call.read()
+    # when
+    draining = asyncio.create_task(gateway.server.drain(10))
+    await until(lambda: gateway.server.is_draining, "draining")
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await gateway.stub.Generate(ask()).read()
+    assert await gateway.health() == NOT_SERVING
+    gateway.router.send(update(submit.key, [41], end=router_pb2.End.REASON_LENGTH))
+    # then
+    events = [await call.read() for _ in range(4)]
+    assert kinds(events) == ["thinking_delta", "thinking_delta", "thinking_ended", "finished"]
+    assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert await draining == 0
+
+
+async def test_draining_cuts_what_does_not_end_in_time(gateway: RunningGateway) -> None:
+    call = gateway.stub.Generate(ask())
+    await gateway.router.submitted()
+    assert await gateway.server.drain(0.05) == 1
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call.read()
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert gateway.server.num_streams == 0
+
+
+async def test_ports_are_free_again_after_draining(gateway: RunningGateway, model: ServedModel) -> None:
+    await gateway.server.drain(0)
+    config = GatewayConfig(grpc_port=gateway.ports.grpc, metrics_port=gateway.ports.metrics)
+    again = GatewayServer(config, model, NOWHERE, link_times=FAST)
+    assert await again.start() == gateway.ports
+    await again.drain(0)

@@ -1,0 +1,400 @@
+"""The Router as a gateway meets it: a real gRPC server and channel, ranks that check every plan."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+
+import grpc
+import pytest
+
+from cluster.errors import EngineError
+from cluster.router.router import Router
+from cluster.router.scheduler import SchedulerConfig
+from cluster.router.sequence import SequenceRequest
+from cluster.router.shards import OnProgress
+from cluster.router.supervision import RestartPolicy
+from cluster.router.wire import ModelInfo, to_request
+from mull.v1 import router_pb2 as pb
+from mull.v1.router_pb2_grpc import RouterServiceStub
+from tests.fakes import FakeRanks, generate_alone
+from tests.router.fake_group import BLOCK_SIZE, FakeShardGroup
+
+CONFIG = SchedulerConfig(max_model_len=400, max_num_seqs=8, max_num_batched_tokens=64, max_waiting=40)
+MODEL = ModelInfo(name="fake", vocab_size=50, max_model_len=CONFIG.max_model_len, think_end_id=3)
+NUM_BLOCKS = 300
+WAIT_S = 10.0
+
+
+@dataclass
+class Groups:
+    """Makes the groups of a Router; each start takes the next of `start_errors`."""
+
+    start_errors: list[str | None] = field(default_factory=list)
+    made: list[FakeShardGroup] = field(default_factory=list)
+
+    def __call__(self, on_progress: OnProgress) -> FakeShardGroup:
+        ranks = FakeRanks(
+            num_blocks=NUM_BLOCKS,
+            block_size=BLOCK_SIZE,
+            max_num_seqs=CONFIG.max_num_seqs,
+            max_num_batched_tokens=CONFIG.max_num_batched_tokens,
+            vocab_size=MODEL.vocab_size,
+        )
+        error = self.start_errors.pop(0) if self.start_errors else None
+        self.made.append(FakeShardGroup(ranks, on_progress, error))
+        return self.made[-1]
+
+
+@pytest.fixture
+def groups() -> Groups:
+    return Groups()
+
+
+@pytest.fixture
+async def router(groups: Groups) -> AsyncIterator[Router]:
+    router = Router(MODEL, CONFIG, groups, restarts=RestartPolicy(max_restarts=3, first_backoff_s=0.001))
+    await router.start()
+    yield router
+    await router.stop()
+
+
+class Gateway:
+    """One session, and what it got for each key."""
+
+    def __init__(self, address: str) -> None:
+        self.channel = grpc.aio.insecure_channel(address)
+        self.stub = RouterServiceStub(self.channel)
+        self.call = self.stub.Session()
+        self.num_messages = 0
+        self.updates: dict[int, list[pb.SequenceUpdate]] = defaultdict(list)
+
+    async def submit(self, key: int, **fields: object) -> pb.Submit:
+        message = submit(key, **fields)
+        await self.call.write(pb.GatewayMessage(submit=message))
+        return message
+
+    async def cancel(self, key: int) -> None:
+        await self.call.write(pb.GatewayMessage(cancel=pb.Cancel(key=key)))
+
+    async def read(self) -> None:
+        message = await asyncio.wait_for(self.call.read(), WAIT_S)
+        assert message is not grpc.aio.EOF, f"the session ended: {await self.call.details()}"
+        self.num_messages += 1
+        for update in message.updates:
+            self.updates[update.key].append(update)
+
+    async def end_of(self, key: int) -> pb.End:
+        while not (self.updates[key] and self.updates[key][-1].HasField("end")):
+            await self.read()
+        return self.updates[key][-1].end
+
+    def tokens(self, key: int) -> list[int]:
+        return [token_id for update in self.updates[key] for token_id in update.token_ids]
+
+
+Connect = Callable[[], Awaitable[Gateway]]
+
+
+@pytest.fixture
+async def connect(router: Router) -> AsyncIterator[Connect]:
+    opened: list[Gateway] = []
+
+    async def open_gateway() -> Gateway:
+        await asyncio.wait_for(router.wait_ready(), WAIT_S)
+        opened.append(Gateway(router.address))
+        return opened[-1]
+
+    yield open_gateway
+    for gateway in opened:
+        await gateway.channel.close()
+
+
+def submit(key: int, **fields: object) -> pb.Submit:
+    sampling = pb.RouterSampling(temperature=0.6, top_p=0.95, repetition_penalty=1, seed=key)
+    values: dict[str, object] = {"prompt_ids": [1, 2, 3], "max_tokens": 20, "sampling": sampling} | fields
+    return pb.Submit(key=key, **values)  # type: ignore[arg-type]  # protobuf's own field types
+
+
+def alone(message: pb.Submit) -> list[int]:
+    request: SequenceRequest = to_request(message, 0, MODEL)
+    return generate_alone(request, context_limit=CONFIG.max_model_len, vocab_size=MODEL.vocab_size)[0]
+
+
+async def until(condition: Callable[[], bool], what: str) -> None:
+    """The Router's tasks share this loop, so giving them turns is enough; bounded."""
+    try:
+        async with asyncio.timeout(WAIT_S):
+            while not condition():  # noqa: ASYNC110  # the product has no event for what tests ask
+                await asyncio.sleep(0.001)
+    except TimeoutError:
+        raise AssertionError(f"waited {WAIT_S:g} s for {what}") from None
+
+
+async def test_a_request_gets_its_tokens_and_its_end(connect: Connect) -> None:
+    gateway = await connect()
+
+    message = await gateway.submit(7)
+    end = await gateway.end_of(7)
+
+    assert end.reason == pb.End.REASON_LENGTH
+    assert gateway.tokens(7) == alone(message)
+    assert gateway.updates[7][0].admitted.cached_tokens == 0
+
+
+async def test_requests_of_two_gateways_each_get_the_tokens_that_they_get_alone(connect: Connect) -> None:
+    gateways = [await connect(), await connect()]
+    messages = [
+        [await gateway.submit(key, prompt_ids=[key, index, *range(key)], max_tokens=30) for key in range(1, 25)]
+        for index, gateway in enumerate(gateways)
+    ]
+
+    for gateway, submitted in zip(gateways, messages, strict=True):
+        for message in submitted:
+            await gateway.end_of(message.key)
+
+            assert gateway.tokens(message.key) == alone(message)
+
+
+async def test_a_step_sends_one_message_with_the_tokens_of_all_requests(router: Router, connect: Connect) -> None:
+    gateway = await connect()
+
+    for key in range(1, 9):
+        await gateway.submit(key, max_tokens=100)
+    for key in range(1, 9):
+        await gateway.end_of(key)
+
+    assert gateway.num_messages <= router.stats().num_steps_total < 8 * 100
+
+
+async def test_a_stop_token_ends_the_request_and_is_its_last_token(connect: Connect) -> None:
+    gateway = await connect()
+    expected = alone(submit(1))
+
+    await gateway.submit(1, stop_token_ids=[expected[4]])
+    end = await gateway.end_of(1)
+
+    assert end.reason == pb.End.REASON_STOP
+    assert gateway.tokens(1) == expected[: expected.index(expected[4]) + 1]
+
+
+async def test_logprobs_reach_the_gateway_that_asked(connect: Connect) -> None:
+    gateway = await connect()
+
+    await gateway.submit(1, sampling=pb.RouterSampling(top_p=1, repetition_penalty=1, num_logprobs=2))
+    await gateway.end_of(1)
+
+    logprobs = [item for update in gateway.updates[1] for item in update.logprobs]
+    assert [item.logprob for item in logprobs] == [-token_id for token_id in gateway.tokens(1)]
+    assert all(len(item.top_ids) == len(item.top_logprobs) == 2 for item in logprobs)
+
+
+async def test_a_cancelled_request_ends_and_frees_its_blocks(router: Router, groups: Groups, connect: Connect) -> None:
+    gateway = await connect()
+    await gateway.submit(1, max_tokens=390)
+    await gateway.read()
+    groups.made[0].hold()
+
+    await gateway.cancel(1)
+    end = await gateway.end_of(1)
+
+    assert end.reason == pb.End.REASON_CANCELLED
+    assert router.describe().num_running == 0
+    groups.made[0].release()
+    await until(lambda: router.describe().num_free_blocks == NUM_BLOCKS, "every block to be free")
+
+
+async def test_a_gateway_that_vanishes_frees_its_blocks(router: Router, groups: Groups, connect: Connect) -> None:
+    gateway = await connect()
+    for key in range(1, 5):
+        await gateway.submit(key, max_tokens=390)
+    await gateway.read()
+    groups.made[0].hold()
+
+    gateway.call.cancel()
+
+    await until(lambda: router.stats().num_sessions == 0, "the session to be closed")
+    assert router.describe().num_running == router.describe().num_waiting == 0
+    groups.made[0].release()
+    await until(lambda: router.describe().num_free_blocks == NUM_BLOCKS, "every block to be free")
+
+
+async def test_a_full_router_refuses_with_a_clear_error(groups: Groups, connect: Connect) -> None:
+    gateway = await connect()
+    groups.made[0].hold()
+
+    for key in range(60):
+        await gateway.submit(key)
+    end = await gateway.end_of(59)
+
+    assert end.reason == pb.End.REASON_OVERLOADED
+    assert "the limit is 48" in end.message
+    groups.made[0].release()
+    assert (await gateway.end_of(0)).reason == pb.End.REASON_LENGTH
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"prompt_ids": []}, "empty"),
+        ({"prompt_ids": [1, 50]}, "token id 50 is not in the vocabulary of 50"),
+        ({"stop_token_ids": [2**32 - 1]}, "4294967295"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"prompt_ids": [1] * 400}, "400"),
+        ({"sampling": pb.RouterSampling(top_p=1, repetition_penalty=1, seed=2**63)}, "seed"),
+        ({"sampling": pb.RouterSampling(top_p=0, repetition_penalty=1)}, "top_p"),
+        ({"sampling": pb.RouterSampling(top_p=1, repetition_penalty=1, temperature=float("nan"))}, "temperature"),
+        ({"sampling": pb.RouterSampling(top_p=1, repetition_penalty=1, num_logprobs=1000)}, "logprobs"),
+    ],
+)
+async def test_a_request_that_cannot_run_is_invalid(connect: Connect, fields: dict[str, object], words: str) -> None:
+    gateway = await connect()
+
+    await gateway.submit(1, **fields)
+    end = await gateway.end_of(1)
+
+    assert end.reason == pb.End.REASON_INVALID
+    assert words in end.message
+
+
+async def test_a_key_that_is_used_twice_breaks_the_session(connect: Connect, groups: Groups) -> None:
+    gateway = await connect()
+    groups.made[0].hold()
+
+    await gateway.submit(1)
+    await gateway.submit(1)
+
+    assert await gateway.call.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "key 1" in await gateway.call.details()
+
+
+async def test_losing_a_rank_ends_live_requests_and_the_next_group_serves(
+    router: Router, groups: Groups, connect: Connect
+) -> None:
+    gateway = await connect()
+    await gateway.submit(1, max_tokens=390)
+    await gateway.submit(2, max_tokens=390)
+    await gateway.read()
+
+    groups.made[0].lose_rank()
+
+    for key in (1, 2):
+        end = await gateway.end_of(key)
+        assert end.reason == pb.End.REASON_UNAVAILABLE
+        assert "rank 1 was killed by SIGKILL" in end.message
+    await until(lambda: router.is_ready, "the next group")
+    message = await gateway.submit(3)
+    await gateway.end_of(3)
+    assert gateway.tokens(3) == alone(message)
+    assert (groups.made[0].num_stops, router.stats().num_restarts_total) == (1, 1)
+
+
+async def test_a_rank_lost_while_idle_is_noticed(router: Router, groups: Groups, connect: Connect) -> None:
+    await connect()
+
+    groups.made[0].lose_rank()
+
+    await until(lambda: len(groups.made) == 2 and router.is_ready, "the next group")
+
+
+async def test_the_router_gives_up_when_a_group_does_not_come_back(
+    router: Router, groups: Groups, connect: Connect
+) -> None:
+    gateway = await connect()
+    groups.start_errors = ["rank 0 failed: no memory"] * 3
+
+    groups.made[0].lose_rank()
+    reason = await asyncio.wait_for(router.wait_failed(), WAIT_S)
+
+    assert reason == "rank 0 failed: no memory"
+    described = await gateway.stub.Describe(pb.DescribeRequest())
+    assert (described.ready, described.failed, described.reason) == (False, True, reason)
+    await gateway.submit(1)
+    assert (await gateway.end_of(1)).reason == pb.End.REASON_UNAVAILABLE
+    assert len(groups.made) == 4
+
+
+async def test_a_first_start_that_fails_is_told_in_the_ranks_own_words() -> None:
+    groups = Groups([error := "rank 1 failed: /models/x/config.json is missing; download it"])
+    router = Router(MODEL, CONFIG, groups)
+
+    await router.start()
+    with pytest.raises(EngineError, match=r"config\.json is missing"):
+        await asyncio.wait_for(router.wait_ready(), WAIT_S)
+
+    assert (router.describe().failed, router.describe().reason) == (True, error)
+    assert (router.describe().loaded_bytes, router.describe().total_bytes) == (5, 10)
+    await router.stop()
+    assert len(groups.made) == 1
+
+
+async def test_describe_tells_what_is_served(connect: Connect) -> None:
+    gateway = await connect()
+
+    described = await gateway.stub.Describe(pb.DescribeRequest())
+
+    assert (described.model, described.ready, described.reason) == ("fake", True, "")
+    assert (described.num_blocks, described.num_free_blocks, described.block_size) == (NUM_BLOCKS, NUM_BLOCKS, 4)
+    assert (described.max_model_len, described.tensor_parallel_size) == (CONFIG.max_model_len, 2)
+    assert [rank.pid for rank in described.ranks] == [1000, 1001]
+
+
+async def test_a_port_that_is_taken_is_refused(router: Router) -> None:
+    second = Router(MODEL, CONFIG, Groups())
+
+    with pytest.raises(EngineError, match="cannot listen"):
+        await second.start(port=int(router.address.rpartition(":")[2]))
+    await second.stop()
+
+
+async def test_stop_ends_open_sessions_and_stops_the_ranks(router: Router, groups: Groups, connect: Connect) -> None:
+    gateway = await connect()
+    await gateway.submit(1, max_tokens=390)
+    await gateway.read()
+
+    await router.stop()
+
+    assert groups.made[0].num_stops == 1
+    with pytest.raises(grpc.aio.AioRpcError) as ended:
+        await gateway.end_of(1)
+    assert ended.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_stop_with_grace_lets_live_requests_end_and_refuses_new_ones(router: Router, connect: Connect) -> None:
+    gateway = await connect()
+    message = await gateway.submit(1, max_tokens=300)
+    await gateway.read()
+
+    stopping = asyncio.create_task(router.stop(grace_s=WAIT_S))
+    await asyncio.sleep(0)
+    await gateway.submit(2)
+
+    assert (await gateway.end_of(2)).reason == pb.End.REASON_UNAVAILABLE
+    assert (await gateway.end_of(1)).reason == pb.End.REASON_LENGTH
+    assert gateway.tokens(1) == alone(message)
+    await asyncio.wait_for(stopping, WAIT_S)
+
+
+async def test_a_gateway_that_never_reads_is_bounded_and_then_cut_off(groups: Groups) -> None:
+    router = Router(MODEL, CONFIG, groups, max_unread=2000)
+    await router.start()
+    await asyncio.wait_for(router.wait_ready(), WAIT_S)
+    gateway = Gateway(router.address)
+    sampling = pb.RouterSampling(top_p=1, repetition_penalty=1, num_logprobs=32)
+    most_unread = 0
+
+    async with asyncio.timeout(30):
+        for key in range(10**6):
+            if router.stats().num_sessions == 0 and key > 0:
+                break
+            await gateway.submit(key, max_tokens=390, sampling=sampling)
+            while router.describe().num_waiting > 20:
+                most_unread = max(most_unread, router.stats().num_unread)
+                await asyncio.sleep(0)
+
+    assert 1000 < most_unread <= 2000
+    assert router.describe().num_running == router.describe().num_waiting == 0
+    await gateway.channel.close()
+    await router.stop()

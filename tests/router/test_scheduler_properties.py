@@ -1,0 +1,144 @@
+"""Whatever arrives, is cancelled or preempted: the books stay right, and each gets the tokens it would get alone."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
+
+from cluster.errors import Overloaded, PromptTooLong
+from cluster.router.sequence import FinishReason, SequenceRequest
+from tests.router.fake_copy import FakeCopy, request
+from workers.step import SamplingParams
+
+VOCAB_SIZE = 8
+SHARED_PREFIX = [3, 1, 4, 1, 5, 2, 6, 5, 3, 5]
+
+
+@dataclass(frozen=True)
+class Cancel:
+    index: int
+
+
+@dataclass(frozen=True)
+class Send:
+    pass
+
+
+@dataclass(frozen=True)
+class Receive:
+    pass
+
+
+@st.composite
+def tight_copies(draw: st.DrawFn) -> dict[str, Any]:
+    max_num_seqs = draw(st.integers(1, 5))
+    return {
+        "num_blocks": draw(st.integers(2, 14)),
+        "block_size": draw(st.integers(1, 4)),
+        "enable_prefix_cache": draw(st.booleans()),
+        "vocab_size": VOCAB_SIZE,
+        "max_model_len": draw(st.integers(4, 40)),
+        "max_num_seqs": max_num_seqs,
+        "max_num_batched_tokens": max_num_seqs + draw(st.integers(0, 10)),
+        "max_waiting": draw(st.integers(0, 20)),
+        "max_in_flight": draw(st.integers(1, 2)),
+    }
+
+
+@st.composite
+def arrivals(draw: st.DrawFn) -> dict[str, Any]:
+    prefix = SHARED_PREFIX[: draw(st.integers(0, len(SHARED_PREFIX)))]
+    tail = draw(st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=6))
+    return {
+        "prompt_ids": (prefix + tail) or [0],
+        "max_tokens": draw(st.integers(1, 20)),
+        "stop_token_ids": draw(st.sampled_from([frozenset(), frozenset({0})])),
+        "starts_thinking": draw(st.booleans()),
+        "think_end_id": 1,
+        "cache_salt": draw(st.sampled_from(["", "tenant"])),
+        "sampling": SamplingParams(
+            seed=draw(st.integers(0, 1)),
+            presence_penalty=draw(st.sampled_from([0.0, 1.0])),
+            num_logprobs=draw(st.sampled_from([None, 1])),
+        ),
+    }
+
+
+bursts = st.lists(arrivals(), min_size=3, max_size=12)
+moves = st.lists(
+    st.one_of(st.just(Send()), st.just(Receive()), st.just(Send()), arrivals(), st.builds(Cancel, st.integers(0, 20))),
+    min_size=10,
+    max_size=60,
+)
+
+
+def make_move(copy: FakeCopy, move: object) -> None:
+    match move:
+        case Send():
+            copy.send()
+        case Receive():
+            if copy.in_flight:
+                copy.receive()
+        case Cancel(index):
+            if index in copy.requests:
+                copy.cancel(index)
+        case dict():
+            offer(copy, request(len(copy.requests), **move))
+
+
+def offer(copy: FakeCopy, new: SequenceRequest) -> None:
+    """Add it, unless the copy has a reason to refuse."""
+    try:
+        copy.add(new)
+    except PromptTooLong:
+        assert len(new.prompt_ids) >= copy.scheduler.context_limit
+    except Overloaded:
+        assert len(copy.scheduler.sequences) == copy.config.max_num_seqs + copy.config.max_waiting
+
+
+def assert_as_alone(copy: FakeCopy, key: Hashable) -> None:
+    """A finished sequence has the tokens of a lonely run, a cancelled one the first of them; logprobs go with them."""
+    token_ids, finish = copy.alone(key)
+    if copy.finish[key] is FinishReason.CANCELLED:
+        assert copy.token_ids[key] == token_ids[: len(copy.token_ids[key])]
+    else:
+        assert (copy.token_ids[key], copy.finish[key]) == (token_ids, finish)
+    asks_logprobs = copy.requests[key].sampling.num_logprobs is not None
+    expected = [-float(token_id) for token_id in copy.token_ids[key]] if asks_logprobs else []
+    assert [entry.logprob for entry in copy.logprobs[key]] == expected
+
+
+def num_prompt_prefixes(copy: FakeCopy) -> int:
+    """Distinct prefixes of whole blocks among all prompts."""
+    size = copy.blocks.block_size
+    return len(
+        {
+            (asked.cache_salt, tuple(asked.prompt_ids[:end]))
+            for asked in copy.requests.values()
+            for end in range(size, len(asked.prompt_ids) + 1, size)
+        }
+    )
+
+
+@settings(max_examples=400, deadline=None)
+@given(tight_copies(), bursts, moves)
+def test_every_sequence_gets_what_it_would_get_alone_and_all_blocks_come_back(
+    setting: dict[str, Any], burst: list[dict[str, Any]], script: list[object]
+) -> None:
+    copy = FakeCopy(**setting)
+
+    for move in [*burst, *script]:
+        make_move(copy, move)
+    copy.run()
+
+    assert set(copy.finish) == set(copy.requests)
+    for key in copy.finish:
+        assert_as_alone(copy, key)
+    assert copy.blocks.num_free == copy.blocks.num_blocks
+    assert copy.blocks.num_cached <= num_prompt_prefixes(copy), "something else than prompts is left in the cache"
+    event("preempted" if copy.scheduler.num_preempted_total else "not preempted")
+    event("prefix hit" if copy.scheduler.stats.prefix_hit_tokens_total else "no prefix hit")

@@ -1,0 +1,247 @@
+"""RankGroup with real processes and sockets, and a runner without a model: start, steps, losses, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cluster.errors import RankLost
+from cluster.router.in_process import InProcessGroup
+from cluster.router.launchers import ProcessLauncher
+from cluster.router.shards import GroupBounds, GroupInfo, RankGroup
+from workers.config import RunnerConfig
+from workers.layout import ParallelLayout
+from workers.shard import Progress, ShardConfig
+from workers.step import RankLoading, StepPlan, StepResult
+
+FAKE_SHARD = str(Path(__file__).with_name("fake_shard.py"))
+BOUNDS = GroupBounds(start_timeout_s=30, step_timeout_s=20, stop_timeout_s=5)
+WAIT_S = 20.0
+
+
+def runners(scenario: str, tp: int) -> list[RunnerConfig]:
+    return [RunnerConfig(model_dir=scenario, rank=rank, layout=ParallelLayout(tp=tp)) for rank in range(tp)]
+
+
+class Started:
+    """A group under test, what it told, and whether anything of it is left."""
+
+    def __init__(self, scenario: str, tp: int, bounds: GroupBounds) -> None:
+        self.progress: list[RankLoading] = []
+        launcher = ProcessLauncher([sys.executable, FAKE_SHARD])
+        self.group = RankGroup(launcher, runners(scenario, tp), bounds, self.progress.append)
+        self.info: GroupInfo | None = None
+
+    async def start(self) -> GroupInfo:
+        self.info = await asyncio.wait_for(self.group.start(), WAIT_S)
+        return self.info
+
+    async def step(self, step: int = 0) -> StepResult:
+        self.group.send(StepPlan(step, decodes=[1, 2]))
+        return await asyncio.wait_for(self.group.receive(), WAIT_S)
+
+
+Make = Callable[..., Awaitable[Started]]
+
+
+@pytest.fixture
+async def make() -> AsyncIterator[Make]:
+    made: list[Started] = []
+
+    async def start(scenario: str = "good", *, tp: int = 2, bounds: GroupBounds = BOUNDS) -> Started:
+        made.append(Started(scenario, tp, bounds))
+        await made[-1].start()
+        return made[-1]
+
+    yield start
+    for started in made:
+        await started.group.stop()
+    assert ranks_alive() == []
+    assert socket_directories() == []
+
+
+def socket_directories() -> list[Path]:
+    return list(Path(tempfile.gettempdir()).glob(f"mull-{os.getpid()}-*"))
+
+
+def ranks_alive() -> list[int]:
+    children = psutil.Process().children(recursive=True)
+    return [child.pid for child in children if FAKE_SHARD in child.cmdline()]
+
+
+async def test_a_group_tells_its_ranks_the_blocks_that_all_have_and_its_progress(make: Make) -> None:
+    started = await make()
+
+    assert started.info is not None
+    assert [rank.rank for rank in started.info.ranks] == [0, 1]
+    assert len({rank.pid for rank in started.info.ranks} - {os.getpid()}) == 2
+    assert started.info.num_blocks == 100
+    assert {(p.rank, p.read_bytes) for p in started.progress} >= {(0, 1000), (1, 1000)}
+
+
+async def test_results_come_in_order_while_plans_are_sent_ahead(make: Make) -> None:
+    started = await make()
+
+    started.group.send(StepPlan(0, decodes=[5, 6]))
+    for step in range(1, 200):
+        started.group.send(StepPlan(step, decodes=[5, 6]))
+        result = await asyncio.wait_for(started.group.receive(), WAIT_S)
+
+        assert (result.step, result.rank, result.token_ids) == (step - 1, 0, [7, 7])
+
+
+async def test_receive_may_be_cancelled_and_called_again(make: Make) -> None:
+    started = await make()
+
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(started.group.receive(), 0.01)
+
+    assert (await started.step()).step == 0
+
+
+@pytest.mark.parametrize(
+    ("scenario", "words"),
+    [
+        ("dies:1", "rank 1 was killed by SIGKILL"),
+        ("dies:0", "rank 0 was killed by SIGKILL"),
+        ("fails:1", "rank 1 failed: ValueError: matrix of no rank"),
+        ("skips:0", "rank 0 answered step 1, expected step 0"),
+    ],
+)
+async def test_a_rank_lost_in_a_step_is_named(make: Make, scenario: str, words: str) -> None:
+    started = await make(scenario)
+
+    with pytest.raises(RankLost, match=words) as lost:
+        await started.step()
+
+    assert lost.value.rank == int(scenario[-1])
+
+
+async def test_a_rank_that_dies_while_idle_is_named(make: Make) -> None:
+    started = await make()
+    assert started.info is not None
+
+    os.kill(started.info.ranks[1].pid, signal.SIGKILL)
+
+    with pytest.raises(RankLost, match="rank 1 was killed by SIGKILL"):
+        await asyncio.wait_for(started.group.receive(), WAIT_S)
+
+
+async def test_a_rank_that_hangs_is_late_and_then_killed(make: Make) -> None:
+    started = await make("hangs:1", bounds=GroupBounds(step_timeout_s=0.3, stop_timeout_s=1))
+
+    with pytest.raises(RankLost, match=r"rank 1 was late: no result within 0\.3 s"):
+        await started.step()
+    await started.group.stop()
+
+    assert ranks_alive() == []
+
+
+async def test_a_stopped_process_is_killed_too(make: Make) -> None:
+    started = await make(bounds=GroupBounds(stop_timeout_s=0.2))
+    assert started.info is not None
+    os.kill(started.info.ranks[0].pid, signal.SIGSTOP)
+
+    await started.group.stop()
+
+    assert ranks_alive() == []
+
+
+@pytest.mark.parametrize(
+    ("scenario", "words"),
+    [
+        ("bad-checkpoint:1", "rank 1 failed: /models/x/model.safetensors: truncated at byte 7; download it again"),
+        ("dies-loading:0", "rank 0 exited with status 9"),
+    ],
+)
+async def test_a_rank_that_cannot_load_is_named_and_nothing_is_left(make: Make, scenario: str, words: str) -> None:
+    with pytest.raises(RankLost, match=words):
+        await make(scenario)
+
+    assert ranks_alive() == []
+
+
+async def test_a_rank_that_loads_too_long_is_named_and_nothing_is_left(make: Make) -> None:
+    with pytest.raises(RankLost, match=r"ranks? .*1 .*not ready within 3 s; raise router\.start_timeout_s"):
+        await make("loads-forever:1", bounds=GroupBounds(start_timeout_s=3))
+
+    assert ranks_alive() == []
+
+
+async def test_ctrl_c_in_the_terminal_does_not_reach_the_ranks(make: Make) -> None:
+    started = await make(tp=1)
+    assert started.info is not None
+    pid = started.info.ranks[0].pid
+
+    os.kill(pid, signal.SIGINT)
+
+    assert (await started.step()).step == 0
+    assert os.getpgid(pid) != os.getpgid(0)
+
+
+ROUTER_PROCESS = """
+import asyncio, sys
+sys.path[:0] = sys.argv[1:]
+from tests.router.test_shards import Started, BOUNDS
+async def main():
+    started = Started(sys.argv[2], 1, BOUNDS)
+    info = await started.start()
+    started.step_task = asyncio.create_task(started.step())
+    print(info.ranks[0].pid, flush=True)
+    await asyncio.Event().wait()
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("scenario", ["good", "hangs:0"])
+def test_a_rank_ends_when_its_router_is_killed_even_in_a_step_that_hangs(scenario: str) -> None:
+    root = str(Path(__file__).parents[2])
+    command = [sys.executable, "-c", ROUTER_PROCESS, root, scenario]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as router:
+        assert router.stdout is not None
+        rank = psutil.Process(int(router.stdout.readline()))
+
+        router.kill()
+
+        rank.wait(timeout=WAIT_S)
+
+
+class EchoRunner:
+    """One rank in a thread."""
+
+    num_blocks = 10
+    weight_bytes = 1
+    kv_bytes = 2
+
+    def __init__(self, config: ShardConfig, progress: Progress) -> None:
+        del config
+        progress(1, 1)
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        if plan.prefills:
+            raise ValueError("no prefill here")
+        return StepResult(plan.step, 0, [7] * len(plan.decodes))
+
+
+async def test_one_rank_in_process_steps_in_order() -> None:
+    progress: list[RankLoading] = []
+    group = InProcessGroup(runners("", 1)[0], BOUNDS, progress.append, EchoRunner)
+
+    info = await group.start()
+    for step in range(3):
+        group.send(StepPlan(step, decodes=[1]))
+    results = [await group.receive() for _ in range(3)]
+    await group.stop()
+
+    assert info.num_blocks == 10
+    assert [result.step for result in results] == [0, 1, 2]
+    assert progress == [RankLoading(0, 1, 1)]

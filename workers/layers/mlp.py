@@ -1,0 +1,18 @@
+"""The dense feed-forward layer on this rank's tiles."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from workers.kernels.linear import linear
+from workers.kernels.swiglu import swiglu
+
+
+class DenseMLP:
+    """Holds gate, up and down of one layer. Its output is this rank's part of a sum over ranks."""
+
+    def __init__(self, layer: int, weights: dict[str, Tensor]) -> None:
+        self.gate_up, self.down = weights[f"layers.{layer}.gate_up"], weights[f"layers.{layer}.down"]
+
+    def __call__(self, x_TH: Tensor) -> Tensor:
+        return linear(swiglu(linear(x_TH, self.gate_up)), self.down)
