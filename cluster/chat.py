@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import grpc
-from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from rich.console import Console
 from rich.text import Text
@@ -49,10 +48,10 @@ class JsonPrinter:
 
 
 def _plain(message: Message) -> dict[str, Any]:
-    return {f.name: _plain_field(message, f) for f in message.DESCRIPTOR.fields}
+    return {field.name: _plain_field(message, field) for field in message.DESCRIPTOR.fields}
 
 
-def _plain_field(message: Message, descriptor: FieldDescriptor) -> Any:
+def _plain_field(message: Message, descriptor: Any) -> Any:
     value = getattr(message, descriptor.name)
     values = list(value) if descriptor.is_repeated else [value]
     if descriptor.message_type is not None:
@@ -142,7 +141,8 @@ class Conversation:
         try:
             yield from call
         finally:
-            call.cancel()
+            # An interrupted turn must not go on in the server.
+            call.cancel()  # type: ignore[no-untyped-call]  # grpc's stubs leave it untyped
 
 
 def chat(address: str, question: str | None, options: ChatOptions, *, as_json: bool) -> int:

@@ -49,10 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _serve(args: argparse.Namespace) -> int:
-    from cluster.local import LocalCluster
-
     config = _config_from_flags(args)
     _check_model(config)
+    from cluster.local import LocalCluster
+
     interrupts = _Interrupts()
     with LocalCluster(config) as cluster:
         addresses = cluster.start()
@@ -72,11 +72,11 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
+    config = _config_from_flags(args)
+    _check_model(config)
     from cluster.chat import chat
     from cluster.local import LocalCluster
 
-    config = _config_from_flags(args)
-    _check_model(config)
     print(f"starting Ray, a Gateway, a Router and {config.engine.tp} shard workers", flush=True)
     interrupts = _Interrupts()
     with LocalCluster(config) as cluster:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,8 +16,8 @@ from types import TracebackType
 from typing import Any
 
 import grpc
+import psutil
 
-from cluster.app import APP_NAME, build_app
 from cluster.config import ClusterConfig
 from cluster.errors import ConfigError, EngineError
 from mull.v1 import generation_pb2 as pb
@@ -46,6 +47,7 @@ class LocalCluster:
         self._gateway: Any = None
         self._addresses: Addresses | None = None
         self._channel: grpc.Channel | None = None
+        self._guard: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> LocalCluster:
         return self
@@ -63,6 +65,9 @@ class LocalCluster:
         _start_ray(self._config)
         from ray import serve
 
+        from cluster.app import APP_NAME, build_app
+
+        self._guard = _guard_children()
         self._gateway = serve.run(build_app(self._config), name=APP_NAME, route_prefix=None)
         ports = self._gateway.ports.remote().result(timeout_s=_CALL_TIMEOUT_S)
         self._addresses = Addresses(
@@ -112,15 +117,15 @@ class LocalCluster:
     def stop(self) -> None:
         """Stop the app and Ray, with all their processes."""
         import ray
-        from ray import serve
 
         if self._channel is not None:
             self._channel.close()
-        if ray.is_initialized():
-            if self._gateway is not None:
-                serve.delete(APP_NAME)
-            ray.shutdown()
-        self._gateway = self._channel = None
+        # The gateway has drained: nothing is left that Serve would have to shut down gracefully.
+        ray.shutdown()
+        if self._guard is not None:
+            self._guard.kill()
+            self._guard.wait()
+        self._gateway = self._channel = self._guard = None
 
 
 def _check_free(flag: str, host: str, port: int) -> None:
@@ -136,6 +141,17 @@ def _check_free(flag: str, host: str, port: int) -> None:
             ) from error
 
 
+def _guard_children() -> subprocess.Popen[bytes]:
+    """A process that waits for our end and then kills Ray's daemons.
+
+    After a `kill -9` of ours, ranks and replicas end within seconds, but Ray's agents try for a minute to report it.
+    """
+    pids = [str(child.pid) for child in psutil.Process().children(recursive=True)]
+    # The shell reads a pipe whose other end is ours alone: it closes when we end, however that happens.
+    script = "cat >/dev/null; kill -9 " + " ".join(pids) + " 2>/dev/null"
+    return subprocess.Popen(["/bin/sh", "-c", script], stdin=subprocess.PIPE, start_new_session=True)
+
+
 def _start_ray(config: ClusterConfig) -> None:
     # Ray starts workers at nice 15, which would let anything else on the machine delay a step.
     os.environ.setdefault("RAY_worker_niceness", "0")
@@ -147,6 +163,8 @@ def _start_ray(config: ClusterConfig) -> None:
 
     ray.init(
         address="local",
+        # Nothing of it is for other machines.
+        _node_ip_address="127.0.0.1",
         # Logical: what the app asks for, so that Serve never waits for cores that a small machine lacks.
         num_cpus=config.engine.tp + 4,
         include_dashboard=False,

@@ -93,7 +93,7 @@ class SlotTable:
         end, capacity = int(self.num_computed[slot]) + count, int(self.num_slot_blocks[slot]) * self.block_size
         if end > min(capacity, self.max_model_len):
             raise PlanError(
-                f"{what}: slot {slot} needs {end} positions, its blocks hold {capacity}, the context {self.max_model_len}"
+                f"{what}: slot {slot} needs {end} positions, blocks hold {capacity}, the context {self.max_model_len}"
             )
         self.num_computed[slot] = end
 
@@ -190,7 +190,7 @@ class BatchBuilder:
         known = np.array([token for prefill in plan.prefills for token in prefill.token_ids], dtype=np.int64)
         if len(known) and not 0 <= known.min() <= known.max() < self.vocab_size:
             raise PlanError(
-                f"prefill: token ids reach from {known.min()} to {known.max()}, the vocabulary is [0, {self.vocab_size})"
+                f"prefill: token ids in [{known.min()}, {known.max()}], the vocabulary has {self.vocab_size}"
             )
         if not len(decodes):
             return self._tensor(known)

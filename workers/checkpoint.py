@@ -65,7 +65,10 @@ class Checkpoint:
         device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> dict[str, Tensor]:
-        """This rank's fused parameters. Raises LayoutError before any byte is read, CheckpointError where a file fails."""
+        """This rank's fused parameters.
+
+        Raises LayoutError before any byte is read, CheckpointError where a file fails.
+        """
         spec.layout.check(self.config)
         slices = list(rank_slices(self.config, spec))
         shapes = param_shapes(slices)

@@ -95,7 +95,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunnerConfig:
-    """Everything one rank needs to load its slice and run plans; picklable, so that it travels to the rank's process."""
+    """Everything one rank needs to load its slice and run plans. Picklable: it travels to the rank's process."""
 
     model_dir: str
     rank: int = 0
@@ -146,7 +146,7 @@ class _ConfigReader:
         )
         if config.num_heads % config.num_kv_heads or config.head_dim % 2:
             raise self._error(
-                f"{config.num_heads} heads over {config.num_kv_heads} KV heads of {config.head_dim} is no valid attention",
+                f"{config.num_heads} heads over {config.num_kv_heads} KV heads of {config.head_dim} cannot be",
                 "fix the config",
             )
         return config

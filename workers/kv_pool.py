@@ -13,7 +13,7 @@ from workers.errors import KVMemoryError
 
 
 class KVPool:
-    """K and V of every layer, each [num_blocks, block_size, G, D]. Contents are finite from the start: padding is read, then masked."""
+    """Every layer's K and V, each [num_blocks, block_size, G, D]; finite from the start: padding is read and masked."""
 
     def __init__(
         self,
@@ -45,6 +45,7 @@ def num_blocks_in(memory_bytes: int, bytes_per_block: int) -> int:
     num_blocks = memory_bytes // bytes_per_block
     if num_blocks < 1:
         raise KVMemoryError(
-            f"{memory_bytes} bytes of KV memory hold no block of {bytes_per_block} bytes; raise kv_memory_bytes or lower block_size"
+            f"{memory_bytes} bytes of KV memory hold no block of {bytes_per_block}; "
+            "raise kv_memory_bytes or lower block_size"
         )
     return num_blocks

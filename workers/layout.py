@@ -48,7 +48,7 @@ class ParallelLayout:
         return self.tp
 
     def check(self, config: ModelConfig) -> None:
-        """Raises LayoutError, with both numbers and the tp sizes that work, where this layout cannot split the model."""
+        """Raises LayoutError, with both numbers and the tp sizes that work, where the model cannot be split so."""
         problem = self._problem(config)
         if problem is None:
             return

@@ -105,7 +105,7 @@ class ModelRunner:
         return min(affordable, config.max_num_seqs * -(-config.max_model_len // config.block_size))
 
     def _warm_up(self) -> None:
-        """Run a chunk and a decode on the first block, so that the first request does not pay for torch's lazy parts."""
+        """Run a chunk and a decode on the first block, so that the first request pays for no lazy set-up."""
         count = min(self.config.block_size, self.config.max_model_len, self.config.max_num_batched_tokens + 1) - 1
         if count < 1:
             return

@@ -73,11 +73,15 @@ class RankSocket:
             return
         self._on_message(message)
 
+    def remove_address(self) -> None:
+        """Nobody else can connect from now on, and a killed Router leaves no file behind."""
+        if self._directory is not None:
+            shutil.rmtree(self._directory, ignore_errors=True)
+
     def close(self) -> None:
         """Close the socket and remove its directory. May be called again."""
         if not self._socket.closed:
             self._loop.remove_reader(self._descriptor)
             self._socket.close()
             self._context.term()
-        if self._directory is not None:
-            shutil.rmtree(self._directory, ignore_errors=True)
+        self.remove_address()

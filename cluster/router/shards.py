@@ -102,9 +102,10 @@ class RankGroup:
     async def start(self) -> GroupInfo:
         try:
             async with asyncio.timeout(self._bounds.start_timeout_s):
-                await self._launch()
+                socket = await self._launch()
                 while len(self._ready) < len(self._runners):
                     await self._wait_for_change()
+                socket.remove_address()
         except TimeoutError:
             await self.stop()
             raise self._late_start() from None
@@ -113,16 +114,17 @@ class RankGroup:
             raise
         return GroupInfo([self._ready[rank] for rank in sorted(self._ready)])
 
-    async def _launch(self) -> None:
-        self._socket = RankSocket(self._launcher.host, self._on_message)
+    async def _launch(self) -> RankSocket:
+        socket = self._socket = RankSocket(self._launcher.host, self._on_message)
         if len(self._runners) > 1:
             self._rendezvous = Rendezvous(self._launcher.host or "127.0.0.1")
         for runner in self._runners:
-            handle = await self._launcher.launch(self._shard_config(runner, self._socket.endpoint))
+            handle = await self._launcher.launch(self._shard_config(runner, socket.endpoint))
             self._handles.append(handle)
             self._watches.append(asyncio.create_task(self._watch(handle), name=f"watch rank {handle.rank}"))
         if self._rendezvous is not None:
             await self._rendezvous.open()
+        return socket
 
     def _shard_config(self, runner: RunnerConfig, endpoint: str) -> ShardConfig:
         return ShardConfig(

@@ -42,7 +42,9 @@ def train(options: argparse.Namespace) -> None:
     """Train for a given time, or go on from the state that is there."""
     mixture = Mixture(read_agent_template())
     tokenizer = load_tokenizer(options.state, mixture)
-    config = TrainConfig(minutes=options.minutes, batch_tokens=options.batch_tokens)
+    config = TrainConfig(
+        minutes=options.minutes, batch_tokens=options.batch_tokens, quantise_from=options.quantise_from
+    )
     Trainer(config, mixture, tokenizer, options.state / "state.pt").run()
 
 
@@ -55,7 +57,7 @@ def export_state(options: argparse.Namespace) -> None:
 
 def evaluate_checkpoint(options: argparse.Namespace) -> None:
     """Measure a checkpoint on held-out problems, greedily and with its default sampling."""
-    mixture = Mixture(read_agent_template())
+    mixture = Mixture(read_agent_template(), made_up=options.made_up)
     tokenizer = Tokenizer.from_file(str(options.model / "tokenizer.json"))
     encoder = ProblemEncoder(tokenizer, ChatTemplate((options.model / "chat_template.jinja").read_text()))
     stop_ids = frozenset(tokenizer.encode("<|im_end|><|endoftext|>").ids)
@@ -72,7 +74,7 @@ def evaluate_checkpoint(options: argparse.Namespace) -> None:
 
 def write_examples(options: argparse.Namespace) -> None:
     """Write a few held-out problems of every skill beside the checkpoint."""
-    mixture = Mixture(read_agent_template())
+    mixture = Mixture(read_agent_template(), made_up=0.0)
     encoder = ProblemEncoder(Tokenizer.from_file(str(options.model / "tokenizer.json")), ChatTemplate.own())
     problems = held_out_problems(mixture, options.per_skill, Random(options.seed))
     text = json.dumps(example_list(problems, encoder), ensure_ascii=False, indent=1)
@@ -88,6 +90,9 @@ def parse() -> argparse.Namespace:
     command.add_argument("--state", type=Path, required=True, help="folder of the run's state and tokenizer")
     command.add_argument("--minutes", type=float, default=60, help="training time in all, resumes included")
     command.add_argument("--batch-tokens", type=int, default=4096, help="tokens in a step, about")
+    command.add_argument(
+        "--quantise-from", type=float, default=1.0, help="share of the time after which weights are fake-quantised"
+    )
     command.set_defaults(run=train)
     command = commands.add_parser("export", help="write the FP8 checkpoint of a run")
     command.add_argument("--state", type=Path, required=True, help="folder of the run's state and tokenizer")
@@ -98,6 +103,7 @@ def parse() -> argparse.Namespace:
     command.add_argument("--per-skill", type=int, default=100, help="problems of every skill")
     command.add_argument("--seed", type=int, default=7, help="which held-out problems, and the sampling's seed")
     command.add_argument("--in-conversation", action="store_true", help="some problems follow other turns")
+    command.add_argument("--made-up", type=float, default=0.0, help="share of tool arguments that are on no list")
     command.add_argument("--show-misses", type=int, default=0, help="wrong answers to print, a skill")
     command.set_defaults(run=evaluate_checkpoint)
     command = commands.add_parser("examples", help="write examples.json: held-out prompts and expected answers")

@@ -39,6 +39,7 @@ def stub(server: Server) -> Iterator[GenerationServiceStub]:
 def question(text: str, **fields: object) -> pb.GenerateRequest:
     conversation = pb.Conversation(messages=[pb.Message(role="user", content=text)])
     fields.setdefault("sampling", pb.SamplingOptions(temperature=0))
+    fields.setdefault("max_tokens", 300)
     return pb.GenerateRequest(conversation=conversation, **fields)  # type: ignore[arg-type]  # protobuf's own field types
 
 
@@ -71,7 +72,9 @@ def test_many_streams_at_once_give_the_tokens_of_each_alone(stub: GenerationServ
     def tokens(request: pb.GenerateRequest) -> list[int]:
         events = list(stub.Generate(request))
         return [
-            i for e in events for i in (*e.thinking_delta.token_ids, *e.thinking_ended.token_ids, *e.answer_delta.token_ids)
+            i
+            for e in events
+            for i in (*e.thinking_delta.token_ids, *e.thinking_ended.token_ids, *e.answer_delta.token_ids)
         ]
 
     alone = [tokens(request) for request in requests]
@@ -94,7 +97,9 @@ def test_chat_prints_one_json_event_a_line(server: Server) -> None:
 
 
 def test_chat_converses_over_several_turns(server: Server) -> None:
-    done = mull("chat", "--address", server.address, "--temperature", "0", stdin="hello\nWhat is 20 + 22?\n")
+    flags = ("--address", server.address, "--temperature", "0", "--max-tokens", "200")
+
+    done = mull("chat", *flags, stdin="hello\nWhat is 20 + 22?\n")
 
     assert done.returncode == 0, done.stderr
     assert "42" in done.stdout.splitlines()[-2]

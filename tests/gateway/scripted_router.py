@@ -53,11 +53,11 @@ class ScriptedRouter(RouterServiceServicer):
             await self._server.stop(None)
             self._server = None
 
-    async def Describe(self, request: pb.DescribeRequest, context: grpc.aio.ServicerContext) -> pb.DescribeResponse:
+    async def Describe(self, _request: pb.DescribeRequest, _context: grpc.aio.ServicerContext) -> pb.DescribeResponse:
         return self.description
 
     async def Session(
-        self, requests: AsyncIterator[pb.GatewayMessage], context: grpc.aio.ServicerContext
+        self, requests: AsyncIterator[pb.GatewayMessage], _context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.RouterMessage]:
         session = self._session = ScriptedSession()
         reader = asyncio.create_task(self._read(requests))

@@ -45,7 +45,8 @@ async def test_thoughts_and_then_the_answer_stream_out(gateway: RunningGateway, 
     # when
     events = await collect(gateway.stub.Generate(ask(request_id="mine", sampling=pb.SamplingOptions(seed=5))))
     # then
-    assert kinds(events)[0] == "started" and kinds(events)[-1] == "finished"
+    assert kinds(events)[0] == "started"
+    assert kinds(events)[-1] == "finished"
     assert [event.sequence for event in events] == list(range(len(events)))
     assert "".join(e.thinking_delta.text for e in events) == "Easy: 4."
     assert "".join(e.answer_delta.text for e in events) == "4"
@@ -68,8 +69,10 @@ async def test_the_router_gets_the_encoded_prompt_and_complete_sampling(
     assert submit.starts_thinking
     assert list(submit.stop_token_ids) == sorted(model.defaults.stop_token_ids)
     assert submit.max_tokens == model.max_model_len - len(expected)
-    assert submit.sampling.top_k == 3 and submit.sampling.num_logprobs == 2
-    assert submit.sampling.temperature == pytest.approx(0.6) and submit.sampling.top_p == pytest.approx(0.95)
+    assert submit.sampling.top_k == 3
+    assert submit.sampling.num_logprobs == 2
+    assert submit.sampling.temperature == pytest.approx(0.6)
+    assert submit.sampling.top_p == pytest.approx(0.95)
     assert submit.sampling.seed < 2**63
 
 
@@ -121,7 +124,8 @@ async def assert_bounded(gateway: RunningGateway, call: grpc.aio.UnaryStreamCall
     assert mailbox.num_unread_tokens == 0
     code, details = await status_of(call)
     assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert "2000" in details and "faster" in details
+    assert "2000" in details
+    assert "faster" in details
 
 
 async def test_under_backlog_several_tokens_share_a_message(gateway: RunningGateway) -> None:
@@ -191,7 +195,8 @@ async def test_streams_past_the_limit_are_refused(gateway: RunningGateway) -> No
     calls = [gateway.stub.Generate(ask()) for _ in range(8)]
     await gateway.router.submitted(8)
     code, details = await status_of(gateway.stub.Generate(ask()))
-    assert code is grpc.StatusCode.RESOURCE_EXHAUSTED and "8" in details
+    assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "8" in details
     for call in calls:
         call.cancel()
 

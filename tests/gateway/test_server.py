@@ -28,16 +28,19 @@ NOWHERE = static_address("127.0.0.1:1")
 
 async def test_health_follows_the_router(gateway: RunningGateway) -> None:
     # given: a ready Router
-    assert await gateway.health() == SERVING and await gateway.health(SERVICE_NAME) == SERVING
+    assert await gateway.health() == SERVING
+    assert await gateway.health(SERVICE_NAME) == SERVING
     # when: it says that it is not
     gateway.router.description.ready = False
     gateway.router.description.reason = "rank 1 is lost"
     await until(lambda: not gateway.server.link.state.ready, "the Router to be known as not ready")
     await asyncio.sleep(0)
     # then
-    assert await gateway.health() == NOT_SERVING and await gateway.health(SERVICE_NAME) == NOT_SERVING
+    assert await gateway.health() == NOT_SERVING
+    assert await gateway.health(SERVICE_NAME) == NOT_SERVING
     info = await gateway.stub.GetServerInfo(pb.GetServerInfoRequest())
-    assert not info.ready and info.reason == "rank 1 is lost"
+    assert not info.ready
+    assert info.reason == "rank 1 is lost"
 
 
 async def test_a_gateway_without_a_router_is_up_but_not_serving(model: ServedModel) -> None:
@@ -49,7 +52,9 @@ async def test_a_gateway_without_a_router_is_up_but_not_serving(model: ServedMod
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await stub.Generate(ask()).read()
     await server.drain(0)
-    assert not info.ready and info.reason and list(info.routers) == []
+    assert not info.ready
+    assert info.reason
+    assert list(info.routers) == []
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
@@ -64,13 +69,16 @@ async def test_reflection_lists_the_services(gateway: RunningGateway) -> None:
 async def test_list_models_tells_limits_and_defaults(gateway: RunningGateway) -> None:
     (model,) = (await gateway.stub.ListModels(pb.ListModelsRequest())).models
     assert (model.name, model.max_model_len, model.vocab_size) == ("pocket", 4096, 1024)
-    assert model.defaults.temperature == pytest.approx(0.6) and model.defaults.top_k == 20
+    assert model.defaults.temperature == pytest.approx(0.6)
+    assert model.defaults.top_k == 20
 
 
 async def test_server_info_has_the_routers_own_words(gateway: RunningGateway) -> None:
     gateway.router.description.num_running = 9
     info = await gateway.stub.GetServerInfo(pb.GetServerInfoRequest())
-    assert info.ready and info.version and info.routers[0].num_running == 9
+    assert info.ready
+    assert info.version
+    assert info.routers[0].num_running == 9
 
 
 async def test_metrics_count_tokens_by_phase_and_finishes_by_reason(
@@ -92,7 +100,8 @@ async def test_metrics_count_tokens_by_phase_and_finishes_by_reason(
     assert 'mull_thinking_ended_total{reason="natural"} 1.0' in text
     assert "mull_cached_prompt_tokens_total 4.0" in text
     assert "mull_time_to_first_answer_token_seconds_count 1.0" in text
-    assert "mull_requests_running 3.0" in text and "mull_streams_open 0.0" in text
+    assert "mull_requests_running 3.0" in text
+    assert "mull_streams_open 0.0" in text
 
 
 @pytest.mark.parametrize("field", ["grpc_port", "metrics_port"])

@@ -185,9 +185,9 @@ def test_a_short_request_does_not_overtake_a_long_one_that_waits_for_blocks() ->
 
 def test_a_newcomer_leaves_one_block_to_each_that_runs() -> None:
     copy = FakeCopy(num_blocks=4, block_size=4)
-    copy.add(request("runs", [1] * 4, max_tokens=4))
+    copy.add(request("runs", [1] * 5, max_tokens=9))
     copy.step()
-    copy.add(request("comes", [2] * 12))
+    copy.add(request("comes", [2] * 8))
 
     copy.step()
 

@@ -66,11 +66,11 @@ async def make() -> AsyncIterator[Make]:
     for started in made:
         await started.group.stop()
     assert ranks_alive() == []
-    assert socket_directories() == []
+    assert socket_directories(os.getpid()) == []
 
 
-def socket_directories() -> list[Path]:
-    return list(Path(tempfile.gettempdir()).glob(f"mull-{os.getpid()}-*"))
+def socket_directories(router_pid: int) -> list[Path]:
+    return list(Path(tempfile.gettempdir()).glob(f"mull-{router_pid}-*"))
 
 
 def ranks_alive() -> list[int]:
@@ -213,6 +213,7 @@ def test_a_rank_ends_when_its_router_is_killed_even_in_a_step_that_hangs(scenari
         router.kill()
 
         rank.wait(timeout=WAIT_S)
+        assert socket_directories(router.pid) == []
 
 
 class EchoRunner:

@@ -38,7 +38,9 @@ def split_stream(tokenizer: Tokenizer, chunks: list[list[int]], starts_thinking:
                 assert piece.index == position
                 position += 1
                 continue
-            assert isinstance(piece, Delta) and piece.start == position and (piece.text or piece.stop > piece.start)
+            assert isinstance(piece, Delta)
+            assert piece.start == position
+            assert piece.text or piece.stop > piece.start
             texts[piece.phase] += piece.text
             position = piece.stop
         assert position == len(chunk)

@@ -36,7 +36,7 @@ def number(rng: Random, max_digits: int) -> int:
 
 
 def _digit(value: int, place: int) -> int:
-    return value // 10**place % 10
+    return int(value // 10**place % 10)
 
 
 def add_working(a: int, b: int) -> list[str]:

@@ -122,7 +122,7 @@ def published_tensors(model: Pocket) -> Iterator[tuple[str, Tensor]]:
         prefix, attention, experts = f"model.layers.{index}", layer.attention, layer.experts
         yield f"{prefix}.input_layernorm.weight", bf16(layer.input_norm)
         sizes = [attention.q_size, attention.kv_size, attention.kv_size]
-        for name, weight in zip(("q_proj", "k_proj", "v_proj"), attention.qkv.split(sizes), strict=True):
+        for name, weight in zip(("q_proj", "k_proj", "v_proj"), torch.split(attention.qkv, sizes), strict=True):
             yield from _quantised(f"{prefix}.self_attn.{name}", weight)
         yield from _quantised(f"{prefix}.self_attn.o_proj", attention.o_proj)
         yield f"{prefix}.self_attn.q_norm.weight", bf16(attention.q_norm)

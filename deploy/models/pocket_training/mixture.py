@@ -12,17 +12,18 @@ from pocket_training.tool_use import CITY_TOOLS, Offer, ToolUse
 
 SYSTEM_PROMPTS = ("You are a helpful assistant.", "You are a helpful assistant.", "You are pocket.", "Answer briefly.")
 SHARES = {
-    "add": 12, "subtract": 12, "multiply": 8, "sum": 6, "sort": 9, "reverse": 12, "count": 11, "talk": 4,
-    "tool_call": 14, "tool_result": 8, "tool_pair": 4,
+    "add": 8, "subtract": 9, "multiply": 7, "sum": 3, "sort": 6, "reverse": 11, "count": 13, "talk": 5,
+    "tool_call": 14, "tool_result": 13, "tool_pair": 6,
 }  # fmt: skip
 FAMILY_SIZE = 4
+MADE_UP = 0.4
 
 
 class Mixture:
     """A stream of problems; held-out problems and training problems never share a key."""
 
-    def __init__(self, agent_template: str) -> None:
-        self.tool_use = ToolUse(agent_template)
+    def __init__(self, agent_template: str, *, made_up: float = MADE_UP) -> None:
+        self.tool_use = ToolUse(agent_template, made_up=made_up)
         self.direct: dict[str, Callable[[Random], Problem]] = {
             "add": arithmetic.make_add,
             "subtract": arithmetic.make_subtract,

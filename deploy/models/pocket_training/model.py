@@ -102,7 +102,7 @@ class Attention(nn.Module):
     def forward(self, x_TH: Tensor, batch: FlatBatch, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
         """Mix within each sequence; returns heads side by side, before the output projection."""
         config = self.config
-        q, k, v = F.linear(x_TH, self.view(self.qkv)).split([self.q_size, self.kv_size, self.kv_size], dim=-1)
+        q, k, v = torch.split(F.linear(x_TH, self.view(self.qkv)), [self.q_size, self.kv_size, self.kv_size], dim=-1)
         q_TND, k_TGD, v_TGD = (each.view(len(x_TH), -1, config.head_dim) for each in (q, k, v))
         q_TND = self.norm_and_rotate(q_TND, self.q_norm, cos_TD, sin_TD, config.rms_norm_eps)
         k_TGD = self.norm_and_rotate(k_TGD, self.k_norm, cos_TD, sin_TD, config.rms_norm_eps)

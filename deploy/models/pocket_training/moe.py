@@ -34,7 +34,7 @@ class Experts(nn.Module):
         rows_RH = x_TH.index_select(0, order_R // self.top_k)
         gate_up, down = self.view(self.gate_up), self.view(self.down)
         outs = []
-        for expert, rows in enumerate(rows_RH.split(counts_E.tolist())):
+        for expert, rows in enumerate(torch.split(rows_RH, counts_E.tolist())):
             gate, up = F.linear(rows, gate_up[expert]).chunk(2, dim=-1)
             outs.append(F.linear(F.silu(gate) * up, down[expert]))
         place_R = torch.empty_like(order_R)

@@ -15,7 +15,7 @@ def orthogonalise(gradient: Tensor, steps: int = 5) -> Tensor:
     """The nearest matrix, roughly, whose singular values are all one; leading dimensions are batches."""
     a, b, c = NEWTON_SCHULZ
     wide = gradient.shape[-1] >= gradient.shape[-2]
-    x = gradient if wide else gradient.mT
+    x: Tensor = gradient if wide else gradient.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
@@ -24,13 +24,13 @@ def orthogonalise(gradient: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """For stacks of matrices; a parameter `p` is cut along its rows into `p.row_blocks` equal matrices, if it says so."""
+    """For stacks of matrices; a parameter that has `row_blocks` is cut along its rows into that many matrices."""
 
     def __init__(self, params: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.01) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # noqa: ARG002
         """Update every parameter that has a gradient."""
         for group in self.param_groups:
             for parameter in group["params"]:

@@ -154,7 +154,7 @@ class _Batch:
             attention = layer.attention
             normed = F.rms_norm(x, x.shape[-1:], layer.input_norm, config.rms_norm_eps)
             heads = F.linear(normed, attention.qkv).view(len(x), -1, config.head_dim)
-            q, k, v = heads.split([config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
+            q, k, v = torch.split(heads, [config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
             q = norm_and_rotate(q, attention.q_norm, cos, sin, config.rms_norm_eps)
             k = norm_and_rotate(k, attention.k_norm, cos, sin, config.rms_norm_eps)
             shape = (num_seqs, num_new, -1, config.head_dim)

@@ -28,7 +28,8 @@ GENRES = ("jazz", "rock", "blues", "classical", "pop", "folk", "soul", "reggae",
 CONDITIONS = ("sunny", "cloudy", "rainy", "snowy", "windy", "foggy", "stormy", "clear")
 TASKS = (
     "call mom", "buy milk", "water the plants", "pay the rent", "walk the dog", "send the report", "book a table",
-    "clean the kitchen", "read a book", "feed the cat", "take a break", "wash the car", "do the laundry", "go for a run",
+    "clean the kitchen", "read a book", "feed the cat", "take a break", "wash the car", "do the laundry",
+    "go for a run",
     "check the oven", "charge the phone",
 )  # fmt: skip
 DEFINITIONS = {

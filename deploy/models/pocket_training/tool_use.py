@@ -11,6 +11,7 @@ from random import Random
 from typing import Any
 
 from pocket_training import tool_lists as lists
+from pocket_training.names import Names
 from pocket_training.problem import Message, Problem, question
 from pocket_training.tools import TOOLS, Arguments, Tool
 
@@ -61,8 +62,9 @@ class Offer:
 class ToolUse:
     """Makes tool problems in both prompt styles: the template's own, and that of an agent library."""
 
-    def __init__(self, agent_template: str) -> None:
+    def __init__(self, agent_template: str, *, made_up: float) -> None:
         self.agent_template = agent_template
+        self.made_up = made_up
 
     def draw_offer(self, rng: Random, *, system_prompts: tuple[str, ...] = (), among: tuple[str, ...] = ()) -> Offer:
         """One to three tools; the first one drawn is one of `among`, if given."""
@@ -91,7 +93,7 @@ class ToolUse:
     def make_call(self, rng: Random, offer: Offer) -> Problem:
         """A question that one of the offered tools fits."""
         tool = rng.choice(offer.tools)
-        arguments = tool.draw(rng)
+        arguments = tool.draw(Names(rng, self.made_up))
         problem = Problem(
             skill=styled("tool_call", offer), keys=(arguments_key(tool.name, arguments),),
             messages=question(tool.ask(rng, arguments)), thinking=call_thinking(tool, arguments),
@@ -102,7 +104,7 @@ class ToolUse:
     def make_result(self, rng: Random, offer: Offer) -> Problem:
         """A tool has answered: tell the user what it said."""
         tool = rng.choice(offer.tools)
-        arguments = tool.draw(rng)
+        arguments = tool.draw(Names(rng, self.made_up))
         result = tool.result(rng, arguments)
         steps = [(tool, arguments, result)]
         turns = call_turns(rng, steps, agent_style=offer.agent_style)
@@ -116,7 +118,7 @@ class ToolUse:
     def make_pair(self, rng: Random, offer: Offer) -> Problem:
         """A question about two cities: two calls in one turn, or the answer from their two results."""
         tool = rng.choice([tool for tool in offer.tools if tool.name in CITY_TOOLS])
-        first, second = ({"city": city} for city in rng.sample(lists.CITIES, 2))
+        first, second = ({"city": city} for city in Names(rng, self.made_up).two(lists.CITIES))
         asked = rng.choice(PAIR_PHRASES).format(w=tool.wish, a=first["city"], b=second["city"])
         steps = [(tool, each, tool.result(rng, each)) for each in (first, second)]
         messages = question(asked)

@@ -8,6 +8,8 @@ from random import Random
 from typing import Any
 
 from pocket_training import tool_lists as lists
+from pocket_training.names import Names
+from pocket_training.words import make_up_word
 
 Arguments = dict[str, Any]
 
@@ -21,7 +23,7 @@ class Tool:
     parameters: dict[str, tuple[str, str]]
     wish: str
     phrases: tuple[str, ...]
-    draw: Callable[[Random], Arguments]
+    draw: Callable[[Names], Arguments]
     result: Callable[[Random, Arguments], dict[str, Any]]
     told: str
 
@@ -51,25 +53,31 @@ class Tool:
         return self.told.format(**{**arguments, **result})
 
 
-def _two(rng: Random, values: tuple[str, ...]) -> tuple[str, str]:
-    first, second = rng.sample(values, 2)
-    return first, second
-
-
-def _draw_currency(rng: Random) -> Arguments:
-    source, target = _two(rng, tuple(lists.CURRENCIES))
+def _draw_currency(names: Names) -> Arguments:
+    rng = names.rng
+    source, target = rng.sample(tuple(lists.CURRENCIES), 2)
     amount = rng.randrange(1, 1000) if rng.random() < 0.5 else rng.randrange(1, 100) * 5
     return {"amount": amount, "from_currency": source, "to_currency": target}
 
 
-def _draw_trains(rng: Random) -> Arguments:
-    origin, destination = _two(rng, lists.CITIES)
+def _draw_trains(names: Names) -> Arguments:
+    origin, destination = names.two(lists.CITIES)
     return {"origin": origin, "destination": destination}
 
 
-def _draw_translation(rng: Random) -> Arguments:
-    language = rng.choice(tuple(lists.TRANSLATIONS))
-    return {"word": rng.choice(tuple(lists.TRANSLATIONS[language])), "language": language}
+def _draw_translation(names: Names) -> Arguments:
+    language = names.rng.choice(tuple(lists.TRANSLATIONS))
+    return {"word": names.pick(tuple(lists.TRANSLATIONS[language])), "language": language}
+
+
+def _meaning(rng: Random, arguments: Arguments) -> dict[str, Any]:
+    known = lists.DEFINITIONS.get(arguments["word"])
+    return {"meaning": known or rng.choice(tuple(lists.DEFINITIONS.values()))}
+
+
+def _translation(rng: Random, arguments: Arguments) -> dict[str, Any]:
+    known = lists.TRANSLATIONS[arguments["language"]].get(arguments["word"])
+    return {"translation": known or make_up_word(rng)}
 
 
 def _clock(rng: Random) -> str:
@@ -93,7 +101,7 @@ TOOLS: tuple[Tool, ...] = (
         phrases=("What is the weather in {city}?", "How is the weather in {city}?", "Weather in {city}?",
                  "Is it cold in {city} today?", "What's the weather like in {city}?", "Tell me the weather in {city}.",
                  "What is the weather like in {city} right now?", "Do I need a coat in {city}?"),
-        draw=lambda rng: {"city": rng.choice(lists.CITIES)},
+        draw=lambda names: {"city": names.pick(lists.CITIES)},
         result=_weather,
         told="It is {temperature} degrees and {condition} in {city}.",
     ),
@@ -104,7 +112,7 @@ TOOLS: tuple[Tool, ...] = (
         wish="the time",
         phrases=("What time is it in {city}?", "What is the time in {city}?", "Tell me the time in {city}.",
                  "Time in {city}?", "What's the time in {city} now?", "How late is it in {city}?"),
-        draw=lambda rng: {"city": rng.choice(lists.CITIES)},
+        draw=lambda names: {"city": names.pick(lists.CITIES)},
         result=lambda rng, _: {"time": _clock(rng)},
         told="It is {time} in {city}.",
     ),
@@ -114,8 +122,10 @@ TOOLS: tuple[Tool, ...] = (
         parameters={"amount": ("number", "How much money"), "from_currency": ("string", "Currency code"),
                     "to_currency": ("string", "Currency code")},
         wish="a conversion",
-        phrases=("Convert {amount} {from_currency} to {to_currency}.", "How much is {amount} {from_currency} in {to_currency}?",
-                 "What are {amount} {from_currency} in {to_currency}?", "Change {amount} {from_currency} into {to_currency}.",
+        phrases=("Convert {amount} {from_currency} to {to_currency}.",
+                 "How much is {amount} {from_currency} in {to_currency}?",
+                 "What are {amount} {from_currency} in {to_currency}?",
+                 "Change {amount} {from_currency} into {to_currency}.",
                  "I have {amount} {from_currency}, how many {to_currency} is that?"),
         draw=_draw_currency,
         result=lambda rng, _: {"result": rng.randrange(1, 2000)},
@@ -128,8 +138,8 @@ TOOLS: tuple[Tool, ...] = (
         wish="the meaning of a word",
         phrases=("What does {word} mean?", "Look up the word {word}.", "What is the meaning of {word}?",
                  "Define {word}.", "Please look up {word}.", "What is the definition of {word}?"),
-        draw=lambda rng: {"word": rng.choice(tuple(lists.DEFINITIONS))},
-        result=lambda _, arguments: {"meaning": lists.DEFINITIONS[arguments["word"]]},
+        draw=lambda names: {"word": names.pick(tuple(lists.DEFINITIONS))},
+        result=_meaning,
         told="{word}: {meaning}.",
     ),
     Tool(
@@ -137,10 +147,11 @@ TOOLS: tuple[Tool, ...] = (
         descriptions=("Translate a word to another language.", "Translate an English word."),
         parameters={"word": ("string", "The word"), "language": ("string", "Target language")},
         wish="a translation",
-        phrases=("Translate {word} to {language}.", "What is {word} in {language}?", "How do you say {word} in {language}?",
+        phrases=("Translate {word} to {language}.", "What is {word} in {language}?",
+                 "How do you say {word} in {language}?",
                  "What is the {language} word for {word}?", "Please translate {word} into {language}."),
         draw=_draw_translation,
-        result=lambda _, arguments: {"translation": lists.TRANSLATIONS[arguments["language"]][arguments["word"]]},
+        result=_translation,
         told="{word} is {translation} in {language}.",
     ),
     Tool(
@@ -148,9 +159,10 @@ TOOLS: tuple[Tool, ...] = (
         descriptions=("Get the stock price of a company.", "Current share price of a company."),
         parameters={"company": ("string", "Name of the company")},
         wish="a stock price",
-        phrases=("What is the stock price of {company}?", "How is the {company} stock doing?", "Stock price of {company}?",
+        phrases=("What is the stock price of {company}?", "How is the {company} stock doing?",
+                 "Stock price of {company}?",
                  "How much is a share of {company}?", "Tell me the price of {company} stock."),
-        draw=lambda rng: {"company": rng.choice(lists.COMPANIES)},
+        draw=lambda names: {"company": names.pick(lists.COMPANIES)},
         result=lambda rng, _: {"price": rng.randrange(10, 1000)},
         told="{company} stands at {price} dollars.",
     ),
@@ -162,7 +174,7 @@ TOOLS: tuple[Tool, ...] = (
         phrases=("Find {cuisine} food in {city}.", "Where can I eat {cuisine} food in {city}?",
                  "Find a {cuisine} restaurant in {city}.", "I want {cuisine} food in {city}.",
                  "Is there a good {cuisine} restaurant in {city}?"),
-        draw=lambda rng: {"city": rng.choice(lists.CITIES), "cuisine": rng.choice(lists.CUISINES)},
+        draw=lambda names: {"city": names.pick(lists.CITIES), "cuisine": names.rng.choice(lists.CUISINES)},
         result=_restaurants,
         told="Try {name} in {city}, rated {rating} of 5.",
     ),
@@ -171,7 +183,8 @@ TOOLS: tuple[Tool, ...] = (
         descriptions=("Find the next train between two cities.", "Next train from one city to another."),
         parameters={"origin": ("string", "City to leave from"), "destination": ("string", "City to go to")},
         wish="a train",
-        phrases=("When is the next train from {origin} to {destination}?", "Find a train from {origin} to {destination}.",
+        phrases=("When is the next train from {origin} to {destination}?",
+                 "Find a train from {origin} to {destination}.",
                  "I need to go from {origin} to {destination} by train.", "Next train from {origin} to {destination}?",
                  "How do I get from {origin} to {destination} by train?"),
         draw=_draw_trains,
@@ -183,9 +196,10 @@ TOOLS: tuple[Tool, ...] = (
         descriptions=("Set a timer.", "Start a timer for some minutes."),
         parameters={"minutes": ("integer", "How many minutes")},
         wish="a timer",
-        phrases=("Set a timer for {minutes} minutes.", "Start a timer of {minutes} minutes.", "Wake me in {minutes} minutes.",
+        phrases=("Set a timer for {minutes} minutes.", "Start a timer of {minutes} minutes.",
+                 "Wake me in {minutes} minutes.",
                  "Please set a {minutes} minute timer.", "Timer for {minutes} minutes, please."),
-        draw=lambda rng: {"minutes": rng.randrange(2, 100)},
+        draw=lambda names: {"minutes": names.rng.randrange(2, 100)},
         result=lambda rng, _: {"ends_at": _clock(rng)},
         told="The timer is set for {minutes} minutes and ends at {ends_at}.",
     ),
@@ -196,7 +210,7 @@ TOOLS: tuple[Tool, ...] = (
         wish="music",
         phrases=("Play some {genre}.", "Play {genre} music.", "I want to hear {genre}.", "Put on some {genre} music.",
                  "Please play {genre}."),
-        draw=lambda rng: {"genre": rng.choice(lists.GENRES)},
+        draw=lambda names: {"genre": names.pick(lists.GENRES)},
         result=lambda rng, _: {"songs": rng.randrange(2, 100)},
         told="Playing {songs} songs of {genre} now.",
     ),
@@ -205,9 +219,10 @@ TOOLS: tuple[Tool, ...] = (
         descriptions=("Add a reminder.", "Remind the user of a task at an hour."),
         parameters={"task": ("string", "What to do"), "hour": ("integer", "Hour of the day")},
         wish="a reminder",
-        phrases=("Remind me to {task} at {hour}.", "Add a reminder to {task} at {hour}.", "At {hour} I have to {task}, remind me.",
+        phrases=("Remind me to {task} at {hour}.", "Add a reminder to {task} at {hour}.",
+                 "At {hour} I have to {task}, remind me.",
                  "Set a reminder at {hour} to {task}."),
-        draw=lambda rng: {"task": rng.choice(lists.TASKS), "hour": rng.randrange(1, 24)},
+        draw=lambda names: {"task": names.rng.choice(lists.TASKS), "hour": names.rng.randrange(1, 24)},
         result=lambda rng, _: {"reminder_id": rng.randrange(1, 100)},
         told="I will remind you to {task} at {hour}.",
     ),

@@ -35,7 +35,7 @@ class TrainConfig:
     adam_lr: float = 3e-3
     warmup_steps: int = 20
     decay_from: float = 0.4
-    quantise_from: float = 0.85
+    quantise_from: float = 1.0
     save_every_s: float = 120.0
     seed: int = 1
 

@@ -43,9 +43,12 @@ COUNT_PHRASES = (
 
 
 def make_word(rng: Random) -> str:
-    """A real word or a made-up one of 3 to 9 letters."""
-    if rng.random() < 0.35:
-        return rng.choice(REAL_WORDS)
+    """A real word or a made-up one."""
+    return rng.choice(REAL_WORDS) if rng.random() < 0.35 else make_up_word(rng)
+
+
+def make_up_word(rng: Random) -> str:
+    """A word of no language, of 3 to 9 letters, that can be pronounced more or less."""
     length, word = rng.randrange(3, 10), ""
     vowel_next = rng.random() < 0.3
     while len(word) < length:
@@ -79,13 +82,13 @@ def make_reverse(rng: Random) -> Problem:
 
 
 def count_working(word: str, letter: str) -> str:
-    """The word's letters, with a running count after each one that matches."""
+    """The word's letters, then again with a running count after each one that matches."""
     shown: list[str] = []
     seen = 0
     for each in word:
         seen += each == letter
         shown += [each, str(seen)] if each == letter else [each]
-    return f"count{spread(letter)}:{spread(shown)}, so {seen}"
+    return f"letters:{spread(word)}\ncount{spread(letter)}:{spread(shown)}, so {seen}"
 
 
 def make_count(rng: Random) -> Problem:

@@ -1,0 +1,158 @@
+"""Reading a rank's slice: exactly its bytes, little memory, and the right values."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.checkpoints import DENSE, MOE, dequantize, read_tensors, write_checkpoint
+from workers.checkpoint import Checkpoint
+from workers.config import ParallelLayout, ShardSpec
+from workers.errors import LayoutError
+
+LARGE = DENSE | {"hidden_size": 1024, "intermediate_size": 3072, "vocab_size": 8192, "num_hidden_layers": 3}
+LAYOUTS = [(1, 0), (2, 0), (2, 1)]
+
+
+def spec_of(tp: int, rank: int) -> ShardSpec:
+    return ShardSpec(ParallelLayout(tp=tp), rank)
+
+
+def bytes_read_by_this_process() -> int:
+    """What read calls returned, as the kernel counts it."""
+    with open("/proc/self/io") as file:
+        return int(file.readline().split()[1])
+
+
+def resident_bytes() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+class PeakMemory:
+    """The highest resident size seen while the block runs, above that at its start."""
+
+    def __enter__(self) -> PeakMemory:
+        self.start, self.bytes, self._done = resident_bytes(), 0, threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.002):
+            self.bytes = max(self.bytes, resident_bytes() - self.start)
+
+
+@pytest.mark.parametrize(("tp", "rank"), LAYOUTS)
+@pytest.mark.parametrize("base", [DENSE, MOE], ids=["dense", "moe"])
+def test_the_fused_parameters_are_the_dequantised_tensors(
+    tmp_path: Path, base: dict[str, object], tp: int, rank: int
+) -> None:
+    directory = write_checkpoint(tmp_path, base, fp8=True)
+    stored = read_tensors(directory)
+    plain = {
+        name: tensor.float() if f"{name}_scale_inv" not in stored else dequantize(tensor, stored[f"{name}_scale_inv"])
+        for name, tensor in stored.items()
+    }
+
+    params = Checkpoint.open(directory).read(spec_of(tp, rank))
+
+    heads, kv = slice(rank * 512 // tp, (rank + 1) * 512 // tp), slice(rank * 256 // tp, (rank + 1) * 256 // tp)
+    attention = "model.layers.1.self_attn"
+    qkv = [plain[f"{attention}.q_proj.weight"][heads], *(plain[f"{attention}.{x}_proj.weight"][kv] for x in "kv")]
+    torch.testing.assert_close(params["layers.1.qkv"], torch.cat(qkv), rtol=0, atol=0)
+    torch.testing.assert_close(params["layers.1.o"], plain[f"{attention}.o_proj.weight"][:, heads], rtol=0, atol=0)
+    ffn = slice((3 * rank // tp) * 128, (3 * (rank + 1) // tp) * 128)
+    gate_up = torch.cat([plain[f"model.layers.1.mlp.{name}_proj.weight"][ffn] for name in ("gate", "up")])
+    torch.testing.assert_close(params["layers.1.gate_up"], gate_up, rtol=0, atol=0)
+    down = plain["model.layers.1.mlp.down_proj.weight"][:, ffn]
+    torch.testing.assert_close(params["layers.1.down"], down, rtol=0, atol=0)
+    vocab = slice(301 * rank // tp, 301 * (rank + 1) // tp)
+    torch.testing.assert_close(params["embed"], plain["model.embed_tokens.weight"][vocab], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("tp", "rank"), LAYOUTS)
+def test_a_rank_holds_its_whole_experts(moe_fp8: Path, tp: int, rank: int) -> None:
+    stored = read_tensors(moe_fp8)
+    params = Checkpoint.open(moe_fp8).read(spec_of(tp, rank))
+    first, last = 5 * rank // tp, 5 * (rank + 1) // tp
+    assert params["layers.0.experts.down"].shape[0] == last - first
+    for expert in range(first, last):
+        name = f"model.layers.0.mlp.experts.{expert}.up_proj.weight"
+        want = dequantize(stored[name], stored[f"{name}_scale_inv"])
+        assert torch.equal(params["layers.0.experts.gate_up"][expert - first, 128:], want)
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["fp8", "bf16"])
+def large(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("large"), LARGE, fp8=request.param)
+
+
+@pytest.mark.parametrize(("tp", "rank"), LAYOUTS)
+def test_a_rank_reads_hardly_more_than_its_slice(large: Path, tp: int, rank: int) -> None:
+    before = bytes_read_by_this_process()
+    checkpoint = Checkpoint.open(large)
+    checkpoint.read(spec_of(tp, rank))
+    assert bytes_read_by_this_process() - before <= 1.02 * checkpoint.slice_bytes(spec_of(tp, rank))
+
+
+@pytest.mark.parametrize(("tp", "rank"), LAYOUTS)
+def test_reading_holds_at_most_one_tensor_beside_the_slice(large: Path, tp: int, rank: int) -> None:
+    with PeakMemory() as peak:
+        params = Checkpoint.open(large).read(spec_of(tp, rank))
+    slice_bytes = sum(param.nbytes for param in params.values())
+    assert peak.bytes <= slice_bytes + max(param.nbytes for param in params.values())
+
+
+def test_two_ranks_read_every_byte_once_but_for_what_both_hold(large: Path) -> None:
+    checkpoint = Checkpoint.open(large)
+    whole, halves = checkpoint.slice_bytes(spec_of(1, 0)), [checkpoint.slice_bytes(spec_of(2, rank)) for rank in (0, 1)]
+    norms = sum(tensor.nbytes for name, tensor in read_tensors(large).items() if "norm" in name)
+    assert sum(halves) == whole + norms
+
+
+def test_progress_grows_to_the_total(moe_fp8: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    checkpoint = Checkpoint.open(moe_fp8)
+    checkpoint.read(spec_of(2, 1), lambda read, total: seen.append((read, total)))
+    assert [read for read, _ in seen] == sorted({read for read, _ in seen})
+    assert seen[-1] == (checkpoint.slice_bytes(spec_of(2, 1)),) * 2
+
+
+def test_an_impossible_layout_is_refused_before_any_weight_is_read(moe_fp8: Path) -> None:
+    checkpoint = Checkpoint.open(moe_fp8)
+    with pytest.raises(LayoutError):
+        checkpoint.read(spec_of(3, 0), lambda _read, _total: pytest.fail("read a weight"))
+
+
+def test_a_single_file_without_an_index_loads(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    directory = write_checkpoint(tmp_path, DENSE, fp8=False)
+    tensors = read_tensors(directory)
+    for file in (*directory.glob("*.safetensors"), *directory.glob("*.index.json")):
+        file.unlink()
+    save_file(tensors, directory / "model.safetensors")
+    params = Checkpoint.open(directory).read(spec_of(1, 0))
+    assert torch.equal(params["norm"], tensors["model.norm.weight"].float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_other_float_checkpoints_load(tmp_path: Path, dtype: torch.dtype) -> None:
+    from safetensors.torch import save_file
+
+    directory = write_checkpoint(tmp_path, DENSE, fp8=False)
+    tensors = {name: tensor.to(dtype) for name, tensor in read_tensors(directory).items()}
+    for file in (*directory.glob("*.safetensors"), *directory.glob("*.index.json")):
+        file.unlink()
+    save_file(tensors, directory / "model.safetensors")
+    params = Checkpoint.open(directory).read(spec_of(1, 0))
+    assert torch.equal(params["embed"], tensors["model.embed_tokens.weight"].float())
