@@ -21,6 +21,7 @@ from workers.model import Decoder
 from workers.parallel import ParallelState
 from workers.sampling import Sampler
 from workers.step import OpenSlot, Prefill, SamplingParams, StepPlan, StepResult, TokenLogprobs
+from workers.threads import ThreadChooser
 
 CPU_KV_BYTES = 256 * 2**20
 GPU_MEMORY_SHARE = 0.88
@@ -38,11 +39,10 @@ class ModelRunner:
             )
         self.config, self.parallel = config, parallel
         self.device, dtype = _device(config)
-        if config.num_threads is not None:
-            torch.set_num_threads(config.num_threads)
         checkpoint = Checkpoint.open(config.model_dir)
         self.model = checkpoint.config
         weights = checkpoint.read(config.spec, progress, device=self.device, dtype=dtype)
+        self.threads = ThreadChooser(self.model, weights, config.num_threads or torch.get_num_threads())
         if self.device.type == "cpu":
             keep_freed_memory()
         self.weight_bytes = sum(weight.nbytes for weight in weights.values())
@@ -62,6 +62,7 @@ class ModelRunner:
         Raises PlanError where the plan breaks the contract; the rank's slots are then of no use.
         """
         start = time.perf_counter()
+        self.threads.apply(plan.num_tokens)
         with torch.inference_mode():
             self._apply_deltas(plan)
             sampled = self._forward(plan) if plan.num_tokens else ([], {})

@@ -1,8 +1,8 @@
 """What crosses the socket between the Router and its ranks: the contract of hop 6.
 
 Plain integers and floats in msgspec structs, so that the scheduler, the planner and the tests can use it without
-torch. A plan carries deltas only: slots opened, extended, closed, and the tokens to compute. Plans are numbered; every rank
-executes them strictly in order, and the Router may send plan n+1 before the result of plan n is back.
+torch. A plan carries deltas only: slots opened, extended, closed, and the tokens to compute. Plans are numbered; every
+rank executes them strictly in order, and the Router may send plan n+1 before the result of plan n is back.
 Knows nothing of requests, clients or phases.
 """
 
@@ -94,7 +94,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 
 
 class StepResult(msgspec.Struct, frozen=True, tag="result"):
-    """A rank finished a plan. Rank 0 names the sampled tokens; the others' lists are empty: they only say that they are alive."""
+    """A rank finished a plan. Rank 0 names the sampled tokens; the others' empty lists only say that they are alive."""
 
     step: int
     rank: int
@@ -128,7 +128,7 @@ class RankReady(msgspec.Struct, frozen=True, tag="ready"):
 
 
 class RankFailed(msgspec.Struct, frozen=True, tag="failed"):
-    """A rank cannot go on. `message` is one line with the remedy where there is one; `detail` may hold a traceback for the log."""
+    """A rank cannot go on. `message` is one line with the remedy where there is one; `detail` is for the log."""
 
     rank: int
     message: str

@@ -18,11 +18,13 @@ from tests.workers.engine import (
     whole_prompts,
 )
 from tests.workers.ranks import RankProcesses
-from workers.config import ParallelLayout, RunnerConfig
+from workers.checkpoint import Checkpoint
+from workers.config import ModelConfig, ParallelLayout, RunnerConfig
 from workers.errors import KVMemoryError, LayoutError, PlanError
 from workers.parallel import ParallelState
 from workers.runner import ModelRunner
 from workers.step import ExtendSlot, OpenSlot, Prefill, SamplingParams, StepPlan
+from workers.threads import ThreadChooser
 
 SEEDED = [SamplingParams(temperature=0.9, top_k=(0, 20)[slot % 2], top_p=0.95, seed=slot) for slot in range(12)]
 PROMPTS = random_prompts([3 + 5 * slot for slot in range(12)], 301, seed=8)
@@ -94,6 +96,13 @@ def test_results_name_the_step_and_only_rank_zero_names_tokens(moe_fp8: Path, tw
         (1, 0, 2),
         (1, 1, 0),
     ]
+
+
+def test_a_small_step_runs_on_one_thread_and_a_large_one_on_all(moe_fp8: Path) -> None:
+    weights = Checkpoint.open(moe_fp8).read(RunnerConfig(model_dir=str(moe_fp8)).spec)
+    threads = ThreadChooser(ModelConfig.from_dir(moe_fp8), weights, num_threads=6)
+    assert threads.choose(1) == 1
+    assert threads.choose(4096) == 6
 
 
 def test_a_plan_without_tokens_answers_at_once(moe_runner: ModelRunner) -> None:
