@@ -7,21 +7,19 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import importlib.util
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from cluster.config import ClusterConfig, parse_config, read_config
+from cluster.config import ClusterConfig
 from cluster.errors import ConfigError, MullError
+from cluster.flags import add_chat_flags, add_serve_flags, chat_options, config_from_flags
 
 if TYPE_CHECKING:
-    from cluster.chat import ChatOptions
     from cluster.local import LocalCluster
 
 _DEFAULT_ADDRESS = "127.0.0.1:50051"
@@ -49,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _serve(args: argparse.Namespace) -> int:
-    config = _config_from_flags(args)
+    config = config_from_flags(args)
     _check_model(config)
     from cluster.local import LocalCluster
 
@@ -72,7 +70,7 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    config = _config_from_flags(args)
+    config = config_from_flags(args)
     _check_model(config)
     from cluster.chat import chat
     from cluster.local import LocalCluster
@@ -84,7 +82,7 @@ def _demo(args: argparse.Namespace) -> int:
         interrupts.install()
         _load(cluster)
         print(f"\n{args.question}\n", flush=True)
-        code = chat(addresses.grpc, args.question, _chat_options(args), as_json=False)
+        code = chat(addresses.grpc, args.question, chat_options(args), as_json=False)
         print("\nstopping", flush=True)
     return code
 
@@ -92,7 +90,7 @@ def _demo(args: argparse.Namespace) -> int:
 def _chat(args: argparse.Namespace) -> int:
     from cluster.chat import chat
 
-    return _call(lambda: chat(args.address, args.question, _chat_options(args), as_json=args.json))
+    return _call(lambda: chat(args.address, args.question, chat_options(args), as_json=args.json))
 
 
 def _status(args: argparse.Namespace) -> int:
@@ -149,33 +147,9 @@ def _load(cluster: LocalCluster) -> None:
         cluster.wait_until_ready(lambda loaded, total: bar.update(task, completed=loaded, total=total or None))
 
 
-def _config_from_flags(args: argparse.Namespace) -> ClusterConfig:
-    values: dict[str, Any] = read_config(args.config) if args.config else {}
-    model = values.setdefault("model", {})
-    model["path"] = args.model or model.get("path") or builtin_model()
-    model["name"] = args.served_model_name or model.get("name") or Path(model["path"]).resolve().name
-    for part, flags in _CONFIG_FLAGS.items():
-        for name in flags:
-            if getattr(args, name) is not None:
-                values.setdefault(part, {})[name] = getattr(args, name)
-    return parse_config(values)
-
-
-def builtin_model() -> Path:
-    """The checkpoint that comes with mull: beside the code in a clone, inside the package in an installed wheel."""
-    clone = Path(__file__).resolve().parent.parent / "deploy" / "models" / "pocket"
-    if clone.is_dir():
-        return clone
-    package = importlib.util.find_spec("mull")
-    assert package is not None
-    for place in package.submodule_search_locations or []:
-        if (Path(place) / "pocket").is_dir():
-            return Path(place) / "pocket"
-    raise ConfigError("the built-in model is missing from this installation; give --model DIR")
-
-
 def _check_model(config: ClusterConfig) -> None:
     """Refuse a directory that cannot be served, or a tp that cannot split it, before any process is started."""
+    from cluster.gateway.served_model import ServedModel
     from workers.config import ModelConfig
     from workers.layout import ParallelLayout
     from workers.safetensors_header import check_checkpoint
@@ -183,81 +157,10 @@ def _check_model(config: ClusterConfig) -> None:
     model = ModelConfig.from_dir(config.model.path)
     ParallelLayout(tp=config.engine.tp).check(model)
     check_checkpoint(config.model.path, model)
-
-
-def _chat_options(args: argparse.Namespace) -> ChatOptions:
-    from cluster.chat import ChatOptions
-    from mull.v1 import generation_pb2 as pb
-
-    given = {name: value for name in _SAMPLING_FLAGS if (value := getattr(args, name)) is not None}
-    return ChatOptions(
-        sampling=pb.SamplingOptions(**given), max_tokens=args.max_tokens, model=args.model_name, system=args.system
-    )
-
-
-_SAMPLING_FLAGS: dict[str, tuple[type, str]] = {
-    "temperature": (float, "0 is greedy"),
-    "top_p": (float, "keep the likeliest tokens of this total probability, in (0, 1]"),
-    "top_k": (int, "keep this many of the likeliest tokens; 0: all"),
-    "min_p": (float, "drop tokens less likely than this share of the likeliest one, in [0, 1]"),
-    "presence_penalty": (float, "in [-2, 2]"),
-    "frequency_penalty": (float, "in [-2, 2]"),
-    "repetition_penalty": (float, "above 0; 1: none"),
-    "seed": (int, "the same seed gives the same tokens"),
-    "logprobs": (int, "logprobs of this many of the likeliest tokens (with --json)"),
-}
-
-_CONFIG_FLAGS: dict[str, dict[str, tuple[type, str]]] = {
-    "engine": {
-        "tp": (int, "ranks that split the model"),
-        "device": (str, "auto, cpu or cuda"),
-        "threads_per_rank": (int, "CPU threads of a rank; default: the cores, shared"),
-        "max_model_len": (int, "longest prompt plus output in tokens; default: the checkpoint's"),
-        "max_num_seqs": (int, "sequences that run at once"),
-        "max_num_batched_tokens": (int, "token budget of one step"),
-        "block_size": (int, "tokens per KV block"),
-        "kv_memory_bytes": (int, "KV pool of one rank"),
-    },
-    "router": {
-        "max_waiting": (int, "requests that may wait; one more is refused"),
-        "start_timeout_s": (float, "seconds to load and warm up"),
-        "step_timeout_s": (float, "seconds after which a rank counts as lost"),
-    },
-    "gateway": {
-        "host": (str, "address to listen on"),
-        "grpc_port": (int, "0 picks a free one"),
-        "metrics_port": (int, "Prometheus; 0 picks a free one"),
-        "max_streams": (int, "open streams; one more is refused"),
-        "drain_s": (float, "seconds for running streams to end after Ctrl-C"),
-    },
-}
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _add_serve_flags(parser: argparse.ArgumentParser, *, defaults: Mapping[str, int]) -> None:
-    parser.add_argument(
-        "--config", type=Path, help="YAML file with model, engine, router and gateway; flags win over it"
-    )
-    parser.add_argument("--model", type=Path, metavar="DIR", help="checkpoint directory; default: the built-in one")
-    parser.add_argument(
-        "--served-model-name", metavar="NAME", help="the name clients ask for; default: the directory's"
-    )
-    for part, flags in _CONFIG_FLAGS.items():
-        group = parser.add_argument_group(part)
-        for name, (kind, text) in flags.items():
-            shown = f"{text} (default {defaults[name]})" if name in defaults else text
-            group.add_argument(_flag(name), type=kind, default=defaults.get(name), help=shown)
-
-
-def _add_chat_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model-name", default="", metavar="NAME", help="default: the only model the server has")
-    parser.add_argument("--system", metavar="TEXT", help="system message")
-    parser.add_argument("--max-tokens", type=int, help="tokens to generate at most, thoughts included")
-    for name, (kind, text) in _SAMPLING_FLAGS.items():
-        parser.add_argument(_flag(name), type=kind, help=text)
+    asked, context = config.engine.max_model_len, model.max_position_embeddings
+    if asked is not None and asked > context:
+        raise ConfigError(f"--max-model-len {asked} is over the {context} tokens that {config.model.name} was made for")
+    ServedModel.load(config.model, config.engine.max_model_len)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -266,20 +169,20 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
 
     serve = commands.add_parser("serve", help="serve a model until Ctrl-C")
-    _add_serve_flags(serve, defaults={})
+    add_serve_flags(serve, defaults={})
     serve.set_defaults(command=_serve)
 
     demo = commands.add_parser("demo", help="serve the built-in model, ask it one question, stop")
     demo.add_argument("question", nargs="?", default=_DEMO_QUESTION)
-    _add_serve_flags(demo, defaults={"tp": 2, "grpc_port": 0, "metrics_port": 0})
-    _add_chat_flags(demo)
+    add_serve_flags(demo, defaults={"tp": 2, "grpc_port": 0, "metrics_port": 0})
+    add_chat_flags(demo)
     demo.set_defaults(command=_demo)
 
     chat = commands.add_parser("chat", help="ask one question, or converse")
     chat.add_argument("question", nargs="?", help="without it: a conversation, one question a line")
     chat.add_argument("--address", default=_DEFAULT_ADDRESS, help=f"default {_DEFAULT_ADDRESS}")
     chat.add_argument("--json", action="store_true", help="print one event a line")
-    _add_chat_flags(chat)
+    add_chat_flags(chat)
     chat.set_defaults(command=_chat)
 
     status = commands.add_parser("status", help="what a running server is and does")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cluster.errors import ConfigError
 
@@ -40,6 +40,15 @@ class EngineConfig(_Part):
     kv_memory_bytes: int | None = Field(None, ge=1)
     """KV pool of one rank; None sizes it from free memory on a GPU and takes 256 MiB on a CPU."""
     enable_prefix_cache: bool = True
+
+    @model_validator(mode="after")
+    def _all_can_decode_at_once(self) -> Self:
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens {self.max_num_batched_tokens} is below max_num_seqs {self.max_num_seqs}; "
+                "raise the one or lower the other"
+            )
+        return self
 
 
 class RouterConfig(_Part):
@@ -83,7 +92,8 @@ def parse_config(values: dict[str, Any]) -> ClusterConfig:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"{where}: {first['msg']} (got {first['input']!r})") from error
+        got = "" if isinstance(first["input"], dict) else f" (got {first['input']!r})"
+        raise ConfigError(f"{where}: {first['msg']}{got}") from error
 
 
 def read_config(file: Path) -> dict[str, Any]:

@@ -19,17 +19,19 @@ MullError
 
 from __future__ import annotations
 
-from workers.errors import CheckpointError, LayoutError, MullError
+from workers.errors import CheckpointError, KVMemoryError, LayoutError, MullError, PlanError
 
 __all__ = [
     "CheckpointError",
     "ConfigError",
     "EngineError",
     "InvalidRequest",
+    "KVMemoryError",
     "LayoutError",
     "MullError",
     "NotReady",
     "Overloaded",
+    "PlanError",
     "PromptTooLong",
     "RankLost",
     "RequestError",

@@ -26,6 +26,7 @@ from mull.v1.generation_pb2_grpc import GenerationServiceStub
 _POLL_S = 0.2
 _CALL_TIMEOUT_S = 10.0
 _STOP_MARGIN_S = 10.0
+_RAY_LOGS = "/tmp/ray/session_latest/logs/serve"
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,10 @@ class LocalCluster:
         from cluster.app import APP_NAME, build_app
 
         self._guard = _guard_children()
-        self._gateway = serve.run(build_app(self._config), name=APP_NAME, route_prefix=None)
+        try:
+            self._gateway = serve.run(build_app(self._config), name=APP_NAME, route_prefix=None)
+        except RuntimeError as error:
+            raise EngineError(f"the app did not start; the reason is in {_RAY_LOGS}: {_last_line(error)}") from error
         ports = self._gateway.ports.remote().result(timeout_s=_CALL_TIMEOUT_S)
         self._addresses = Addresses(
             grpc=f"{gateway.host}:{ports['grpc']}", metrics=f"http://{gateway.host}:{ports['metrics']}/metrics"
@@ -126,6 +130,10 @@ class LocalCluster:
             self._guard.kill()
             self._guard.wait()
         self._gateway = self._channel = self._guard = None
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1]
 
 
 def _check_free(flag: str, host: str, port: int) -> None:

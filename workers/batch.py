@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import numpy.typing as npt
@@ -107,26 +108,55 @@ class SlotTable:
             raise PlanError(f"{what}: slot {slot} is not open")
 
 
+@dataclass(frozen=True)
+class Rotations:
+    """Cosines, and sines negated in their first half, of each row's position."""
+
+    cos_T1D: Tensor
+    signed_sin_T1D: Tensor
+
+    def select(self, rows_B: Tensor) -> Rotations:
+        return Rotations(self.cos_T1D.index_select(0, rows_B), self.signed_sin_T1D.index_select(0, rows_B))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompts:
+    """Chunks of equal size that start their sequences: nothing but their own rows is attended to."""
+
+    rows: slice
+    num_seqs: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class PrefillChunk:
-    """One sequence's chunk: rows [first, first + size) of the batch."""
+    """One sequence's chunk behind tokens of earlier steps."""
 
-    first: int
-    size: int
-    num_keys: int
+    rows: slice
     block_ids: Tensor
-    mask_CS: Tensor | None
-    """None where the chunk starts its sequence."""
+    mask_CS: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeGroup:
-    """Decoding rows [first, first + size) of the batch, of similar length."""
+    """One row per sequence, which sees all of it."""
 
-    first: int
-    size: int
+    rows: slice
     block_ids: Tensor
-    mask_B11S: Tensor
+    num_keys: int
+    mask_B1S: Tensor | None
+    """None where all have `num_keys` keys."""
+
+
+BatchPart = Prompts | PrefillChunk | DecodeGroup
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceEnds:
+    """The rows whose logits give a token: each the last of its sequence, so that it attends like a decode."""
+
+    rows_B: Tensor
+    rotations: Rotations
+    group: DecodeGroup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,14 +164,14 @@ class ForwardBatch:
     """What one forward pass reads. Rows are tokens: all chunks, then all decodes."""
 
     token_ids_T: Tensor
-    cos_T1D: Tensor
-    signed_sin_T1D: Tensor
+    rotations: Rotations
     cells_T: Tensor
-    chunks: list[PrefillChunk]
-    decodes: list[DecodeGroup]
-    sample_rows_B: Tensor
-    """Rows whose logits give a token, in the order of `StepPlan.sampling_slots`."""
+    parts: list[BatchPart]
+    """In the order of their rows."""
+    ends: SequenceEnds | None
+    """None where every row is one, in a step of decodes alone."""
     sample_slots: Ints
+    """Whose tokens are sampled, in the order of `StepPlan.sampling_slots`."""
     sample_positions: Ints
     """Of the tokens to be sampled."""
 
@@ -168,17 +198,17 @@ class BatchBuilder:
         slots = np.concatenate([*(np.full(len(p.token_ids), p.slot) for p in plan.prefills), decodes])
         starts = [np.arange(p.start, p.start + len(p.token_ids)) for p in plan.prefills]
         positions = np.concatenate([*starts, self.table.num_computed[decodes] - 1])
-        cos_T1D, signed_sin_T1D = self._rotations(positions)
-        num_prefill_tokens = len(positions) - len(decodes)
+        rotations = self._rotations(positions)
+        parts: list[BatchPart] = list(self._prefill_parts(plan.prefills))
+        if plan.decodes:
+            parts.append(self._decode_group(decodes, len(positions) - len(decodes)))
         sample_slots = np.array(plan.sampling_slots, dtype=np.int64)
         return ForwardBatch(
             token_ids_T=self._token_ids(plan, decodes, last_tokens),
-            cos_T1D=cos_T1D,
-            signed_sin_T1D=signed_sin_T1D,
+            rotations=rotations,
             cells_T=self._tensor(self.table.cells(slots, positions)),
-            chunks=list(self._chunks(plan.prefills)),
-            decodes=list(self._decode_groups(decodes, num_prefill_tokens)),
-            sample_rows_B=self._tensor(_sample_rows(plan, num_prefill_tokens)),
+            parts=parts,
+            ends=self._ends(plan, sample_slots, rotations) if plan.prefills else None,
             sample_slots=sample_slots,
             sample_positions=self.table.num_computed[sample_slots],
         )
@@ -197,44 +227,51 @@ class BatchBuilder:
         sampled = last_tokens.index_select(0, self._tensor(decodes))
         return sampled if not len(known) else torch.cat([self._tensor(known), sampled])
 
-    def _rotations(self, positions: Ints) -> tuple[Tensor, Tensor]:
+    def _rotations(self, positions: Ints) -> Rotations:
         angles_T1D = self._tensor(positions).float()[:, None, None] * self.frequencies_D
-        return angles_T1D.cos().to(self.dtype), angles_T1D.sin().mul_(self.signs_D).to(self.dtype)
+        return Rotations(angles_T1D.cos().to(self.dtype), angles_T1D.sin().mul_(self.signs_D).to(self.dtype))
 
-    def _chunks(self, prefills: list[Prefill]) -> Iterator[PrefillChunk]:
+    def _prefill_parts(self, prefills: list[Prefill]) -> Iterator[BatchPart]:
         first = 0
-        for prefill in prefills:
-            size, start = len(prefill.token_ids), prefill.start
-            num_blocks = -(-(start + size) // self.table.block_size)
-            blocks = self._tensor(self.table.blocks[prefill.slot, :num_blocks])
-            mask = None if start == 0 else self._chunk_mask(start, size)
-            yield PrefillChunk(first=first, size=size, num_keys=start + size, block_ids=blocks, mask_CS=mask)
-            first += size
+        for (is_prompt, size), group in groupby(prefills, key=lambda p: (p.start == 0, len(p.token_ids))):
+            chunks = list(group)
+            if is_prompt:
+                yield Prompts(rows=slice(first, first + size * len(chunks)), num_seqs=len(chunks))
+            else:
+                yield from (self._chunk(p, first + size * index) for index, p in enumerate(chunks))
+            first += size * len(chunks)
 
-    def _chunk_mask(self, start: int, size: int) -> Tensor:
+    def _chunk(self, prefill: Prefill, first: int) -> PrefillChunk:
+        size, start = len(prefill.token_ids), prefill.start
+        num_blocks = -(-(start + size) // self.table.block_size)
+        blocks = self._tensor(self.table.blocks[prefill.slot, :num_blocks])
         mask_CS = torch.full((size, start + size), -math.inf, device=self.device, dtype=self.dtype)
-        return mask_CS.triu_(start + 1)
+        return PrefillChunk(rows=slice(first, first + size), block_ids=blocks, mask_CS=mask_CS.triu_(start + 1))
 
-    def _decode_groups(self, slots: Ints, first: int) -> Iterator[DecodeGroup]:
-        if not len(slots):
-            return
+    def _decode_group(self, slots: Ints, first: int) -> DecodeGroup:
         lengths = self.table.num_computed[slots]
-        num_blocks = -(-int(lengths.max()) // self.table.block_size)
-        keys = np.arange(num_blocks * self.table.block_size)
-        hidden = np.where(keys < lengths[:, None], np.float32(0), np.float32(-np.inf))
-        blocks = np.ascontiguousarray(self.table.blocks[slots, :num_blocks]).reshape(-1)
+        num_keys = int(lengths.max(initial=0))
         # Entries behind a slot's own blocks may be left from an earlier sequence: they are masked, and valid ids.
-        mask = torch.from_numpy(hidden[:, None, None, :]).to(self.device, self.dtype)
-        yield DecodeGroup(first=first, size=len(slots), block_ids=self._tensor(blocks), mask_B11S=mask)
+        blocks = np.ascontiguousarray(self.table.blocks[slots, : -(-num_keys // self.table.block_size)]).reshape(-1)
+        return DecodeGroup(
+            rows=slice(first, first + len(slots)),
+            block_ids=self._tensor(blocks),
+            num_keys=num_keys,
+            mask_B1S=None if (lengths == num_keys).all() else self._length_mask(lengths, num_keys),
+        )
+
+    def _length_mask(self, lengths: Ints, num_keys: int) -> Tensor:
+        hidden = np.where(np.arange(num_keys) < lengths[:, None], np.float32(0), np.float32(-np.inf))
+        return torch.from_numpy(hidden[:, None, :]).to(self.device, self.dtype)
+
+    def _ends(self, plan: StepPlan, slots: Ints, rotations: Rotations) -> SequenceEnds:
+        ends = np.cumsum([len(p.token_ids) for p in plan.prefills] + [1] * len(plan.decodes), dtype=np.int64)
+        sampled = [p.sample for p in plan.prefills] + [True] * len(plan.decodes)
+        rows_B = self._tensor(ends[sampled] - 1)
+        return SequenceEnds(rows_B=rows_B, rotations=rotations.select(rows_B), group=self._decode_group(slots, 0))
 
 
 def _check_named_once(plan: StepPlan) -> None:
     computed = [prefill.slot for prefill in plan.prefills] + plan.decodes
     if len(set(computed)) < len(computed):
         raise PlanError(f"step {plan.step} computes a slot twice: {sorted(computed)}")
-
-
-def _sample_rows(plan: StepPlan, num_prefill_tokens: int) -> Ints:
-    ends = np.cumsum([len(p.token_ids) for p in plan.prefills], dtype=np.int64)
-    sampled = [int(end) - 1 for end, prefill in zip(ends, plan.prefills, strict=True) if prefill.sample]
-    return np.array([*sampled, *range(num_prefill_tokens, num_prefill_tokens + len(plan.decodes))], dtype=np.int64)

@@ -20,6 +20,7 @@ from torch import Tensor
 from workers.config import ModelConfig, ShardSpec
 from workers.errors import CheckpointError
 from workers.kernels.dequant import dequantize_into
+from workers.kernels.linear import empty_weight
 from workers.layout import Span
 from workers.safetensors_header import SCALE_SUFFIX, StoredTensor, check_checkpoint
 from workers.weights import TensorSlice, param_shapes, rank_slices
@@ -72,7 +73,7 @@ class Checkpoint:
         spec.layout.check(self.config)
         slices = list(rank_slices(self.config, spec))
         shapes = param_shapes(slices)
-        params = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
+        params = {name: _empty(name, shape, dtype, device) for name, shape in shapes.items()}
         total = sum(self._num_bytes(part) for part in slices)
         piece_bytes = max(self._num_bytes(part) for part in slices) // PIECES_PER_TENSOR
         pieces = [piece for part in slices for piece in self._cut(part, piece_bytes)]
@@ -147,6 +148,13 @@ class Checkpoint:
         bits = raw.view(out.shape).to(out.device)
         dequantize_into(out, bits, scale_rc.to(out.device), block=block, origin=origin)
         return raw.numel() + raw_scale.numel()
+
+
+def _empty(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None) -> Tensor:
+    """Vectors have no layout; of the embedding, rows are looked up."""
+    if len(shape) == 1 or name == "embed":
+        return torch.empty(shape, dtype=dtype, device=device)
+    return empty_weight(shape, dtype, device)
 
 
 class OpenShard:

@@ -1,6 +1,6 @@
 """The bytes of the paged KV cache of one rank. Which sequence owns which block is the Router's business.
 
-G local kv heads, D head_dim, T tokens.
+G local kv heads, D head_dim, T tokens, X the 2G heads of K, then of V.
 """
 
 from __future__ import annotations
@@ -13,7 +13,11 @@ from workers.errors import KVMemoryError
 
 
 class KVPool:
-    """Every layer's K and V, each [num_blocks, block_size, G, D]; finite from the start: padding is read and masked."""
+    """Every layer's K and V in one tensor [X, num_blocks, block_size, D].
+
+    Heads come first: gathered blocks of a sequence are then contiguous keys, as attention wants them. Finite from the
+    start: padding is read and masked.
+    """
 
     def __init__(
         self,
@@ -24,14 +28,12 @@ class KVPool:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        shape = (num_blocks, block_size, spec.kv_heads(config).size, config.head_dim)
-        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
-        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
+        shape = (2 * spec.kv_heads(config).size, num_blocks, block_size, config.head_dim)
+        self.layers = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
 
-    def write(self, layer: int, positions_T: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> None:
-        """Store new tokens; `positions_T` are block_id * block_size + offset."""
-        self.k[layer].flatten(0, 1).index_copy_(0, positions_T, k_TGD)
-        self.v[layer].flatten(0, 1).index_copy_(0, positions_T, v_TGD)
+    def write(self, layer: int, cells_T: Tensor, kv_TXD: Tensor) -> None:
+        """Store new tokens; `cells_T` are block_id * block_size + offset."""
+        self.layers[layer].flatten(1, 2).index_copy_(1, cells_T, kv_TXD.transpose(0, 1))
 
 
 def block_bytes(config: ModelConfig, spec: ShardSpec, block_size: int, dtype: torch.dtype) -> int:

@@ -34,7 +34,23 @@ class DecoderLayer:
 
     def __call__(self, x_TH: Tensor, batch: ForwardBatch, kv: KVPool) -> Tensor:
         """Returns x_TH, changed in place."""
-        x_TH += self.parallel.all_reduce(self.attention(rms_norm(x_TH, self.input_norm, self.eps), batch, kv))
+        attended_TH = self.attention(rms_norm(x_TH, self.input_norm, self.eps), batch, kv)
+        return self._feed_forward(x_TH, attended_TH)
+
+    def last(self, x_TH: Tensor, batch: ForwardBatch, kv: KVPool) -> Tensor:
+        """As the last layer: the sampled rows alone, x_BH. Later steps need only the KV of the others."""
+        if batch.ends is None:
+            return self(x_TH, batch, kv)
+        normed_TH, rows_B = rms_norm(x_TH, self.input_norm, self.eps), batch.ends.rows_B
+        self.attention.store(normed_TH, batch, kv)
+        x_BH = x_TH.index_select(0, rows_B)
+        if not len(rows_B):
+            return x_BH
+        attended_BH = self.attention.attend_ends(normed_TH.index_select(0, rows_B), batch.ends, kv)
+        return self._feed_forward(x_BH, attended_BH)
+
+    def _feed_forward(self, x_TH: Tensor, attended_TH: Tensor) -> Tensor:
+        x_TH += self.parallel.all_reduce(attended_TH)
         x_TH += self.parallel.all_reduce(self.feed_forward(rms_norm(x_TH, self.post_norm, self.eps)))
         return x_TH
 
@@ -52,11 +68,11 @@ class Decoder:
         self.head_vH = weights["embed"] if config.tie_word_embeddings else weights["lm_head"]
 
     def forward(self, batch: ForwardBatch, kv: KVPool) -> Tensor:
-        """Run the batch through the layers. Returns x_TH before the last norm."""
+        """Run the batch through the layers. Returns the sampled rows, x_BH, before the last norm."""
         x_TH = self.embedding(batch.token_ids_T)
-        for layer in self.layers:
+        for layer in self.layers[:-1]:
             x_TH = layer(x_TH, batch, kv)
-        return x_TH
+        return self.layers[-1].last(x_TH, batch, kv)
 
     def logits(self, x_BH: Tensor) -> Tensor:
         """fp32 logits of this rank's part of the vocabulary, [B, v]."""

@@ -89,10 +89,10 @@ class ModelRunner:
 
     def _forward(self, plan: StepPlan) -> tuple[list[int], dict[int, TokenLogprobs]]:
         batch = self.batches.build(plan, self.last_tokens)
-        x_TH = self.decoder.forward(batch, self.kv)
+        x_BH = self.decoder.forward(batch, self.kv)
         if not len(batch.sample_slots):
             return [], {}
-        logits_Bv = self.decoder.logits(x_TH.index_select(0, batch.sample_rows_B))
+        logits_Bv = self.decoder.logits(x_BH)
         sampled = self.sampler.sample(logits_Bv, batch.sample_slots, batch.sample_positions)
         slots_B = torch.from_numpy(batch.sample_slots).to(self.device)
         self.last_tokens.index_copy_(0, slots_B, sampled.token_ids_B)

@@ -14,11 +14,11 @@ from workers.kernels import reference
 from workers.kernels.decode_attention import decode_attention
 from workers.kernels.dequant import dequantize_into
 from workers.kernels.gate import choose_experts, choose_experts_normalized
-from workers.kernels.linear import linear
+from workers.kernels.linear import empty_weight, linear
 from workers.kernels.moe import apply_experts
 from workers.kernels.norm import rms_norm
-from workers.kernels.prefill_attention import prefill_attention
-from workers.kernels.rope import rotate
+from workers.kernels.prefill_attention import chunk_attention, prompt_attention
+from workers.kernels.rope import rotate_into
 from workers.kernels.swiglu import swiglu
 
 SEEDS = st.integers(0, 2**31)
@@ -68,6 +68,7 @@ def test_linear_equals_its_reference(shape: tuple[int, int, int]) -> None:
     rows, size_in, size_out = shape
     x, weight = normal(0, rows, size_in), normal(1, size_out, size_in)
     close(linear(x, weight), reference.linear(x, weight))
+    close(linear(x, empty_weight((size_out, size_in), x.dtype, x.device).copy_(weight)), reference.linear(x, weight))
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 3, 7), (2, 256)])
@@ -83,7 +84,10 @@ def test_rotation_equals_its_reference(num_tokens: int, num_heads: int, head_dim
     signed_sin = angles.sin()
     signed_sin[..., : head_dim // 2] *= -1
     x = normal(0, num_tokens, num_heads, head_dim)
-    close(rotate(x, angles.cos(), signed_sin), reference.rotate(x, angles.cos(), signed_sin))
+    got, want = torch.empty_like(x), torch.empty_like(x)
+    rotate_into(got, x, angles.cos(), signed_sin)
+    reference.rotate_into(want, x, angles.cos(), signed_sin)
+    close(got, want)
 
 
 @pytest.mark.parametrize("shape", [(1, 2), (5, 14), (3, 256)])
@@ -131,14 +135,33 @@ def test_tokens_without_local_experts_add_nothing() -> None:
 def test_decode_attention_equals_its_reference(
     lengths: list[int], num_kv_heads: int, group: int, block_size: int, seed: int
 ) -> None:
-    num_blocks = -(-max(lengths) // block_size)
-    k, v = normal(seed, 50, block_size, num_kv_heads, 8), normal(seed + 1, 50, block_size, num_kv_heads, 8)
-    q = normal(seed + 2, len(lengths), num_kv_heads * group, 8)
+    num_keys = max(lengths)
+    num_blocks = -(-num_keys // block_size)
+    pool = normal(seed, 2 * num_kv_heads, 50, block_size, 8)
+    q = normal(seed + 1, len(lengths), num_kv_heads * group, 8)
     blocks = torch.randint(0, 50, (len(lengths) * num_blocks,), generator=torch.Generator().manual_seed(seed))
-    mask = torch.zeros(len(lengths), 1, 1, num_blocks * block_size)
+    mask = torch.zeros(len(lengths), 1, num_keys)
     for row, length in enumerate(lengths):
-        mask[row, :, :, length:] = -math.inf
-    close(decode_attention(q, k, v, blocks, mask), reference.decode_attention(q, k, v, blocks, mask))
+        mask[row, :, length:] = -math.inf
+    for some_mask in (mask, None):
+        got = decode_attention(q, pool, blocks, num_keys, some_mask)
+        close(got, reference.decode_attention(q, pool, blocks, num_keys, some_mask))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    num_seqs=st.integers(1, 4),
+    size=st.integers(1, 30),
+    num_kv_heads=st.integers(1, 3),
+    group=st.integers(1, 4),
+    seed=SEEDS,
+)
+def test_prompt_attention_equals_its_reference(
+    num_seqs: int, size: int, num_kv_heads: int, group: int, seed: int
+) -> None:
+    q = normal(seed, num_seqs * size, num_kv_heads * group, 8)
+    kv = normal(seed + 1, num_seqs * size, 2 * num_kv_heads, 8)
+    close(prompt_attention(q, kv, num_seqs), reference.prompt_attention(q, kv, num_seqs))
 
 
 @settings(max_examples=25, deadline=None)
@@ -150,13 +173,12 @@ def test_decode_attention_equals_its_reference(
     block_size=st.sampled_from([1, 4, 16]),
     seed=SEEDS,
 )
-def test_prefill_attention_equals_its_reference(
+def test_chunk_attention_equals_its_reference(
     start: int, size: int, num_kv_heads: int, group: int, block_size: int, seed: int
 ) -> None:
     end = start + size
-    k, v = normal(seed, 70, block_size, num_kv_heads, 8), normal(seed + 1, 70, block_size, num_kv_heads, 8)
-    q = normal(seed + 2, size, num_kv_heads * group, 8)
+    pool = normal(seed, 2 * num_kv_heads, 70, block_size, 8)
+    q = normal(seed + 1, size, num_kv_heads * group, 8)
     blocks = torch.randperm(70, generator=torch.Generator().manual_seed(seed))[: -(-end // block_size)]
-    mask = None if start == 0 else torch.full((size, end), -math.inf).triu(start + 1)
-    got = prefill_attention(q, k, v, blocks, end, mask)
-    close(got, reference.prefill_attention(q, k, v, blocks, end, mask))
+    mask = torch.full((size, end), -math.inf).triu(start + 1)
+    close(chunk_attention(q, pool, blocks, mask), reference.chunk_attention(q, pool, blocks, mask))

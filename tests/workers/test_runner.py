@@ -173,7 +173,7 @@ def test_a_kv_pool_too_small_for_one_block_is_refused_with_both_sizes(dense_fp8:
 def test_the_pool_is_no_larger_than_all_slots_can_use(dense_fp8: Path) -> None:
     runner = load(dense_fp8, max_num_seqs=3, kv_memory_bytes=2**30)
     assert runner.num_blocks == 3 * BLOCKS_PER_SLOT
-    assert runner.kv_bytes == sum(pool.nbytes for pool in (*runner.kv.k, *runner.kv.v))
+    assert runner.kv_bytes == sum(pool.nbytes for pool in runner.kv.layers)
 
 
 def test_a_layout_that_cannot_split_is_refused_before_loading(dense_fp8: Path) -> None:

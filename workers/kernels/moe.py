@@ -1,6 +1,7 @@
 """This rank's experts applied to the tokens that chose them.
 
-T tokens, H hidden, K chosen experts per token, e local experts, F ffn, R (token, expert) pairs that are local.
+T tokens, H hidden, K chosen experts per token, E experts, e local experts, F ffn, R (token, expert) pairs that are
+local, I in, O out.
 """
 
 from __future__ import annotations
@@ -39,18 +40,22 @@ def _grouped(
     x_TH: Tensor, topk_ids_TK: Tensor, weights_TK: Tensor, gate_up_eXH: Tensor, down_eHF: Tensor, first_expert: int
 ) -> Tensor:
     num_local, top_k = gate_up_eXH.shape[0], topk_ids_TK.shape[1]
-    local = topk_ids_TK.reshape(-1) - first_expert
-    local = torch.where((local >= 0) & (local < num_local), local, num_local)
-    order = local.argsort(stable=True)
-    counts = torch.bincount(local, minlength=num_local + 1)[:num_local].tolist()
-    order_R = order[: sum(counts)]
+    ids = topk_ids_TK.flatten()
+    counts_E = ids.bincount(minlength=first_expert + num_local).tolist()
+    counts_e = counts_E[first_expert : first_expert + num_local]
+    start = sum(counts_E[:first_expert])
+    order_R = ids.argsort(stable=True)[start : start + sum(counts_e)]
     token_R = order_R.div(top_k, rounding_mode="floor")
-    y_RH = x_TH.index_select(0, token_R)
-    start = 0
-    for expert, count in enumerate(counts):
-        if count:
-            rows_CH = y_RH[start : start + count]
-            rows_CH.copy_(linear(swiglu(linear(rows_CH, gate_up_eXH[expert])), down_eHF[expert]))
-            start += count
+    gate_up_RX = _each_expert(x_TH.index_select(0, token_R), gate_up_eXH, counts_e)
+    y_RH = _each_expert(swiglu(gate_up_RX), down_eHF, counts_e)
     y_RH.mul_(weights_TK.reshape(-1).index_select(0, order_R).unsqueeze(1))
     return torch.zeros_like(x_TH).index_add_(0, token_R, y_RH)
+
+
+def _each_expert(x_RI: Tensor, weight_eOI: Tensor, counts_e: list[int]) -> Tensor:
+    """Each expert's rows, one after another, times its weight: [R, O]."""
+    out_RO = x_RI.new_empty(x_RI.shape[0], weight_eOI.shape[1])
+    for x, weight_IO, out in zip(x_RI.split(counts_e), weight_eOI.mT, out_RO.split(counts_e), strict=True):
+        if len(x):
+            torch.mm(x, weight_IO, out=out)
+    return out_RO

@@ -1,6 +1,7 @@
-"""Attention of a chunk of one sequence over its paged KV: causal inside the chunk, everything before it visible.
+"""Causal attention of known tokens: of whole prompts, and of a chunk whose sequence began in earlier steps.
 
-C tokens of the chunk, S tokens up to its end, N query heads, G kv heads, g queries per kv head, D head_dim.
+B sequences, C tokens of each, S tokens up to a chunk's end, N query heads, G kv heads, g queries per kv head, X the
+2G heads of K, then of V, D head_dim.
 """
 
 from __future__ import annotations
@@ -9,24 +10,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def prefill_attention(
-    q_CND: Tensor, k_pool: Tensor, v_pool: Tensor, block_ids: Tensor, num_keys: int, mask_CS: Tensor | None
-) -> Tensor:
-    """Attend a chunk to the first `num_keys` positions of its blocks. Returns [C, N, D].
+def prompt_attention(q_TND: Tensor, kv_TXD: Tensor, num_seqs: int) -> Tensor:
+    """Attend `num_seqs` sequences of equal length, all from position 0, to their own tokens. Returns [T, N, D]."""
+    num_kv_heads = kv_TXD.shape[1] // 2
+    q_BNCD = q_TND.unflatten(0, (num_seqs, -1)).transpose(1, 2)
+    kv_BXCD = kv_TXD.unflatten(0, (num_seqs, -1)).transpose(1, 2)
+    k_BGCD, v_BGCD = kv_BXCD[:, :num_kv_heads], kv_BXCD[:, num_kv_heads:]
+    out_BNCD = F.scaled_dot_product_attention(q_BNCD, k_BGCD, v_BGCD, is_causal=True, enable_gqa=True)
+    return out_BNCD.transpose(1, 2).flatten(0, 1)
 
-    The pools are [num_blocks, block_size, G, D]. Without a mask the chunk starts at position 0 and plain causality
-    holds.
+
+def chunk_attention(q_CND: Tensor, pool: Tensor, block_ids: Tensor, mask_CS: Tensor) -> Tensor:
+    """Attend a chunk to the first S positions of its sequence's blocks, as the additive mask allows.
+
+    The pool is [2G, num_blocks, block_size, D], K before V. Returns [C, N, D].
     """
-    chunk_size, num_heads, head_dim = q_CND.shape
-    num_kv_heads = k_pool.shape[2]
-    group = num_heads // num_kv_heads
-    k_GgSD = _heads_first(k_pool, block_ids, num_keys).unsqueeze(1).expand(-1, group, -1, -1)
-    v_GgSD = _heads_first(v_pool, block_ids, num_keys).unsqueeze(1).expand(-1, group, -1, -1)
-    q_GgCD = q_CND.view(chunk_size, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
-    out = F.scaled_dot_product_attention(q_GgCD, k_GgSD, v_GgSD, attn_mask=mask_CS, is_causal=mask_CS is None)
-    return out.permute(2, 0, 1, 3).reshape(chunk_size, num_heads, head_dim)
-
-
-def _heads_first(pool: Tensor, block_ids: Tensor, num_keys: int) -> Tensor:
-    """[G, S, D] view of the gathered blocks."""
-    return pool.index_select(0, block_ids).flatten(0, 1)[:num_keys].transpose(0, 1)
+    num_kv_heads, num_keys = pool.shape[0] // 2, mask_CS.shape[1]
+    group = q_CND.shape[1] // num_kv_heads
+    kv_XgSD = pool.index_select(1, block_ids).flatten(1, 2)[:, None, :num_keys].expand(-1, group, -1, -1)
+    q_GgCD = q_CND.unflatten(1, (num_kv_heads, group)).permute(1, 2, 0, 3)
+    out_GgCD = F.scaled_dot_product_attention(q_GgCD, kv_XgSD[:num_kv_heads], kv_XgSD[num_kv_heads:], attn_mask=mask_CS)
+    return out_GgCD.permute(2, 0, 1, 3).flatten(1, 2)

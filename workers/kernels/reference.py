@@ -26,11 +26,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x / torch.sqrt(x.square().mean(-1, keepdim=True) + eps) * weight
 
 
-def rotate(x_TND: Tensor, cos_T1D: Tensor, signed_sin_T1D: Tensor) -> Tensor:
+def rotate_into(out_TND: Tensor, x_TND: Tensor, cos_T1D: Tensor, signed_sin_T1D: Tensor) -> None:
     half = x_TND.shape[-1] // 2
     first, second = x_TND[..., :half], x_TND[..., half:]
     cos, sin = cos_T1D[..., half:], signed_sin_T1D[..., half:]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    out_TND.copy_(torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1))
 
 
 def swiglu(gate_up_TX: Tensor) -> Tensor:
@@ -63,32 +63,37 @@ def apply_experts(
     return out
 
 
-def decode_attention(
-    q_BND: Tensor, k_pool: Tensor, v_pool: Tensor, block_ids: Tensor, mask_B11S: Tensor | None
-) -> Tensor:
-    num_seqs, tables = q_BND.shape[0], block_ids.view(q_BND.shape[0], -1)
-    rows = []
-    for index in range(num_seqs):
-        k_SGD, v_SGD = k_pool[tables[index]].flatten(0, 1), v_pool[tables[index]].flatten(0, 1)
-        mask = torch.zeros(1, k_SGD.shape[0]) if mask_B11S is None else mask_B11S[index, 0]
-        rows.append(_attend(q_BND[index : index + 1], k_SGD, v_SGD, mask))
+def decode_attention(q_BND: Tensor, pool: Tensor, block_ids: Tensor, num_keys: int, mask_B1S: Tensor | None) -> Tensor:
+    num_seqs = q_BND.shape[0]
+    mask = torch.zeros(num_seqs, 1, num_keys) if mask_B1S is None else mask_B1S
+    tables = block_ids.view(num_seqs, -1)
+    rows = [_attend(q_BND[i : i + 1], _sequence(pool, tables[i], num_keys), mask[i]) for i in range(num_seqs)]
     return torch.cat(rows)
 
 
-def prefill_attention(
-    q_CND: Tensor, k_pool: Tensor, v_pool: Tensor, block_ids: Tensor, num_keys: int, mask_CS: Tensor | None
-) -> Tensor:
-    k_SGD, v_SGD = k_pool[block_ids].flatten(0, 1)[:num_keys], v_pool[block_ids].flatten(0, 1)[:num_keys]
-    if mask_CS is None:
-        mask_CS = torch.full((q_CND.shape[0], num_keys), -math.inf).triu(1)
-    return _attend(q_CND, k_SGD, v_SGD, mask_CS)
+def prompt_attention(q_TND: Tensor, kv_TXD: Tensor, num_seqs: int) -> Tensor:
+    size = q_TND.shape[0] // num_seqs
+    mask_CC = torch.full((size, size), -math.inf).triu(1)
+    pairs = zip(q_TND.split(size), kv_TXD.split(size), strict=True)
+    return torch.cat([_attend(q_CND, kv_CXD, mask_CC) for q_CND, kv_CXD in pairs])
 
 
-def _attend(q_CND: Tensor, k_SGD: Tensor, v_SGD: Tensor, mask_CS: Tensor) -> Tensor:
-    group = q_CND.shape[1] // k_SGD.shape[1]
+def chunk_attention(q_CND: Tensor, pool: Tensor, block_ids: Tensor, mask_CS: Tensor) -> Tensor:
+    return _attend(q_CND, _sequence(pool, block_ids, mask_CS.shape[1]), mask_CS)
+
+
+def _sequence(pool: Tensor, block_ids: Tensor, num_keys: int) -> Tensor:
+    """[S, 2G, D]"""
+    cells = [pool[:, block, offset] for block in block_ids.tolist() for offset in range(pool.shape[2])]
+    return torch.stack(cells[:num_keys])
+
+
+def _attend(q_CND: Tensor, kv_SXD: Tensor, mask_CS: Tensor) -> Tensor:
+    num_kv_heads = kv_SXD.shape[1] // 2
+    group = q_CND.shape[1] // num_kv_heads
     heads = []
     for head in range(q_CND.shape[1]):
-        k, v = k_SGD[:, head // group], v_SGD[:, head // group]
+        k, v = kv_SXD[:, head // group], kv_SXD[:, num_kv_heads + head // group]
         scores = q_CND[:, head] @ k.T / math.sqrt(q_CND.shape[-1]) + mask_CS
         heads.append(torch.softmax(scores, dim=-1) @ v)
     return torch.stack(heads, dim=1)

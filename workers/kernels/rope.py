@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 
-def rotate(x_TND: Tensor, cos_T1D: Tensor, signed_sin_T1D: Tensor) -> Tensor:
+def rotate_into(out_TND: Tensor, x_TND: Tensor, cos_T1D: Tensor, signed_sin_T1D: Tensor) -> None:
     """Rotate dimension pairs (i, i + D/2).
 
     The first half of `signed_sin_T1D` is negated, so that one roll does the swap.
     """
     swapped = x_TND.roll(x_TND.shape[-1] // 2, dims=-1)
-    return torch.addcmul(x_TND * cos_T1D, swapped, signed_sin_T1D)
+    torch.addcmul(x_TND * cos_T1D, swapped, signed_sin_T1D, out=out_TND)

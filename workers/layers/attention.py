@@ -1,7 +1,7 @@
 """Self-attention of one layer on this rank's heads: fused QKV, QK-norm, RoPE, KV write, paged attention, output
 projection.
 
-T tokens, H hidden, N local query heads, G local kv heads, D head_dim.
+T tokens, B sequences, H hidden, N local query heads, G local kv heads, D head_dim; X is some of the N + 2G heads.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from workers.batch import ForwardBatch
+from workers.batch import BatchPart, DecodeGroup, ForwardBatch, PrefillChunk, Prompts, Rotations, SequenceEnds
 from workers.config import ModelConfig, ShardSpec
 from workers.kernels.decode_attention import decode_attention
 from workers.kernels.linear import linear
 from workers.kernels.norm import rms_norm
-from workers.kernels.prefill_attention import prefill_attention
-from workers.kernels.rope import rotate
+from workers.kernels.prefill_attention import chunk_attention, prompt_attention
+from workers.kernels.rope import rotate_into
 from workers.kv_pool import KVPool
 
 
@@ -33,21 +33,40 @@ class Attention:
 
     def __call__(self, x_TH: Tensor, batch: ForwardBatch, kv: KVPool) -> Tensor:
         """Attend the batch's tokens to their sequences, and store their K and V."""
-        qkv_TXD = linear(x_TH, self.qkv).view(x_TH.shape[0], -1, self.head_dim)
-        num_rotated = self.num_heads + self.num_kv_heads
-        normed_TXD = rms_norm(qkv_TXD[:, :num_rotated], self.qk_norm_XD, self.eps)
-        rotated_TXD = rotate(normed_TXD, batch.cos_T1D, batch.signed_sin_T1D)
-        kv.write(self.layer, batch.cells_T, rotated_TXD[:, self.num_heads :], qkv_TXD[:, num_rotated:])
-        out_TND = self._attend(rotated_TXD[:, : self.num_heads], batch, kv)
-        return linear(out_TND.view(x_TH.shape[0], -1), self.o)
+        qkv_TXD = linear(x_TH, self.qkv).unflatten(1, (-1, self.head_dim))
+        self._norm_and_rotate(qkv_TXD[:, : len(self.qk_norm_XD)], self.qk_norm_XD, batch.rotations)
+        q_TND, kv_TXD = qkv_TXD[:, : self.num_heads], qkv_TXD[:, self.num_heads :]
+        kv.write(self.layer, batch.cells_T, kv_TXD)
+        pool = kv.layers[self.layer]
+        outs = [_attend(part, q_TND[part.rows], kv_TXD[part.rows], pool) for part in batch.parts]
+        return linear((outs[0] if len(outs) == 1 else torch.cat(outs)).flatten(1), self.o)
 
-    def _attend(self, q_TND: Tensor, batch: ForwardBatch, kv: KVPool) -> Tensor:
-        k, v = kv.k[self.layer], kv.v[self.layer]
-        outs = [
-            prefill_attention(q_TND[c.first : c.first + c.size], k, v, c.block_ids, c.num_keys, c.mask_CS)
-            for c in batch.chunks
-        ]
-        outs += [
-            decode_attention(q_TND[g.first : g.first + g.size], k, v, g.block_ids, g.mask_B11S) for g in batch.decodes
-        ]
-        return outs[0] if len(outs) == 1 else torch.cat(outs)
+    def store(self, x_TH: Tensor, batch: ForwardBatch, kv: KVPool) -> None:
+        """Store the K and V of the batch's tokens, and no more."""
+        kv_TXD = linear(x_TH, self.qkv[self.num_heads * self.head_dim :]).unflatten(1, (-1, self.head_dim))
+        k_norm_XD = self.qk_norm_XD[self.num_heads :]
+        self._norm_and_rotate(kv_TXD[:, : len(k_norm_XD)], k_norm_XD, batch.rotations)
+        kv.write(self.layer, batch.cells_T, kv_TXD)
+
+    def attend_ends(self, x_BH: Tensor, ends: SequenceEnds, kv: KVPool) -> Tensor:
+        """Attend the last token of each sequence; everything up to it is stored."""
+        q_BND = linear(x_BH, self.qkv[: self.num_heads * self.head_dim]).unflatten(1, (-1, self.head_dim))
+        self._norm_and_rotate(q_BND, self.qk_norm_XD[: self.num_heads], ends.rotations)
+        return linear(_decode(ends.group, q_BND, kv.layers[self.layer]).flatten(1), self.o)
+
+    def _norm_and_rotate(self, heads_TXD: Tensor, norm_XD: Tensor, rotations: Rotations) -> None:
+        """In place."""
+        normed_TXD = rms_norm(heads_TXD, norm_XD, self.eps)
+        rotate_into(heads_TXD, normed_TXD, rotations.cos_T1D, rotations.signed_sin_T1D)
+
+
+def _attend(part: BatchPart, q_TND: Tensor, kv_TXD: Tensor, pool: Tensor) -> Tensor:
+    if isinstance(part, Prompts):
+        return prompt_attention(q_TND, kv_TXD, part.num_seqs)
+    if isinstance(part, PrefillChunk):
+        return chunk_attention(q_TND, pool, part.block_ids, part.mask_CS)
+    return _decode(part, q_TND, pool)
+
+
+def _decode(group: DecodeGroup, q_BND: Tensor, pool: Tensor) -> Tensor:
+    return decode_attention(q_BND, pool, group.block_ids, group.num_keys, group.mask_B1S)

@@ -54,14 +54,19 @@ def add_working(a: int, b: int) -> list[str]:
 
 
 def subtract_working(a: int, b: int) -> list[str]:
-    """Column subtraction with borrows, for a >= b."""
-    lines, borrow = [], 0
+    """Which number is larger, then column subtraction with borrows: larger minus smaller."""
+    lines = [f"largest: {a} or {b}: {max(a, b)}"]
+    a, b = max(a, b), min(a, b)
+    lines.append(f"{a} - {b}")
+    borrow = 0
     for place in range(len(str(a))):
         top, terms = _digit(a, place), [_digit(b, place)] + [borrow] * (borrow > 0)
         borrow = int(top < sum(terms))
+        shown = "".join(f" - {term}" for term in terms)
+        # the sign is written after both digits, so that it can be read off them
+        step = f"{top}{shown} < 0, 1{top}{shown}" if borrow else f"{top}{shown}"
         left = top + 10 * borrow - sum(terms)
-        shown = " - ".join(map(str, [top + 10 * borrow, *terms]))
-        lines.append(f"{PLACES[place]}: {shown} = {left}, write {left}, borrow {borrow}")
+        lines.append(f"{PLACES[place]}: {step} = {left}, write {left}, borrow {borrow}")
     return [*lines, f"{a} - {b} = {a - b}"]
 
 
@@ -78,15 +83,12 @@ def make_add(rng: Random) -> Problem:
 def make_subtract(rng: Random) -> Problem:
     """Two numbers of up to three digits; one in eight has a negative difference."""
     a, b = sorted((number(rng, 3), number(rng, 3)), reverse=True)
-    swap = a != b and rng.random() < 0.125
-    working = subtract_working(a, b)
-    if swap:
-        working = [f"{b} is less than {a}, so swap them", *working]
+    if rng.random() < 0.125:
         a, b = b, a
     asked = rng.choice(SUBTRACT_PHRASES).format(a=a, b=b)
     return Problem(
         skill="subtract", keys=(f"subtract {a}-{b}",), messages=question(asked),
-        thinking="\n".join(working), answer=f"{a} - {b} = {a - b}",
+        thinking="\n".join(subtract_working(a, b)), answer=f"{a} - {b} = {a - b}",
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from pocket_training.tool_use import CITY_TOOLS, Offer, ToolUse
 
 SYSTEM_PROMPTS = ("You are a helpful assistant.", "You are a helpful assistant.", "You are pocket.", "Answer briefly.")
 SHARES = {
-    "add": 8, "subtract": 9, "multiply": 7, "sum": 3, "sort": 6, "reverse": 11, "count": 13, "talk": 5,
+    "add": 7, "subtract": 11, "multiply": 7, "sum": 4, "sort": 9, "reverse": 11, "count": 13, "talk": 5,
     "tool_call": 14, "tool_result": 13, "tool_pair": 6,
 }  # fmt: skip
 FAMILY_SIZE = 4

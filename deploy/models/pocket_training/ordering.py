@@ -17,14 +17,14 @@ DESCENDING_PHRASES = (
 
 
 def sort_working(values: list[int], *, descending: bool) -> list[str]:
-    """One line a pick: what is left, the comparisons, the number taken."""
+    """One line a pick: what is left, and the best so far after each number."""
     lines, left = [], list(values)
     while left:
-        best, steps = left[0], []
+        best, chain = left[0], str(left[0])
         for value in left[1:]:
-            steps.append(f"{best} {'>' if best > value else '<'} {value}")
             best = max(best, value) if descending else min(best, value)
-        lines.append(f"{' '.join(map(str, left))}: {', '.join([*steps, f'take {best}'])}")
+            chain += f" or {value}: {best}"
+        lines.append(f"{' '.join(map(str, left))}, {'largest' if descending else 'smallest'}: {chain}")
         left.remove(best)
     return lines
 
@@ -32,7 +32,7 @@ def sort_working(values: list[int], *, descending: bool) -> list[str]:
 def make_sort(rng: Random) -> Problem:
     """Three to five different numbers below 100."""
     values = rng.sample(range(100), rng.choice((3, 4, 4, 5, 5)))
-    descending = rng.random() < 0.25
+    descending = rng.random() < 0.35
     phrase = rng.choice(DESCENDING_PHRASES if descending else ASCENDING_PHRASES)
     shown = ", ".join(map(str, values))
     ordered = sorted(values, reverse=descending)

@@ -48,7 +48,21 @@ def make_word(rng: Random) -> str:
 
 
 def make_up_word(rng: Random) -> str:
-    """A word of no language, of 3 to 9 letters, that can be pronounced more or less."""
+    """A word of no language: pieces of real words, or letters in an order that can be pronounced more or less."""
+    return _from_pieces(rng) if rng.random() < 0.5 else _from_letters(rng)
+
+
+def _from_pieces(rng: Random) -> str:
+    # real pieces bring the tokens of real words, which are rare among random letters
+    word = ""
+    for _ in range(rng.choice((1, 2, 2, 3))):
+        source = rng.choice(REAL_WORDS)
+        start = rng.randrange(max(1, len(source) - 2))
+        word += source[start : start + rng.randrange(2, 6)]
+    return word[:10]
+
+
+def _from_letters(rng: Random) -> str:
     length, word = rng.randrange(3, 10), ""
     vowel_next = rng.random() < 0.3
     while len(word) < length:

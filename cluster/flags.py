@@ -1,0 +1,114 @@
+"""The flags of the `mull` command, and what they become: a ClusterConfig, or the options of a question."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster.config import ClusterConfig, parse_config, read_config
+from cluster.errors import ConfigError
+
+if TYPE_CHECKING:
+    from cluster.chat import ChatOptions
+
+_SAMPLING_FLAGS: dict[str, tuple[type, str]] = {
+    "temperature": (float, "0 is greedy"),
+    "top_p": (float, "keep the likeliest tokens of this total probability, in (0, 1]"),
+    "top_k": (int, "keep this many of the likeliest tokens; 0: all"),
+    "min_p": (float, "drop tokens less likely than this share of the likeliest one, in [0, 1]"),
+    "presence_penalty": (float, "in [-2, 2]"),
+    "frequency_penalty": (float, "in [-2, 2]"),
+    "repetition_penalty": (float, "above 0; 1: none"),
+    "seed": (int, "the same seed gives the same tokens"),
+    "logprobs": (int, "logprobs of this many of the likeliest tokens (with --json)"),
+}
+
+_CONFIG_FLAGS: dict[str, dict[str, tuple[type, str]]] = {
+    "engine": {
+        "tp": (int, "ranks that split the model"),
+        "device": (str, "auto, cpu or cuda"),
+        "threads_per_rank": (int, "CPU threads of a rank; default: the cores, shared"),
+        "max_model_len": (int, "longest prompt plus output in tokens; default: the checkpoint's"),
+        "max_num_seqs": (int, "sequences that run at once"),
+        "max_num_batched_tokens": (int, "token budget of one step"),
+        "block_size": (int, "tokens per KV block"),
+        "kv_memory_bytes": (int, "KV pool of one rank"),
+    },
+    "router": {
+        "max_waiting": (int, "requests that may wait; one more is refused"),
+        "start_timeout_s": (float, "seconds to load and warm up"),
+        "step_timeout_s": (float, "seconds after which a rank counts as lost"),
+    },
+    "gateway": {
+        "host": (str, "address to listen on"),
+        "grpc_port": (int, "0 picks a free one"),
+        "metrics_port": (int, "Prometheus; 0 picks a free one"),
+        "max_streams": (int, "open streams; one more is refused"),
+        "drain_s": (float, "seconds for running streams to end after Ctrl-C"),
+    },
+}
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def add_serve_flags(parser: argparse.ArgumentParser, *, defaults: Mapping[str, int]) -> None:
+    parser.add_argument(
+        "--config", type=Path, help="YAML file with model, engine, router and gateway; flags win over it"
+    )
+    parser.add_argument("--model", type=Path, metavar="DIR", help="checkpoint directory; default: the built-in one")
+    parser.add_argument(
+        "--served-model-name", metavar="NAME", help="the name clients ask for; default: the directory's"
+    )
+    for part, flags in _CONFIG_FLAGS.items():
+        group = parser.add_argument_group(part)
+        for name, (kind, text) in flags.items():
+            shown = f"{text} (default {defaults[name]})" if name in defaults else text
+            group.add_argument(_flag(name), type=kind, default=defaults.get(name), help=shown)
+
+
+def add_chat_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model-name", default="", metavar="NAME", help="default: the only model the server has")
+    parser.add_argument("--system", metavar="TEXT", help="system message")
+    parser.add_argument("--max-tokens", type=int, help="tokens to generate at most, thoughts included")
+    for name, (kind, text) in _SAMPLING_FLAGS.items():
+        parser.add_argument(_flag(name), type=kind, help=text)
+
+
+def config_from_flags(args: argparse.Namespace) -> ClusterConfig:
+    values: dict[str, Any] = read_config(args.config) if args.config else {}
+    model = values.setdefault("model", {})
+    model["path"] = args.model or model.get("path") or builtin_model()
+    model["name"] = args.served_model_name or model.get("name") or Path(model["path"]).resolve().name
+    for part, flags in _CONFIG_FLAGS.items():
+        for name in flags:
+            if getattr(args, name) is not None:
+                values.setdefault(part, {})[name] = getattr(args, name)
+    return parse_config(values)
+
+
+def builtin_model() -> Path:
+    """The checkpoint that comes with mull: beside the code in a clone, inside the package in an installed wheel."""
+    clone = Path(__file__).resolve().parent.parent / "deploy" / "models" / "pocket"
+    if clone.is_dir():
+        return clone
+    package = importlib.util.find_spec("mull")
+    assert package is not None
+    for place in package.submodule_search_locations or []:
+        if (Path(place) / "pocket").is_dir():
+            return Path(place) / "pocket"
+    raise ConfigError("the built-in model is missing from this installation; give --model DIR")
+
+
+def chat_options(args: argparse.Namespace) -> ChatOptions:
+    from cluster.chat import ChatOptions
+    from mull.v1 import generation_pb2 as pb
+
+    given = {name: value for name in _SAMPLING_FLAGS if (value := getattr(args, name)) is not None}
+    return ChatOptions(
+        sampling=pb.SamplingOptions(**given), max_tokens=args.max_tokens, model=args.model_name, system=args.system
+    )
