@@ -44,4 +44,6 @@ clean:
 .venv/installed-test: .venv/installed
 	@echo "installing the test packages into .venv (once)"
 	@$(PIP) --editable '.[test]'
+	@# For its prompt and its vocabulary alone: without the clients and converters that it depends on.
+	@$(PIP) --no-deps qwen-agent
 	@touch $@

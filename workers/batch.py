@@ -22,6 +22,11 @@ from workers.step import OpenSlot, Prefill, StepPlan
 
 Ints = npt.NDArray[np.int64]
 
+CPU_GROUP_BYTES = 2 * 2**20
+"""Of K and V that decoding sequences gather at once: while they are still in the core's cache when they are read."""
+GPU_GROUP_BYTES = 2**30
+"""Kernels are the wider the better; this bounds only their memory."""
+
 
 class SlotTable:
     """Per slot: its blocks and how many of its positions hold KV. The runner's only writer of them."""
@@ -138,7 +143,7 @@ class PrefillChunk:
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeGroup:
-    """One row per sequence, which sees all of it."""
+    """Rows that are the ends of as many sequences, each of which it sees from the start."""
 
     rows: slice
     block_ids: Tensor
@@ -156,7 +161,7 @@ class SequenceEnds:
 
     rows_B: Tensor
     rotations: Rotations
-    group: DecodeGroup
+    groups: list[DecodeGroup]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +187,8 @@ class BatchBuilder:
     def __init__(self, table: SlotTable, model: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
         self.table, self.device, self.dtype = table, device, dtype
         self.vocab_size, head_dim = model.vocab_size, model.head_dim
+        key_bytes = 2 * model.num_kv_heads * head_dim * dtype.itemsize
+        self.group_keys = (CPU_GROUP_BYTES if device.type == "cpu" else GPU_GROUP_BYTES) // key_bytes
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
         frequencies = 1.0 / model.rope_theta**exponents
         self.frequencies_D = torch.cat([frequencies, frequencies]).to(device)
@@ -200,8 +207,7 @@ class BatchBuilder:
         positions = np.concatenate([*starts, self.table.num_computed[decodes] - 1])
         rotations = self._rotations(positions)
         parts: list[BatchPart] = list(self._prefill_parts(plan.prefills))
-        if plan.decodes:
-            parts.append(self._decode_group(decodes, len(positions) - len(decodes)))
+        parts += self._decode_groups(decodes, len(positions) - len(decodes))
         sample_slots = np.array(plan.sampling_slots, dtype=np.int64)
         return ForwardBatch(
             token_ids_T=self._token_ids(plan, decodes, last_tokens),
@@ -248,9 +254,16 @@ class BatchBuilder:
         mask_CS = torch.full((size, start + size), -math.inf, device=self.device, dtype=self.dtype)
         return PrefillChunk(rows=slice(first, first + size), block_ids=blocks, mask_CS=mask_CS.triu_(start + 1))
 
+    def _decode_groups(self, slots: Ints, first: int) -> Iterator[DecodeGroup]:
+        if not len(slots):
+            return
+        size = max(1, self.group_keys // int(self.table.num_computed[slots].max()))
+        for start in range(0, len(slots), size):
+            yield self._decode_group(slots[start : start + size], first + start)
+
     def _decode_group(self, slots: Ints, first: int) -> DecodeGroup:
         lengths = self.table.num_computed[slots]
-        num_keys = int(lengths.max(initial=0))
+        num_keys = int(lengths.max())
         # Entries behind a slot's own blocks may be left from an earlier sequence: they are masked, and valid ids.
         blocks = np.ascontiguousarray(self.table.blocks[slots, : -(-num_keys // self.table.block_size)]).reshape(-1)
         return DecodeGroup(
@@ -268,7 +281,9 @@ class BatchBuilder:
         ends = np.cumsum([len(p.token_ids) for p in plan.prefills] + [1] * len(plan.decodes), dtype=np.int64)
         sampled = [p.sample for p in plan.prefills] + [True] * len(plan.decodes)
         rows_B = self._tensor(ends[sampled] - 1)
-        return SequenceEnds(rows_B=rows_B, rotations=rotations.select(rows_B), group=self._decode_group(slots, 0))
+        return SequenceEnds(
+            rows_B=rows_B, rotations=rotations.select(rows_B), groups=list(self._decode_groups(slots, 0))
+        )
 
 
 def _check_named_once(plan: StepPlan) -> None:

@@ -1,4 +1,4 @@
-"""A real `mull serve` in a process of its own, for tests: started on free ports, found by its ready line, always ended."""
+"""A real `mull serve` in a process of its own: started on free ports, found by its ready line, always ended."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The whole product as its users meet it: `mull serve` with two ranks under Ray, `mull chat`, `mull status`, the signals."""
+"""The product as its users meet it: `mull serve` with two ranks under Ray, `mull chat`, `mull status`, signals."""
 
 from __future__ import annotations
 

@@ -55,7 +55,9 @@ def _grouped(
 def _each_expert(x_RI: Tensor, weight_eOI: Tensor, counts_e: list[int]) -> Tensor:
     """Each expert's rows, one after another, times its weight: [R, O]."""
     out_RO = x_RI.new_empty(x_RI.shape[0], weight_eOI.shape[1])
-    for x, weight_IO, out in zip(x_RI.split(counts_e), weight_eOI.mT, out_RO.split(counts_e), strict=True):
+    for x, weight_IO, out in zip(
+        torch.split(x_RI, counts_e), weight_eOI.mT, torch.split(out_RO, counts_e), strict=True
+    ):
         if len(x):
             torch.mm(x, weight_IO, out=out)
     return out_RO

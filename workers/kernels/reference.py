@@ -74,7 +74,7 @@ def decode_attention(q_BND: Tensor, pool: Tensor, block_ids: Tensor, num_keys: i
 def prompt_attention(q_TND: Tensor, kv_TXD: Tensor, num_seqs: int) -> Tensor:
     size = q_TND.shape[0] // num_seqs
     mask_CC = torch.full((size, size), -math.inf).triu(1)
-    pairs = zip(q_TND.split(size), kv_TXD.split(size), strict=True)
+    pairs = zip(torch.split(q_TND, size), torch.split(kv_TXD, size), strict=True)
     return torch.cat([_attend(q_CND, kv_CXD, mask_CC) for q_CND, kv_CXD in pairs])
 
 

@@ -33,26 +33,25 @@ class Attention:
 
     def __call__(self, x_TH: Tensor, batch: ForwardBatch, kv: KVPool) -> Tensor:
         """Attend the batch's tokens to their sequences, and store their K and V."""
-        qkv_TXD = linear(x_TH, self.qkv).unflatten(1, (-1, self.head_dim))
+        qkv_TXD = linear(x_TH, self.qkv).view(len(x_TH), -1, self.head_dim)
         self._norm_and_rotate(qkv_TXD[:, : len(self.qk_norm_XD)], self.qk_norm_XD, batch.rotations)
         q_TND, kv_TXD = qkv_TXD[:, : self.num_heads], qkv_TXD[:, self.num_heads :]
         kv.write(self.layer, batch.cells_T, kv_TXD)
-        pool = kv.layers[self.layer]
-        outs = [_attend(part, q_TND[part.rows], kv_TXD[part.rows], pool) for part in batch.parts]
-        return linear((outs[0] if len(outs) == 1 else torch.cat(outs)).flatten(1), self.o)
+        return linear(_attend(batch.parts, q_TND, kv_TXD, kv.layers[self.layer]), self.o)
 
     def store(self, x_TH: Tensor, batch: ForwardBatch, kv: KVPool) -> None:
         """Store the K and V of the batch's tokens, and no more."""
-        kv_TXD = linear(x_TH, self.qkv[self.num_heads * self.head_dim :]).unflatten(1, (-1, self.head_dim))
+        kv_TXD = linear(x_TH, self.qkv[self.num_heads * self.head_dim :]).view(len(x_TH), -1, self.head_dim)
         k_norm_XD = self.qk_norm_XD[self.num_heads :]
         self._norm_and_rotate(kv_TXD[:, : len(k_norm_XD)], k_norm_XD, batch.rotations)
         kv.write(self.layer, batch.cells_T, kv_TXD)
 
     def attend_ends(self, x_BH: Tensor, ends: SequenceEnds, kv: KVPool) -> Tensor:
         """Attend the last token of each sequence; everything up to it is stored."""
-        q_BND = linear(x_BH, self.qkv[: self.num_heads * self.head_dim]).unflatten(1, (-1, self.head_dim))
+        q_BND = linear(x_BH, self.qkv[: self.num_heads * self.head_dim]).view(len(x_BH), -1, self.head_dim)
         self._norm_and_rotate(q_BND, self.qk_norm_XD[: self.num_heads], ends.rotations)
-        return linear(_decode(ends.group, q_BND, kv.layers[self.layer]).flatten(1), self.o)
+        outs = [_decode(group, q_BND, kv.layers[self.layer]) for group in ends.groups]
+        return linear(_joined(outs), self.o)
 
     def _norm_and_rotate(self, heads_TXD: Tensor, norm_XD: Tensor, rotations: Rotations) -> None:
         """In place."""
@@ -60,13 +59,22 @@ class Attention:
         rotate_into(heads_TXD, normed_TXD, rotations.cos_T1D, rotations.signed_sin_T1D)
 
 
-def _attend(part: BatchPart, q_TND: Tensor, kv_TXD: Tensor, pool: Tensor) -> Tensor:
-    if isinstance(part, Prompts):
-        return prompt_attention(q_TND, kv_TXD, part.num_seqs)
-    if isinstance(part, PrefillChunk):
-        return chunk_attention(q_TND, pool, part.block_ids, part.mask_CS)
-    return _decode(part, q_TND, pool)
+def _attend(parts: list[BatchPart], q_TND: Tensor, kv_TXD: Tensor, pool: Tensor) -> Tensor:
+    outs = []
+    for part in parts:
+        if isinstance(part, Prompts):
+            outs.append(prompt_attention(q_TND[part.rows], kv_TXD[part.rows], part.num_seqs))
+        elif isinstance(part, PrefillChunk):
+            outs.append(chunk_attention(q_TND[part.rows], pool, part.block_ids, part.mask_CS))
+        else:
+            outs.append(_decode(part, q_TND, pool))
+    return _joined(outs)
 
 
-def _decode(group: DecodeGroup, q_BND: Tensor, pool: Tensor) -> Tensor:
-    return decode_attention(q_BND, pool, group.block_ids, group.num_keys, group.mask_B1S)
+def _decode(group: DecodeGroup, q_TND: Tensor, pool: Tensor) -> Tensor:
+    return decode_attention(q_TND[group.rows], pool, group.block_ids, group.num_keys, group.mask_B1S)
+
+
+def _joined(outs: list[Tensor]) -> Tensor:
+    """[T, N * D]"""
+    return (outs[0] if len(outs) == 1 else torch.cat(outs)).flatten(1)

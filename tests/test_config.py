@@ -1,0 +1,68 @@
+"""Flags and files become one frozen config; what is wrong is named."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from cluster.config import ClusterConfig, parse_config, read_config
+from cluster.errors import ConfigError
+from cluster.flags import add_serve_flags, builtin_model, config_from_flags
+
+
+def config_of(*flags: str) -> ClusterConfig:
+    parser = argparse.ArgumentParser()
+    add_serve_flags(parser, defaults={})
+    return config_from_flags(parser.parse_args(flags))
+
+
+def test_without_flags_the_built_in_model_is_served() -> None:
+    config = config_of()
+
+    assert config.model.path == builtin_model()
+    assert config.model.name == "pocket"
+    assert (config.engine.tp, config.gateway.grpc_port, config.gateway.metrics_port) == (1, 50051, 9464)
+
+
+def test_flags_win_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "mull.yaml"
+    file.write_text("model: {path: /models/a, name: a}\nengine: {tp: 4, max_num_seqs: 8}\n")
+
+    config = config_of("--config", str(file), "--tp", "2")
+
+    assert (config.model.name, config.engine.tp, config.engine.max_num_seqs) == ("a", 2, 8)
+
+
+def test_a_model_is_named_after_its_directory() -> None:
+    assert config_of("--model", "/models/Qwen3-4B-Thinking-2507-FP8/").model.name == "Qwen3-4B-Thinking-2507-FP8"
+    assert config_of("--model", "/models/x", "--served-model-name", "thinker").model.name == "thinker"
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"engine": {"tp": 0}}, "engine.tp"),
+        ({"engine": {"typo": 1}}, "engine.typo"),
+        ({"engine": {"max_num_seqs": 64, "max_num_batched_tokens": 32}}, "max_num_batched_tokens 32"),
+        ({"gateway": {"grpc_port": 70000}}, "gateway.grpc_port"),
+        ({"router": {"step_timeout_s": 0}}, "router.step_timeout_s"),
+    ],
+)
+def test_a_wrong_value_is_one_line_that_names_its_field(values: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        parse_config({"model": {"path": "x", "name": "x"}, **values})
+
+    assert words in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1\n- 2\n"])
+def test_a_file_that_is_no_mapping_is_refused_by_name(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "mull.yaml"
+    file.write_text(text)
+
+    with pytest.raises(ConfigError, match=r"mull\.yaml") as refused:
+        read_config(file)
+    assert "\n" not in str(refused.value)
