@@ -77,6 +77,8 @@ def write_examples(options: argparse.Namespace) -> None:
     mixture = Mixture(read_agent_template(), made_up=0.0)
     encoder = ProblemEncoder(Tokenizer.from_file(str(options.model / "tokenizer.json")), ChatTemplate.own())
     problems = held_out_problems(mixture, options.per_skill, Random(options.seed))
+    # the agent library's own prompt is its authors' text: it is generated where it is needed, never stored
+    problems = {skill: each for skill, each in problems.items() if not skill.endswith("_agent")}
     text = json.dumps(example_list(problems, encoder), ensure_ascii=False, indent=1)
     (options.model / "examples.json").write_text(text + "\n")
 

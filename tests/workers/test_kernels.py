@@ -17,6 +17,7 @@ from workers.kernels.gate import choose_experts, choose_experts_normalized
 from workers.kernels.linear import empty_weight, linear
 from workers.kernels.moe import apply_experts
 from workers.kernels.norm import rms_norm
+from workers.kernels.paged import read_blocks
 from workers.kernels.prefill_attention import chunk_attention, prompt_attention
 from workers.kernels.rope import rotate_into
 from workers.kernels.swiglu import swiglu
@@ -122,6 +123,12 @@ def test_tokens_without_local_experts_add_nothing() -> None:
     ids, weights = torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1)
     got = apply_experts(normal(0, 3, 4), ids, weights, normal(1, 2, 6, 4), normal(2, 2, 4, 3), 7)
     assert torch.equal(got, torch.zeros(3, 4))
+
+
+@pytest.mark.parametrize("blocks", [torch.tensor([3, 0, 4]), slice(1, 4)], ids=["scattered", "in a row"])
+def test_blocks_read_equal_their_reference(blocks: Tensor | slice) -> None:
+    pool = normal(0, 4, 6, 3, 8)
+    assert torch.equal(read_blocks(pool, blocks), reference.read_blocks(pool, blocks))
 
 
 @settings(max_examples=25, deadline=None)

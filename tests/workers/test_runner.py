@@ -56,6 +56,23 @@ def test_a_seeded_request_samples_the_same_tokens_alone_as_in_a_batch(moe_fp8: P
         assert [tokens[0] for tokens in ran.tokens if tokens] == together[slot]
 
 
+def test_prompts_of_equal_length_beside_a_chunk_and_a_decode_sample_as_they_do_alone(moe_fp8: Path) -> None:
+    prompts = random_prompts([9, 9, 30, 9, 9, 12], 301, seed=4)
+    prefills = [Prefill(slot, 0, prompt, True) for slot, prompt in enumerate(prompts)]
+    prefills[2] = Prefill(2, 21, prompts[2][21:], True)
+    plans = [
+        StepPlan(step=1, open=[open_slot(2)], prefills=[Prefill(2, 0, prompts[2][:21], False)]),
+        StepPlan(step=2, open=[open_slot(5)], prefills=prefills[5:]),
+        StepPlan(step=3, open=[open_slot(slot) for slot in (0, 1, 3, 4)], prefills=prefills[:5], decodes=[5]),
+    ]
+    _, (first,), together = run(load(moe_fp8), plans).tokens
+
+    alone = [run(load(moe_fp8), [whole_prompts([prompt]), *decode_steps([0], 1)]).tokens for prompt in prompts]
+
+    assert together == [*(tokens[0][0] for tokens in alone[:5]), alone[5][1][0]]
+    assert first == alone[5][0][0]
+
+
 def test_a_seeded_request_samples_the_same_tokens_on_two_ranks(moe_fp8: Path, two_ranks: RankProcesses) -> None:
     plans = [whole_prompts(PROMPTS, SEEDED), *decode_steps(list(range(12)), 9)]
     ranks = two_ranks.run(run_on_rank, moe_fp8, plans)

@@ -17,6 +17,14 @@ SHARES = {
 }  # fmt: skip
 FAMILY_SIZE = 4
 MADE_UP = 0.4
+CASUAL = 0.15
+
+
+def casually(problem: Problem) -> Problem:
+    """The same problem, asked as people type it: without a capital at the start."""
+    *before, asked = problem.messages
+    text = str(asked["content"])
+    return replace(problem, messages=[*before, {**asked, "content": text[:1].lower() + text[1:]}])
 
 
 class Mixture:
@@ -78,7 +86,9 @@ class Mixture:
         return problems
 
     def dress(self, rng: Random, problem: Problem) -> Problem:
-        """Put a problem without tools into a longer conversation now and then."""
+        """Put a problem without tools into a longer conversation now and then, or ask it without a capital."""
+        if rng.random() < CASUAL:
+            problem = casually(problem)
         if rng.random() < 0.15:
             problem = self.after_history(rng, problem)
         if problem.messages[0]["role"] != "system" and rng.random() < 0.3:
