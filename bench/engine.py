@@ -17,12 +17,7 @@ from typing import Any
 import torch
 
 from bench.report import Spread, machine, versions, write
-from cluster.router.blocks import BlockAllocator
-from cluster.router.scheduler import Scheduler, SchedulerConfig
-from cluster.router.sequence import SequenceRequest
-from workers.config import ParallelLayout, RunnerConfig
-from workers.parallel import ParallelState
-from workers.runner import ModelRunner
+from cluster.offline import OfflineConfig, OfflineEngine
 from workers.step import SamplingParams
 
 Prompts = Sequence[list[int]]
@@ -31,39 +26,12 @@ Generate = Callable[[Prompts, int], list[list[int]]]
 
 
 def mull_engine(model_dir: Path, threads: int) -> Generate:
-    """Scheduler and ModelRunner in this process, driven in lockstep: what one rank does for one Router."""
-    block_size, max_num_seqs, budget = 32, 64, 2048
-    config = RunnerConfig(
-        model_dir=str(model_dir),
-        rank=0,
-        layout=ParallelLayout(tp=1),
-        device="cpu",
-        num_threads=threads,
-        max_model_len=1024,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=budget,
-        block_size=block_size,
-        kv_memory_bytes=256 * 2**20,
-    )
-    runner = ModelRunner(config, ParallelState.single())
-    # Without the prefix cache: the same prompts come back in every run, and the peers compute them each time.
-    scheduler = Scheduler(
-        SchedulerConfig(max_model_len=1024, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget),
-        BlockAllocator(runner.num_blocks, block_size, enable_prefix_cache=False),
-    )
+    """Scheduler and ModelRunner in this process: what one rank does for one Router.
 
-    def generate(prompts: Prompts, tokens_out: int) -> list[list[int]]:
-        outputs: list[list[int]] = [[] for _ in prompts]
-        for key, prompt in enumerate(prompts):
-            sampling = SamplingParams(temperature=0.0)
-            scheduler.add(SequenceRequest(key=key, prompt_ids=prompt, sampling=sampling, max_tokens=tokens_out))
-        while (plan := scheduler.schedule()) is not None:
-            for update in scheduler.apply(runner.execute(plan)):
-                assert isinstance(update.key, int)
-                outputs[update.key] += update.token_ids
-        return outputs
-
-    return generate
+    Without the prefix cache: the same prompts come back in every run, and the peers compute them each time.
+    """
+    engine = OfflineEngine(OfflineConfig(model_dir=str(model_dir), num_threads=threads, enable_prefix_cache=False))
+    return lambda prompts, tokens_out: engine.generate(prompts, tokens_out, SamplingParams(temperature=0.0))
 
 
 def transformers_generate(model: Any) -> Generate:

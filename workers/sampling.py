@@ -44,6 +44,8 @@ class Sampler:
         self.top_ps = np.ones(num_slots, dtype=np.float64)
         self.min_ps = np.zeros(num_slots, dtype=np.float64)
         self.seeds = np.zeros(num_slots, dtype=np.uint64)
+        self.is_plain = np.ones(num_slots, dtype=np.bool_)
+        """Greedy, without penalties and logprobs."""
         self.wants_logprobs = np.zeros(num_slots, dtype=np.bool_)
         self.num_logprobs = np.zeros(num_slots, dtype=np.int64)
 
@@ -57,10 +59,13 @@ class Sampler:
         self.seeds[slot] = sampling.seed
         self.wants_logprobs[slot] = sampling.num_logprobs is not None
         self.num_logprobs[slot] = min(sampling.num_logprobs or 0, vocab_size)
+        self.is_plain[slot] = is_greedy and sampling.num_logprobs is None and not sampling.has_penalties
         self.penalties.open(opened)
 
     def sample(self, logits_Bv: Tensor, slots: Ints, positions: Ints) -> Sampled:
         """One token per row; `positions` are those of the tokens to be sampled."""
+        if self.is_plain[slots].all():
+            return Sampled(self.exchange.likeliest(logits_Bv, 1).token_ids_BC[:, 0], {})
         logits_Bv = self.penalties.apply(logits_Bv, slots)
         needed = np.maximum(self.top_ks[slots], self.num_logprobs[slots])
         narrow, wide = np.flatnonzero(needed <= MAX_EXCHANGED), np.flatnonzero(needed > MAX_EXCHANGED)

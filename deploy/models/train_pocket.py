@@ -18,7 +18,8 @@ from pocket_training.evaluate import evaluate, example_list, held_out_problems, 
 from pocket_training.export import export
 from pocket_training.mixture import Mixture
 from pocket_training.model import Pocket, PocketConfig
-from pocket_training.reference_engine import GREEDY, ReferenceEngine, Sampling
+from pocket_training.mull_engine import MullEngine
+from pocket_training.reference_engine import GREEDY, Sampling
 from pocket_training.tokenizer import ChatTemplate, ProblemEncoder, train_tokenizer
 from pocket_training.tool_use import read_agent_template
 from pocket_training.training import TrainConfig, Trainer
@@ -56,12 +57,12 @@ def export_state(options: argparse.Namespace) -> None:
 
 
 def evaluate_checkpoint(options: argparse.Namespace) -> None:
-    """Measure a checkpoint on held-out problems, greedily and with its default sampling."""
+    """Measure a checkpoint in mull's engine on held-out problems, greedily and with its default sampling."""
     mixture = Mixture(read_agent_template(), made_up=options.made_up)
     tokenizer = Tokenizer.from_file(str(options.model / "tokenizer.json"))
     encoder = ProblemEncoder(tokenizer, ChatTemplate((options.model / "chat_template.jinja").read_text()))
     stop_ids = frozenset(tokenizer.encode("<|im_end|><|endoftext|>").ids)
-    engine = ReferenceEngine(options.model, stop_ids=stop_ids)
+    engine = MullEngine(options.model, stop_ids=stop_ids, num_threads=options.threads)
     dress = mixture.dress if options.in_conversation else None
     problems = held_out_problems(mixture, options.per_skill, Random(options.seed), dress)
     ways = {"greedy": GREEDY, "temperature 0.6": Sampling(seed=options.seed)}

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from workers.kernels.paged import Blocks, read_blocks
+
 
 def prompt_attention(q_TND: Tensor, kv_TXD: Tensor, num_seqs: int) -> Tensor:
     """Attend `num_seqs` sequences of equal length, all from position 0, to their own tokens. Returns [T, N, D]."""
@@ -20,7 +22,7 @@ def prompt_attention(q_TND: Tensor, kv_TXD: Tensor, num_seqs: int) -> Tensor:
     return out_BNCD.transpose(1, 2).flatten(0, 1)
 
 
-def chunk_attention(q_CND: Tensor, pool: Tensor, block_ids: Tensor, mask_CS: Tensor) -> Tensor:
+def chunk_attention(q_CND: Tensor, pool: Tensor, blocks: Blocks, mask_CS: Tensor) -> Tensor:
     """Attend a chunk to the first S positions of its sequence's blocks, as the additive mask allows.
 
     The pool is [2G, num_blocks, block_size, D], K before V. Returns [C, N, D].
@@ -28,7 +30,7 @@ def chunk_attention(q_CND: Tensor, pool: Tensor, block_ids: Tensor, mask_CS: Ten
     num_kv_heads, num_keys = pool.shape[0] // 2, mask_CS.shape[1]
     chunk_size, num_heads, head_dim = q_CND.shape
     group = num_heads // num_kv_heads
-    kv_XgSD = pool.index_select(1, block_ids).flatten(1, 2)[:, None, :num_keys].expand(-1, group, -1, -1)
+    kv_XgSD = read_blocks(pool, blocks).flatten(1, 2)[:, None, :num_keys].expand(-1, group, -1, -1)
     q_GgCD = q_CND.view(chunk_size, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
     out_GgCD = F.scaled_dot_product_attention(q_GgCD, kv_XgSD[:num_kv_heads], kv_XgSD[num_kv_heads:], attn_mask=mask_CS)
     return out_GgCD.permute(2, 0, 1, 3).flatten(1, 2)

@@ -63,6 +63,11 @@ def apply_experts(
     return out
 
 
+def read_blocks(pool: Tensor, blocks: Tensor | slice) -> Tensor:
+    ids = range(pool.shape[1])[blocks] if isinstance(blocks, slice) else blocks.tolist()
+    return torch.stack([pool[:, block] for block in ids], dim=1)
+
+
 def decode_attention(q_BND: Tensor, pool: Tensor, block_ids: Tensor, num_keys: int, mask_B1S: Tensor | None) -> Tensor:
     num_seqs = q_BND.shape[0]
     mask = torch.zeros(num_seqs, 1, num_keys) if mask_B1S is None else mask_B1S

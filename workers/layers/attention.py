@@ -65,14 +65,14 @@ def _attend(parts: list[BatchPart], q_TND: Tensor, kv_TXD: Tensor, pool: Tensor)
         if isinstance(part, Prompts):
             outs.append(prompt_attention(q_TND[part.rows], kv_TXD[part.rows], part.num_seqs))
         elif isinstance(part, PrefillChunk):
-            outs.append(chunk_attention(q_TND[part.rows], pool, part.block_ids, part.mask_CS))
+            outs.append(chunk_attention(q_TND[part.rows], pool, part.blocks, part.mask_CS))
         else:
             outs.append(_decode(part, q_TND, pool))
     return _joined(outs)
 
 
 def _decode(group: DecodeGroup, q_TND: Tensor, pool: Tensor) -> Tensor:
-    return decode_attention(q_TND[group.rows], pool, group.block_ids, group.num_keys, group.mask_B1S)
+    return decode_attention(q_TND[group.rows], pool, group.blocks, group.num_keys, group.mask_B1S)
 
 
 def _joined(outs: list[Tensor]) -> Tensor:

@@ -1,0 +1,90 @@
+"""OfflineEngine: Scheduler and ModelRunner in this process, in lockstep; no Ray, no sockets, one rank.
+
+For measuring a checkpoint or the engine itself. The same scheduler and the same rank code as in the cluster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cluster.router.blocks import BlockAllocator
+from cluster.router.scheduler import Scheduler, SchedulerConfig
+from cluster.router.sequence import SequenceRequest
+from workers.config import ParallelLayout, RunnerConfig
+from workers.parallel import ParallelState
+from workers.runner import ModelRunner
+from workers.step import SamplingParams
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfflineConfig:
+    """What one rank may use."""
+
+    model_dir: str
+    num_threads: int
+    max_model_len: int = 1024
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    block_size: int = 32
+    kv_memory_bytes: int = 256 * 2**20
+    enable_prefix_cache: bool = True
+
+
+class OfflineEngine:
+    """Loads in the constructor."""
+
+    def __init__(self, config: OfflineConfig) -> None:
+        runner = RunnerConfig(
+            model_dir=config.model_dir,
+            rank=0,
+            layout=ParallelLayout(tp=1),
+            device="cpu",
+            num_threads=config.num_threads,
+            max_model_len=config.max_model_len,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            block_size=config.block_size,
+            kv_memory_bytes=config.kv_memory_bytes,
+        )
+        self._runner = ModelRunner(runner, ParallelState.single())
+        self._max_running = config.max_num_seqs
+        self._scheduler = Scheduler(
+            SchedulerConfig(
+                max_model_len=config.max_model_len,
+                max_num_seqs=config.max_num_seqs,
+                max_num_batched_tokens=config.max_num_batched_tokens,
+                max_waiting=config.max_num_seqs,
+            ),
+            BlockAllocator(self._runner.num_blocks, config.block_size, config.enable_prefix_cache),
+        )
+
+    def generate(
+        self,
+        prompts: Sequence[list[int]],
+        max_tokens: int,
+        sampling: SamplingParams,
+        stop_token_ids: frozenset[int] = frozenset(),
+    ) -> list[list[int]]:
+        """The tokens after each prompt, a stop token included. Raises what Scheduler.add raises."""
+        outputs: list[list[int]] = [[] for _ in prompts]
+        waiting = list(enumerate(prompts))
+        waiting.reverse()
+        while waiting or self._scheduler.has_unfinished:
+            while waiting and self._scheduler.num_running + self._scheduler.num_waiting < self._max_running:
+                key, prompt_ids = waiting.pop()
+                self._scheduler.add(
+                    SequenceRequest(
+                        key=key,
+                        prompt_ids=prompt_ids,
+                        sampling=sampling,
+                        max_tokens=max_tokens,
+                        stop_token_ids=stop_token_ids,
+                    )
+                )
+            plan = self._scheduler.schedule()
+            assert plan is not None, "nothing is in flight, so there is always something to schedule"
+            for update in self._scheduler.apply(self._runner.execute(plan)):
+                assert isinstance(update.key, int)
+                outputs[update.key] += update.token_ids
+        return outputs
