@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -87,7 +87,8 @@ class TerminalPrinter:
                 self._write(self._summary(event.finished) + "\n", "cyan")
 
     def _write(self, text: str, style: str) -> None:
-        self.console.print(Text(text, style=style), end="", soft_wrap=True)
+        # A model's text must not steer the terminal.
+        self.console.print(Text(text.replace("\x1b", "␛"), style=style), end="", soft_wrap=True)
 
     def _summary(self, finished: pb.Finished) -> str:
         usage, end_s = finished.usage, time.monotonic()
@@ -160,14 +161,16 @@ def chat(address: str, question: str | None, options: ChatOptions, *, as_json: b
         return _converse(conversation, new_printer)
 
 
-def _converse(conversation: Conversation, new_printer: Any) -> int:
+def _converse(conversation: Conversation, new_printer: Callable[[], Printer]) -> int:
+    """A script must learn that a turn has failed; a person has seen it."""
     if sys.stdin.isatty():
         print("Ask something. Ctrl-C stops an answer, Ctrl-D ends the conversation.", file=sys.stderr)
+    num_failed = 0
     while True:
         try:
             question = input("> " if sys.stdin.isatty() else "").strip()
         except (EOFError, KeyboardInterrupt):
-            return 0
+            return 1 if num_failed and not sys.stdin.isatty() else 0
         if not question:
             continue
         try:
@@ -175,6 +178,7 @@ def _converse(conversation: Conversation, new_printer: Any) -> int:
         except KeyboardInterrupt:
             print("\nstopped; this turn is forgotten", file=sys.stderr)
         except grpc.RpcError as error:
+            num_failed += 1
             print(describe_rpc_error(error), file=sys.stderr)
 
 

@@ -8,16 +8,14 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import os
-import signal
 import sys
-import threading
 from collections.abc import Callable, Sequence
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from cluster.config import ClusterConfig
 from cluster.errors import ConfigError, MullError
 from cluster.flags import add_chat_flags, add_serve_flags, chat_options, config_from_flags
+from cluster.interrupts import Interrupts
 
 if TYPE_CHECKING:
     from cluster.local import LocalCluster
@@ -51,10 +49,9 @@ def _serve(args: argparse.Namespace) -> int:
     _check_model(config)
     from cluster.local import LocalCluster
 
-    interrupts = _Interrupts()
-    with LocalCluster(config) as cluster:
+    interrupts = Interrupts()
+    with LocalCluster(config, interrupts) as cluster:
         addresses = cluster.start()
-        interrupts.install()
         _load(cluster)
         print(
             f"ready · grpc {addresses.grpc} · metrics {addresses.metrics} · "
@@ -71,18 +68,19 @@ def _serve(args: argparse.Namespace) -> int:
 
 def _demo(args: argparse.Namespace) -> int:
     config = config_from_flags(args)
+    options = chat_options(args)
     _check_model(config)
     from cluster.chat import chat
     from cluster.local import LocalCluster
 
     print(f"starting Ray, a Gateway, a Router and {config.engine.tp} shard workers", flush=True)
-    interrupts = _Interrupts()
-    with LocalCluster(config) as cluster:
+    interrupts = Interrupts()
+    with LocalCluster(config, interrupts) as cluster:
         addresses = cluster.start()
-        interrupts.install()
         _load(cluster)
         print(f"\n{args.question}\n", flush=True)
-        code = chat(addresses.grpc, args.question, chat_options(args), as_json=False)
+        with interrupts.at_once():
+            code = _call(lambda: chat(addresses.grpc, args.question, options, as_json=False))
         print("\nstopping", flush=True)
     return code
 
@@ -90,7 +88,8 @@ def _demo(args: argparse.Namespace) -> int:
 def _chat(args: argparse.Namespace) -> int:
     from cluster.chat import chat
 
-    return _call(lambda: chat(args.address, args.question, chat_options(args), as_json=args.json))
+    options = chat_options(args)
+    return _call(lambda: chat(args.address, args.question, options, as_json=args.json))
 
 
 def _status(args: argparse.Namespace) -> int:
@@ -109,32 +108,6 @@ def _call(request: Callable[[], int]) -> int:
     except grpc.RpcError as error:
         print(describe_rpc_error(error), file=sys.stderr)
         return _FAILED
-
-
-class _Interrupts:
-    """SIGINT and SIGTERM raise KeyboardInterrupt, but the first one during `wait` only ends the wait."""
-
-    def __init__(self) -> None:
-        self._waiting = False
-        self._tick = threading.Event()
-        self.install()
-
-    def install(self) -> None:
-        """Take the signals; again after anything that takes them for itself, as ray.init does with SIGTERM."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._on_signal)
-
-    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
-        if not self._waiting:
-            raise KeyboardInterrupt
-        self._waiting = False
-        self._tick.set()
-
-    def wait(self, *, every_s: float, check: Callable[[], None]) -> None:
-        """Return at the first signal; until then call `check` every so often, which may raise."""
-        self._waiting = True
-        while not self._tick.wait(every_s):
-            check()
 
 
 def _load(cluster: LocalCluster) -> None:
@@ -169,12 +142,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
 
     serve = commands.add_parser("serve", help="serve a model until Ctrl-C")
-    add_serve_flags(serve, defaults={})
+    add_serve_flags(serve, fallbacks={})
     serve.set_defaults(command=_serve)
 
     demo = commands.add_parser("demo", help="serve the built-in model, ask it one question, stop")
     demo.add_argument("question", nargs="?", default=_DEMO_QUESTION)
-    add_serve_flags(demo, defaults={"tp": 2, "grpc_port": 0, "metrics_port": 0})
+    add_serve_flags(demo, fallbacks={"tp": 2, "grpc_port": 0, "metrics_port": 0})
     add_chat_flags(demo)
     demo.set_defaults(command=_demo)
 

@@ -75,6 +75,12 @@ class GatewayConfig(_Part):
     drain_s: float = Field(30.0, ge=0)
     """How long running streams may go on after a shutdown was asked for."""
 
+    @model_validator(mode="after")
+    def _ports_differ(self) -> Self:
+        if self.grpc_port == self.metrics_port != 0:
+            raise ValueError(f"grpc_port and metrics_port are both {self.grpc_port}; choose two")
+        return self
+
 
 class ClusterConfig(_Part):
     """Everything `mull serve` needs."""
@@ -96,12 +102,15 @@ def parse_config(values: dict[str, Any]) -> ClusterConfig:
         raise ConfigError(f"{where}: {first['msg']}{got}") from error
 
 
-def read_config(file: Path) -> dict[str, Any]:
-    """The nested values of a YAML file. Raises ConfigError when it is missing or is not a mapping."""
+def read_config(file: Path) -> dict[str, dict[str, Any]]:
+    """The nested values of a YAML file. Raises ConfigError when it is missing or is not a mapping of mappings."""
     try:
         values = yaml.safe_load(file.read_text())
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{file}: cannot be read as YAML ({error})".replace("\n", " ")) from error
     if not isinstance(values, dict):
         raise ConfigError(f"{file}: expected a mapping with 'model', 'engine', 'router' and 'gateway'")
+    for part, inner in values.items():
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{file}: '{part}' is {inner!r}, expected a mapping of its settings")
     return values

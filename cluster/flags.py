@@ -56,7 +56,7 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def add_serve_flags(parser: argparse.ArgumentParser, *, defaults: Mapping[str, int]) -> None:
+def add_serve_flags(parser: argparse.ArgumentParser, *, fallbacks: Mapping[str, int]) -> None:
     parser.add_argument(
         "--config", type=Path, help="YAML file with model, engine, router and gateway; flags win over it"
     )
@@ -67,8 +67,9 @@ def add_serve_flags(parser: argparse.ArgumentParser, *, defaults: Mapping[str, i
     for part, flags in _CONFIG_FLAGS.items():
         group = parser.add_argument_group(part)
         for name, (kind, text) in flags.items():
-            shown = f"{text} (default {defaults[name]})" if name in defaults else text
-            group.add_argument(_flag(name), type=kind, default=defaults.get(name), help=shown)
+            shown = f"{text} (default {fallbacks[name]})" if name in fallbacks else text
+            group.add_argument(_flag(name), type=kind, help=shown)
+    parser.set_defaults(fallbacks=fallbacks)
 
 
 def add_chat_flags(parser: argparse.ArgumentParser) -> None:
@@ -80,15 +81,18 @@ def add_chat_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def config_from_flags(args: argparse.Namespace) -> ClusterConfig:
-    values: dict[str, Any] = read_config(args.config) if args.config else {}
-    model = values.setdefault("model", {})
-    model["path"] = args.model or model.get("path") or builtin_model()
-    model["name"] = args.served_model_name or model.get("name") or Path(model["path"]).resolve().name
+    """Flags win over the file, the file over the command's own fallbacks. Raises ConfigError."""
+    values: dict[str, dict[str, Any]] = read_config(args.config) if args.config else {}
     for part, flags in _CONFIG_FLAGS.items():
         for name in flags:
             if getattr(args, name) is not None:
                 values.setdefault(part, {})[name] = getattr(args, name)
-    return parse_config(values)
+            elif name in args.fallbacks:
+                values.setdefault(part, {}).setdefault(name, args.fallbacks[name])
+    model = values.setdefault("model", {})
+    path = str(args.model or model.get("path") or builtin_model())
+    name = args.served_model_name or model.get("name") or Path(path).resolve().name
+    return parse_config({**values, "model": {**model, "path": path, "name": name}})
 
 
 def builtin_model() -> Path:
@@ -109,6 +113,9 @@ def chat_options(args: argparse.Namespace) -> ChatOptions:
     from mull.v1 import generation_pb2 as pb
 
     given = {name: value for name in _SAMPLING_FLAGS if (value := getattr(args, name)) is not None}
-    return ChatOptions(
-        sampling=pb.SamplingOptions(**given), max_tokens=args.max_tokens, model=args.model_name, system=args.system
-    )
+    try:
+        pb.GenerateRequest(max_tokens=args.max_tokens)
+        sampling = pb.SamplingOptions(**given)
+    except ValueError as error:
+        raise ConfigError(f"a sampling flag is out of range: {error}") from error
+    return ChatOptions(sampling=sampling, max_tokens=args.max_tokens, model=args.model_name, system=args.system)

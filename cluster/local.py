@@ -5,6 +5,7 @@ Owns every process that it starts: on any way out, Ctrl-C and errors included, t
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
@@ -20,12 +21,14 @@ import psutil
 
 from cluster.config import ClusterConfig
 from cluster.errors import ConfigError, EngineError
+from cluster.interrupts import Interrupts
 from mull.v1 import generation_pb2 as pb
 from mull.v1.generation_pb2_grpc import GenerationServiceStub
 
 _POLL_S = 0.2
 _CALL_TIMEOUT_S = 10.0
 _STOP_MARGIN_S = 10.0
+_SILENCE_S = 60.0
 _RAY_LOGS = "/tmp/ray/session_latest/logs/serve"
 
 
@@ -43,12 +46,14 @@ class LocalCluster:
     `start` returns when the gateway listens; the ranks load meanwhile, and `wait_until_ready` tells how far they are.
     """
 
-    def __init__(self, config: ClusterConfig) -> None:
-        self._config = config
+    def __init__(self, config: ClusterConfig, interrupts: Interrupts) -> None:
+        self._interrupts = interrupts
+        self._config = _with_fixed_ports(config)
         self._gateway: Any = None
-        self._addresses: Addresses | None = None
         self._channel: grpc.Channel | None = None
         self._guard: subprocess.Popen[bytes] | None = None
+        self._ray_was_started = False
+        self._last_answer_s = time.monotonic()
 
     def __enter__(self) -> LocalCluster:
         return self
@@ -59,26 +64,20 @@ class LocalCluster:
         self.stop()
 
     def start(self) -> Addresses:
-        """Start Ray and the app. Raises ConfigError when a port is taken."""
-        gateway = self._config.gateway
-        for flag, port in (("--grpc-port", gateway.grpc_port), ("--metrics-port", gateway.metrics_port)):
-            _check_free(flag, gateway.host, port)
+        """Start Ray and the app. Raises ConfigError where GPUs are missing, EngineError where something fails."""
+        self._interrupts.check()
+        self._ray_was_started = True
         _start_ray(self._config)
-        from ray import serve
-
-        from cluster.app import APP_NAME, build_app
-
+        self._interrupts.install()
         self._guard = _guard_children()
-        try:
-            self._gateway = serve.run(build_app(self._config), name=APP_NAME, route_prefix=None)
-        except RuntimeError as error:
-            raise EngineError(f"the app did not start; the reason is in {_RAY_LOGS}: {_last_line(error)}") from error
-        ports = self._gateway.ports.remote().result(timeout_s=_CALL_TIMEOUT_S)
-        self._addresses = Addresses(
-            grpc=f"{gateway.host}:{ports['grpc']}", metrics=f"http://{gateway.host}:{ports['metrics']}/metrics"
-        )
-        self._channel = grpc.insecure_channel(self._addresses.grpc)
-        return self._addresses
+        _check_gpus(self._config)
+        self._interrupts.check()
+        self._gateway = _run_app(self._config)
+        self._interrupts.check()
+        gateway = self._config.gateway
+        address = f"{gateway.host}:{gateway.grpc_port}"
+        self._channel = grpc.insecure_channel(address)
+        return Addresses(grpc=address, metrics=f"http://{gateway.host}:{gateway.metrics_port}/metrics")
 
     def info(self) -> pb.GetServerInfoResponse:
         """What the gateway says of itself and of its Router."""
@@ -94,6 +93,7 @@ class LocalCluster:
         """
         deadline_s = time.monotonic() + self._config.router.start_timeout_s + _STOP_MARGIN_S
         while time.monotonic() < deadline_s:
+            self._interrupts.check()
             info = self.info()
             for router in info.routers:
                 progress(router.loaded_bytes, router.total_bytes)
@@ -105,48 +105,109 @@ class LocalCluster:
         raise EngineError(f"not ready within {self._config.router.start_timeout_s:g} s: {info.reason}")
 
     def check(self) -> None:
-        """Raise EngineError when the Router has given up."""
-        for router in self.info().routers:
+        """Raise EngineError when the Router has given up, or the gateway has been silent for long.
+
+        A gateway that died is not the end: Serve starts it again, on the same ports.
+        """
+        try:
+            info = self.info()
+        except grpc.RpcError as error:
+            silent_s = time.monotonic() - self._last_answer_s
+            if silent_s > _SILENCE_S:
+                raise EngineError(f"the gateway has not answered for {silent_s:.0f} s; see {_RAY_LOGS}") from error
+            return
+        self._last_answer_s = time.monotonic()
+        for router in info.routers:
             if router.failed:
                 raise EngineError(router.reason)
 
     def drain(self) -> int:
-        """Refuse new work and let running streams end, for at most `drain_s`. Returns how many were cut off."""
-        if self._gateway is None:
-            return 0
+        """Refuse new work and let running streams end, for at most `drain_s`. Returns how many were cut off.
+
+        Raises EngineError when the gateway does not say so in time. An interrupt raises KeyboardInterrupt at once.
+        """
+        from ray.exceptions import RayError
+
         grace_s = self._config.gateway.drain_s
-        cut: int = self._gateway.drain.remote(grace_s).result(timeout_s=grace_s + _STOP_MARGIN_S)
+        with self._interrupts.at_once():
+            try:
+                cut: int = self._gateway.drain.remote(grace_s).result(timeout_s=grace_s + _STOP_MARGIN_S)
+            except (RayError, TimeoutError) as error:
+                raise EngineError(
+                    f"the gateway was lost while draining ({_last_line(error)}); streams may be cut"
+                ) from error
         return cut
 
     def stop(self) -> None:
         """Stop the app and Ray, with all their processes."""
-        import ray
-
         if self._channel is not None:
             self._channel.close()
-        # The gateway has drained: nothing is left that Serve would have to shut down gracefully.
-        ray.shutdown()
         if self._guard is not None:
             self._guard.kill()
-            self._guard.wait()
+            self._guard.communicate()
+        if self._ray_was_started:
+            import ray
+
+            children = psutil.Process().children(recursive=True)
+            # The gateway has drained: nothing is left that Serve would have to shut down gracefully.
+            ray.shutdown()
+            _end(children)
         self._gateway = self._channel = self._guard = None
+        self._ray_was_started = False
+
+
+def _end(processes: list[psutil.Process]) -> None:
+    """Ray's agents outlive it by a minute when it was stopped while starting."""
+    _, alive = psutil.wait_procs(processes, timeout=2.0)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(alive, timeout=_STOP_MARGIN_S)
 
 
 def _last_line(error: Exception) -> str:
     return str(error).strip().splitlines()[-1]
 
 
-def _check_free(flag: str, host: str, port: int) -> None:
-    if port == 0:
-        return
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ConfigError(
-                f"{flag} {port}: {error.strerror} on {host}; choose another, or 0 for a free one"
-            ) from error
+def _with_fixed_ports(config: ClusterConfig) -> ClusterConfig:
+    """Port 0 becomes a free one here and now, so that a gateway that Serve starts again has the same."""
+    gateway = config.gateway
+    ports = {
+        name: _free_port("--" + name.replace("_", "-"), gateway.host, getattr(gateway, name))
+        for name in ("grpc_port", "metrics_port")
+    }
+    return config.model_copy(update={"gateway": gateway.model_copy(update=ports)})
+
+
+def _free_port(flag: str, host: str, port: int) -> int:
+    """The port itself, or one that the kernel picks for 0. Raises ConfigError where it is taken."""
+    try:
+        with socket.create_server((host, port)) as probe:
+            return int(probe.getsockname()[1])
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ConfigError(f"{flag} {port}: {reason} on {host}; choose another, or 0 for a free one") from error
+
+
+def _check_gpus(config: ClusterConfig) -> None:
+    import ray
+
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]  # Ray has no types there
+    found = int(resources.get("GPU", 0))
+    if config.engine.device == "cuda" and found < config.engine.tp:
+        raise ConfigError(f"--device cuda needs {config.engine.tp} GPUs for --tp {config.engine.tp}, found {found}")
+
+
+def _run_app(config: ClusterConfig) -> Any:
+    from ray import serve
+    from ray.exceptions import RayError
+
+    from cluster.app import APP_NAME, build_app
+
+    try:
+        return serve.run(build_app(config), name=APP_NAME, route_prefix=None)
+    except (RuntimeError, RayError) as error:
+        raise EngineError(f"the app did not start ({_last_line(error)}); see {_RAY_LOGS}") from error
 
 
 def _guard_children() -> subprocess.Popen[bytes]:
@@ -165,9 +226,20 @@ def _start_ray(config: ClusterConfig) -> None:
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    import ray
     from ray import serve
     from ray.serve.config import ProxyLocation
+
+    try:
+        _init_ray(config)
+    except (RuntimeError, OSError) as error:
+        raise EngineError(f"Ray did not start ({_last_line(error)}); is /tmp/ray writable?") from error
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    serve.start(proxy_location=ProxyLocation.Disabled, logging_config={"log_level": "WARNING"})
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+
+
+def _init_ray(config: ClusterConfig) -> None:
+    import ray
 
     ray.init(
         address="local",
@@ -179,6 +251,3 @@ def _start_ray(config: ClusterConfig) -> None:
         log_to_driver=False,
         logging_level=logging.ERROR,
     )
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    serve.start(proxy_location=ProxyLocation.Disabled, logging_config={"log_level": "WARNING"})
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)

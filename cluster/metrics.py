@@ -7,12 +7,49 @@ figures come by its description. No globals: the registry is passed in.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from mull.v1.router_pb2 import DescribeResponse
 
 _SHORT_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _LONG_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1200, 2400, 3600, 7200, 10800)
 _TOKENS = (1, 16, 64, 256, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072, 262144)
+
+
+_ROUTER_GAUGES = (
+    ("mull_requests_running", "Requests that hold a slot, as the Router says.", "num_running"),
+    ("mull_requests_thinking", "Of the running requests, those in their thoughts.", "num_thinking"),
+    ("mull_requests_answering", "Of the running requests, those in their answers.", "num_answering"),
+    ("mull_requests_waiting", "Requests that wait for a slot, as the Router says.", "num_waiting"),
+    ("mull_kv_blocks", "KV blocks of the Router.", "num_blocks"),
+    ("mull_kv_free_blocks", "KV blocks that are free.", "num_free_blocks"),
+)
+_ROUTER_COUNTERS = (
+    ("mull_engine_steps_total", "Steps of the Router's ranks.", "num_steps_total"),
+    ("mull_engine_restarts_total", "Times the Router's ranks were started again.", "num_restarts_total"),
+    ("mull_preemptions_total", "Requests that lost their slot for a while.", "num_preempted_total"),
+    ("mull_prefix_query_tokens_total", "Prompt tokens looked up in the prefix cache.", "prefix_query_tokens_total"),
+    ("mull_prefix_hit_tokens_total", "Prompt tokens found in the prefix cache.", "prefix_hit_tokens_total"),
+)
+"""Name, help, field of DescribeResponse."""
+
+
+class RouterFigures(Collector):
+    """What the Router last said of itself, shown as it is: its totals start again with it, as counters may."""
+
+    def __init__(self) -> None:
+        self.description = DescribeResponse()
+
+    def collect(self) -> Iterator[Metric]:
+        said = self.description
+        for name, text, field in _ROUTER_GAUGES:
+            yield GaugeMetricFamily(name, text, getattr(said, field))
+        for name, text, field in _ROUTER_COUNTERS:
+            yield CounterMetricFamily(name, text, getattr(said, field))
 
 
 class GatewayMetrics:
@@ -20,14 +57,8 @@ class GatewayMetrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.streams_open = Gauge("mull_streams_open", "Generate streams that are open.", registry=registry)
-        self.requests_running = Gauge(
-            "mull_requests_running", "Requests that hold a slot, as the Router says.", registry=registry
-        )
-        self.requests_waiting = Gauge(
-            "mull_requests_waiting", "Requests that wait for a slot, as the Router says.", registry=registry
-        )
-        self.kv_blocks = Gauge("mull_kv_blocks", "KV blocks of the Router.", registry=registry)
-        self.kv_free_blocks = Gauge("mull_kv_free_blocks", "KV blocks that are free.", registry=registry)
+        self.router = RouterFigures()
+        registry.register(self.router)
         self.router_ready = Gauge(
             "mull_router_ready", "1 when the Router can take requests, else 0.", registry=registry
         )

@@ -12,9 +12,9 @@ from cluster.errors import ConfigError
 from cluster.flags import add_serve_flags, builtin_model, config_from_flags
 
 
-def config_of(*flags: str) -> ClusterConfig:
+def config_of(*flags: str, fallbacks: dict[str, int] | None = None) -> ClusterConfig:
     parser = argparse.ArgumentParser()
-    add_serve_flags(parser, defaults={})
+    add_serve_flags(parser, fallbacks=fallbacks or {})
     return config_from_flags(parser.parse_args(flags))
 
 
@@ -35,6 +35,15 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
     assert (config.model.name, config.engine.tp, config.engine.max_num_seqs) == ("a", 2, 8)
 
 
+def test_the_file_wins_over_a_commands_fallbacks(tmp_path: Path) -> None:
+    file = tmp_path / "mull.yaml"
+    file.write_text("engine: {tp: 4}\n")
+
+    config = config_of("--config", str(file), fallbacks={"tp": 2, "grpc_port": 0})
+
+    assert (config.engine.tp, config.gateway.grpc_port) == (4, 0)
+
+
 def test_a_model_is_named_after_its_directory() -> None:
     assert config_of("--model", "/models/Qwen3-4B-Thinking-2507-FP8/").model.name == "Qwen3-4B-Thinking-2507-FP8"
     assert config_of("--model", "/models/x", "--served-model-name", "thinker").model.name == "thinker"
@@ -47,6 +56,7 @@ def test_a_model_is_named_after_its_directory() -> None:
         ({"engine": {"typo": 1}}, "engine.typo"),
         ({"engine": {"max_num_seqs": 64, "max_num_batched_tokens": 32}}, "max_num_batched_tokens 32"),
         ({"gateway": {"grpc_port": 70000}}, "gateway.grpc_port"),
+        ({"gateway": {"grpc_port": 7000, "metrics_port": 7000}}, "both 7000"),
         ({"router": {"step_timeout_s": 0}}, "router.step_timeout_s"),
     ],
 )
@@ -58,10 +68,10 @@ def test_a_wrong_value_is_one_line_that_names_its_field(values: dict[str, object
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("text", ["a: [", "- 1\n- 2\n"])
-def test_a_file_that_is_no_mapping_is_refused_by_name(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize("text", [b"a: [", b"- 1\n- 2\n", b"model: pocket\n", b"engine:\n", b"\xff\xfe\x00"])
+def test_a_file_that_is_no_mapping_of_mappings_is_refused_by_name(tmp_path: Path, text: bytes) -> None:
     file = tmp_path / "mull.yaml"
-    file.write_text(text)
+    file.write_bytes(text)
 
     with pytest.raises(ConfigError, match=r"mull\.yaml") as refused:
         read_config(file)

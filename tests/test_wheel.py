@@ -47,5 +47,6 @@ def test_an_installed_wheel_has_the_protocol_and_finds_the_built_in_model(tmp_pa
     model = Path(done.stdout.strip())
     assert model == installed / "mull" / "pocket"
     assert {file.name for file in model.iterdir()} >= {"config.json", "tokenizer.json", "chat_template.jinja"}
+    assert list(model.glob("*.safetensors"))
     assert (installed / "mull" / "v1" / "generation.proto").is_file()
     assert (installed / "cluster" / "py.typed").is_file()

@@ -1,7 +1,7 @@
 """One step's inputs as tensors, built from the slots' integers: prefill chunks first, then one token per decoding slot.
 
-Hop 7's first half: `SlotTable` applies a plan's deltas and checks it against the contract; `ForwardBatch` is what
-the layers read. Knows nothing of weights. T tokens, B decoding sequences, C tokens of a chunk, S keys, D head_dim.
+Hop 7's first half: `BatchBuilder` lays out what a plan computes, with the slots' states at hand; `ForwardBatch` is
+what the layers read. Knows nothing of weights. T tokens, B decoding sequences, C tokens of a chunk, S keys, D head_dim.
 """
 
 from __future__ import annotations
@@ -12,16 +12,14 @@ from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from workers.config import ModelConfig
 from workers.errors import PlanError
 from workers.kernels.paged import Blocks
-from workers.step import OpenSlot, Prefill, StepPlan
-
-Ints = npt.NDArray[np.int64]
+from workers.slots import Ints, SlotStates
+from workers.step import Prefill, StepPlan
 
 CPU_GROUP_BYTES = 2 * 2**20
 """Of K and V that decoding sequences gather at once, so that the cache still holds them when they are read.
@@ -30,91 +28,6 @@ Sequences of 256 tokens and more take three quarters of the time of one gather o
 """
 GPU_GROUP_BYTES = 2**30
 """Kernels are the wider the better; this bounds only their memory."""
-
-
-class SlotTable:
-    """Per slot: its blocks and how many of its positions hold KV. The runner's only writer of them."""
-
-    def __init__(self, num_slots: int, max_model_len: int, block_size: int, num_blocks: int) -> None:
-        self.block_size = block_size
-        self.num_blocks = num_blocks
-        self.max_model_len = max_model_len
-        self.blocks: Ints = np.zeros((num_slots, -(-max_model_len // block_size)), dtype=np.int64)
-        self.num_slot_blocks = [0] * num_slots
-        self.num_computed: Ints = np.zeros(num_slots, dtype=np.int64)
-        self.is_open = [False] * num_slots
-        self.has_token = [False] * num_slots
-        """The slot sampled a token that no forward pass has taken in yet."""
-
-    def close(self, slot: int) -> None:
-        self._check_open(slot, "close")
-        self.is_open[slot] = False
-
-    def open(self, opened: OpenSlot) -> None:
-        slot = opened.slot
-        self._check_number(slot, "open")
-        if self.is_open[slot]:
-            raise PlanError(f"open: slot {slot} is already open; close it first")
-        self.is_open[slot], self.has_token[slot], self.num_slot_blocks[slot] = True, False, 0
-        self.num_computed[slot] = opened.num_cached
-        self.extend(slot, opened.block_ids)
-        capacity = self.num_slot_blocks[slot] * self.block_size
-        if not 0 <= opened.num_cached <= capacity:
-            raise PlanError(f"open: slot {slot} claims {opened.num_cached} cached tokens, its blocks hold {capacity}")
-
-    def extend(self, slot: int, block_ids: list[int]) -> None:
-        self._check_open(slot, "extend")
-        first = self.num_slot_blocks[slot]
-        stop, limit = first + len(block_ids), self.blocks.shape[1]
-        if stop > limit:
-            raise PlanError(
-                f"extend: slot {slot} would have {stop} blocks, {limit} cover the context of {self.max_model_len}"
-            )
-        if block_ids and not 0 <= min(block_ids) <= max(block_ids) < self.num_blocks:
-            raise PlanError(f"extend: slot {slot} gets a block outside [0, {self.num_blocks}): {block_ids}")
-        self.blocks[slot, first:stop] = block_ids
-        self.num_slot_blocks[slot] = stop
-
-    def start_prefill(self, prefill: Prefill) -> None:
-        """Take note of a chunk about to be computed."""
-        slot, count = prefill.slot, len(prefill.token_ids)
-        self._check_open(slot, "prefill")
-        computed = int(self.num_computed[slot])
-        if count == 0 or prefill.start != computed:
-            raise PlanError(
-                f"prefill: slot {slot} starts {count} tokens at {prefill.start}, its next position is {computed}"
-            )
-        self._advance(slot, count, "prefill")
-        self.has_token[slot] = prefill.sample
-
-    def start_decode(self, slot: int) -> None:
-        """Take note of a decode about to be computed."""
-        self._check_open(slot, "decode")
-        if not self.has_token[slot]:
-            raise PlanError(f"decode: slot {slot} has no sampled token to go on from; prefill it with sample first")
-        self._advance(slot, 1, "decode")
-
-    def cells(self, slots: Ints, positions: Ints) -> Ints:
-        """Where the KV of positions lies in the pool: block_id * block_size + offset."""
-        block_ids = self.blocks[slots, positions // self.block_size]
-        return block_ids * self.block_size + positions % self.block_size
-
-    def _advance(self, slot: int, count: int, what: str) -> None:
-        end, capacity = int(self.num_computed[slot]) + count, self.num_slot_blocks[slot] * self.block_size
-        if end > min(capacity, self.max_model_len):
-            raise PlanError(
-                f"{what}: slot {slot} needs {end} positions, blocks hold {capacity}, the context {self.max_model_len}"
-            )
-        self.num_computed[slot] = end
-
-    def _check_number(self, slot: int, what: str) -> None:
-        if not 0 <= slot < len(self.is_open):
-            raise PlanError(f"{what}: slot {slot} is outside [0, {len(self.is_open)})")
-
-    def _check_open(self, slot: int, what: str) -> None:
-        self._check_number(slot, what)
-        if not self.is_open[slot]:
-            raise PlanError(f"{what}: slot {slot} is not open")
 
 
 @dataclass(frozen=True)
@@ -195,24 +108,24 @@ class ForwardBatch:
 class BatchBuilder:
     """Turns a plan into a ForwardBatch on one device."""
 
-    def __init__(self, table: SlotTable, model: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
-        self.table, self.device, self.dtype = table, device, dtype
+    def __init__(self, slots: SlotStates, model: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
+        self.slots, self.device, self.dtype = slots, device, dtype
         self.vocab_size, head_dim = model.vocab_size, model.head_dim
         key_bytes = 2 * model.num_kv_heads * head_dim * dtype.itemsize
         self.group_keys = (CPU_GROUP_BYTES if device.type == "cpu" else GPU_GROUP_BYTES) // key_bytes
-        self.rotations_P21D = _rotations(model, table.max_model_len).to(device, dtype)
+        self.rotations_P21D = _rotations(model, slots.max_model_len).to(device, dtype)
 
     def build(self, plan: StepPlan, last_tokens: Tensor) -> ForwardBatch:
         """Advance the slots of the plan and lay out its tokens. Raises PlanError where the plan breaks the contract."""
         _check_named_once(plan)
         for prefill in plan.prefills:
-            self.table.start_prefill(prefill)
+            self.slots.start_prefill(prefill)
         for slot in plan.decodes:
-            self.table.start_decode(slot)
+            self.slots.start_decode(slot)
         decodes = np.array(plan.decodes, dtype=np.int64)
         slots = np.concatenate([*(np.full(len(p.token_ids), p.slot) for p in plan.prefills), decodes])
         starts = [np.arange(p.start, p.start + len(p.token_ids)) for p in plan.prefills]
-        positions = np.concatenate([*starts, self.table.num_computed[decodes] - 1])
+        positions = np.concatenate([*starts, self.slots.num_computed[decodes] - 1])
         rotations = Rotations(self.rotations_P21D.index_select(0, self._tensor(positions)))
         parts: list[BatchPart] = list(self._prefill_parts(plan.prefills))
         parts += self._decode_groups(decodes, len(positions) - len(decodes))
@@ -220,11 +133,11 @@ class BatchBuilder:
         return ForwardBatch(
             token_ids_T=self._token_ids(plan, decodes, last_tokens),
             rotations=rotations,
-            cells_T=self._tensor(self.table.cells(slots, positions)),
+            cells_T=self._tensor(self.slots.cells(slots, positions)),
             parts=parts,
             ends=self._ends(plan, sample_slots, rotations) if plan.prefills else None,
             sample_slots=sample_slots,
-            sample_positions=self.table.num_computed[sample_slots],
+            sample_positions=self.slots.num_computed[sample_slots],
         )
 
     def _tensor(self, values: Ints) -> Tensor:
@@ -258,23 +171,23 @@ class BatchBuilder:
 
     def _chunk(self, prefill: Prefill, first: int) -> PrefillChunk:
         size, start = len(prefill.token_ids), prefill.start
-        num_blocks = -(-(start + size) // self.table.block_size)
-        blocks = self._blocks(self.table.blocks[prefill.slot, :num_blocks])
+        num_blocks = -(-(start + size) // self.slots.block_size)
+        blocks = self._blocks(self.slots.blocks[prefill.slot, :num_blocks])
         mask_CS = torch.full((size, start + size), -math.inf, device=self.device, dtype=self.dtype)
         return PrefillChunk(rows=slice(first, first + size), blocks=blocks, mask_CS=mask_CS.triu_(start + 1))
 
     def _decode_groups(self, slots: Ints, first: int) -> Iterator[DecodeGroup]:
         if not len(slots):
             return
-        size = max(1, self.group_keys // int(self.table.num_computed[slots].max()))
+        size = max(1, self.group_keys // int(self.slots.num_computed[slots].max()))
         for start in range(0, len(slots), size):
             yield self._decode_group(slots[start : start + size], first + start)
 
     def _decode_group(self, slots: Ints, first: int) -> DecodeGroup:
-        lengths = self.table.num_computed[slots]
+        lengths = self.slots.num_computed[slots]
         num_keys = int(lengths.max())
         # Entries behind a slot's own blocks may be left from an earlier sequence: they are masked, and valid ids.
-        block_ids = self.table.blocks[slots, : -(-num_keys // self.table.block_size)].reshape(-1)
+        block_ids = self.slots.blocks[slots, : -(-num_keys // self.slots.block_size)].reshape(-1)
         return DecodeGroup(
             rows=slice(first, first + len(slots)),
             blocks=self._blocks(block_ids),

@@ -26,7 +26,7 @@ from workers.safetensors_header import SCALE_SUFFIX, StoredTensor, check_checkpo
 from workers.weights import TensorSlice, param_shapes, rank_slices
 
 Progress = Callable[[int, int], None]
-"""Called in the caller's thread with bytes read so far and in all."""
+"""Called with bytes read so far and in all, in the thread that called `read`."""
 
 NUM_READERS = 4
 MIN_PIECE_BYTES = 64 * 2**10

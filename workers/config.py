@@ -6,6 +6,7 @@ Read from config.json by the command line, the Router and every rank; no torch h
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -127,22 +128,23 @@ class _ConfigReader:
         self._refuse_unsupported()
         num_heads = self._positive("num_attention_heads")
         hidden_size = self._positive("hidden_size")
+        num_layers, vocab_size = self._positive("num_hidden_layers"), self._positive("vocab_size")
         config = ModelConfig(
             architecture=architecture,
-            vocab_size=self._positive("vocab_size"),
+            vocab_size=vocab_size,
             hidden_size=hidden_size,
             intermediate_size=self._positive("intermediate_size"),
-            num_layers=self._positive("num_hidden_layers"),
+            num_layers=num_layers,
             num_heads=num_heads,
             num_kv_heads=self._positive("num_key_value_heads", default=num_heads),
             head_dim=self._positive("head_dim", default=hidden_size // num_heads),
             rms_norm_eps=self._number("rms_norm_eps", default=1e-6),
             rope_theta=self._rope_theta(),
             max_position_embeddings=self._positive("max_position_embeddings"),
-            tie_word_embeddings=bool(self.values.get("tie_word_embeddings", False)),
-            eos_token_ids=self._token_ids("eos_token_id"),
+            tie_word_embeddings=self._flag("tie_word_embeddings"),
+            eos_token_ids=self._below("eos_token_id", vocab_size, "token ids of the vocabulary"),
             quantization=self._quantization(),
-            **(self._moe() if architecture == "qwen3_moe" else {}),
+            **(self._moe(num_layers) if architecture == "qwen3_moe" else {}),
         )
         if config.num_heads % config.num_kv_heads or config.head_dim % 2:
             raise self._error(
@@ -160,7 +162,7 @@ class _ConfigReader:
             raise self._error("missing", "point to a directory with config.json and safetensors files")
         try:
             values = json.loads(self.file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise self._error(f"not readable as JSON ({error})".replace("\n", " "), "download it again") from error
         if not isinstance(values, dict):
             raise self._error("not a JSON object", "download it again")
@@ -169,7 +171,7 @@ class _ConfigReader:
     def _architecture(self) -> Architecture:
         named = self.values.get("architectures")
         supported = ", ".join(ARCHITECTURES)
-        if not isinstance(named, list) or len(named) != 1 or named[0] not in ARCHITECTURES:
+        if not isinstance(named, list) or len(named) != 1 or named[0] not in list(ARCHITECTURES):
             raise self._error(f"unknown architecture {named!r}", f"mull serves {supported}")
         return ARCHITECTURES[named[0]]
 
@@ -181,24 +183,19 @@ class _ConfigReader:
             raise self._error("use_sliding_window is true", "only full attention can be served")
         if self.values.get("hidden_act", "silu") != "silu":
             raise self._error(f"hidden_act is {self.values['hidden_act']!r}", "only silu can be served")
-        scaling = self._rope_parameters() or self.values.get("rope_scaling")
-        kind = scaling.get("rope_type", scaling.get("type", "default")) if isinstance(scaling, Mapping) else "default"
+        scaling = self._object("rope_parameters") or self._object("rope_scaling")
+        kind = scaling.get("rope_type", scaling.get("type", "default"))
         if kind != "default":
             raise self._error(
                 f"RoPE scaling {kind!r} is not supported", "remove rope_scaling and serve the native context"
             )
 
-    def _rope_parameters(self) -> Mapping[str, Any] | None:
-        parameters = self.values.get("rope_parameters")
-        return parameters if isinstance(parameters, Mapping) else None
-
     def _rope_theta(self) -> float:
-        parameters = self._rope_parameters()
-        if parameters is not None and isinstance(parameters.get("rope_theta"), int | float):
-            return float(parameters["rope_theta"])
-        return self._number("rope_theta", default=10000.0)
+        """Newer configs have it among the rope_parameters."""
+        parameters = self._object("rope_parameters")
+        return self._number("rope_theta", 10000.0, parameters if "rope_theta" in parameters else self.values)
 
-    def _moe(self) -> dict[str, Any]:
+    def _moe(self, num_layers: int) -> dict[str, Any]:
         num_experts = self._positive("num_experts", default=self.values.get("num_local_experts"))
         per_token = self._positive("num_experts_per_tok")
         if per_token > num_experts:
@@ -207,8 +204,8 @@ class _ConfigReader:
             "num_experts": num_experts,
             "num_experts_per_token": per_token,
             "moe_intermediate_size": self._positive("moe_intermediate_size"),
-            "norm_topk_prob": bool(self.values.get("norm_topk_prob", False)),
-            "mlp_only_layers": frozenset(self.values.get("mlp_only_layers") or ()),
+            "norm_topk_prob": self._flag("norm_topk_prob"),
+            "mlp_only_layers": frozenset(self._below("mlp_only_layers", num_layers, "layers of the model")),
             "decoder_sparse_step": self._positive("decoder_sparse_step", default=1),
         }
 
@@ -221,7 +218,7 @@ class _ConfigReader:
         if not isinstance(values, dict) or method != "fp8":
             raise self._error(f"unsupported quantization {method!r}", remedy)
         block = values.get("weight_block_size")
-        if not (isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)):
+        if not (isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)):
             raise self._error(f"unsupported weight_block_size {block!r}", remedy)
         if values.get("fmt", "e4m3") != "e4m3" or values.get("activation_scheme", "dynamic") != "dynamic":
             kind = f"{values.get('fmt')}/{values.get('activation_scheme')}"
@@ -235,18 +232,33 @@ class _ConfigReader:
             raise self._error(f"{name} is {value!r}, not a positive integer", "fix or download the config again")
         return value
 
-    def _number(self, name: str, default: float) -> float:
-        value = self.values.get(name, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+    def _number(self, name: str, default: float, values: Mapping[str, Any] | None = None) -> float:
+        value = (self.values if values is None else values).get(name, default)
+        if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
             raise self._error(f"{name} is {value!r}, not a positive number", "fix or download the config again")
         return float(value)
 
-    def _token_ids(self, name: str) -> tuple[int, ...]:
+    def _flag(self, name: str) -> bool:
         value = self.values.get(name)
-        ids = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(isinstance(token, int) for token in ids):
-            raise self._error(f"{name} is {value!r}, not token ids", "fix or download the config again")
-        return tuple(ids)
+        if value is not None and not isinstance(value, bool):
+            raise self._error(f"{name} is {value!r}, not true or false", "fix or download the config again")
+        return bool(value)
+
+    def _object(self, name: str) -> Mapping[str, Any]:
+        value = self.values.get(name)
+        if value is not None and not isinstance(value, Mapping):
+            raise self._error(f"{name} is {value!r}, not an object", "fix or download the config again")
+        return value or {}
+
+    def _below(self, name: str, stop: int, what: str) -> tuple[int, ...]:
+        """One or several integers in [0, stop), or none."""
+        value = self.values.get(name)
+        numbers = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(number) is int and 0 <= number < stop for number in numbers):
+            raise self._error(
+                f"{name} is {value!r}, not {what}, of which there are {stop}", "fix or download the config again"
+            )
+        return tuple(numbers)
 
     def _error(self, problem: str, remedy: str) -> CheckpointError:
         return CheckpointError(f"{self.file}: {problem}; {remedy}")

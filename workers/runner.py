@@ -11,7 +11,7 @@ import time
 import torch
 
 from workers.allocator import keep_freed_memory
-from workers.batch import BatchBuilder, SlotTable
+from workers.batch import BatchBuilder
 from workers.candidates import CandidateExchange
 from workers.checkpoint import Checkpoint, Progress, no_progress
 from workers.config import ModelConfig, RunnerConfig, ShardSpec
@@ -20,6 +20,7 @@ from workers.kv_pool import KVPool, block_bytes, num_blocks_in
 from workers.model import Decoder
 from workers.parallel import ParallelState
 from workers.sampling import Sampler
+from workers.slots import SlotStates
 from workers.step import OpenSlot, Prefill, SamplingParams, StepPlan, StepResult, TokenLogprobs
 from workers.threads import ThreadChooser
 
@@ -50,7 +51,7 @@ class ModelRunner:
         self.num_blocks = parallel.minimum(self._affordable_blocks(dtype), self.device)
         self.kv = KVPool(self.model, config.spec, self.num_blocks, config.block_size, self.device, dtype)
         self.kv_bytes = self.num_blocks * block_bytes(self.model, config.spec, config.block_size, dtype)
-        self.slots = SlotTable(config.max_num_seqs, config.max_model_len, config.block_size, self.num_blocks)
+        self.slots = SlotStates(config.max_num_seqs, config.max_model_len, config.block_size, self.num_blocks)
         self.batches = BatchBuilder(self.slots, self.model, self.device, dtype)
         self.sampler = Sampler(config.max_num_seqs, _exchange(self.model, config, parallel), self.device)
         self.last_tokens = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=self.device)

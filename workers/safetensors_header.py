@@ -12,6 +12,7 @@ import math
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -78,19 +79,29 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 def _parse_header(file: Path, header: bytes, data_start: int, file_size: int) -> dict[str, StoredTensor]:
     try:
         entries = json.loads(header)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: corrupt safetensors header (not JSON); {AGAIN}") from error
     if not isinstance(entries, dict):
         raise CheckpointError(f"{file}: corrupt safetensors header (not an object); {AGAIN}")
     entries.pop("__metadata__", None)
-    tensors = {}
+    tensors, spans = {}, []
     for name, entry in entries.items():
         tensor, end = _parse_entry(file, name, entry, data_start)
         if end > file_size:
             raise CheckpointError(f"{file}: truncated: {name} ends at byte {end}, the file has {file_size}; {AGAIN}")
         if tensor.dtype in ITEM_BYTES:
             tensors[name] = tensor
+        if end > tensor.offset:
+            spans.append((tensor.offset, end, name))
+    _check_disjoint(file, spans)
     return tensors
+
+
+def _check_disjoint(file: Path, spans: list[tuple[int, int, str]]) -> None:
+    spans.sort()
+    for (_, end, name), (start, _, other) in pairwise(spans):
+        if start < end:
+            raise CheckpointError(f"{file}: corrupt safetensors header ({name!r} and {other!r} overlap); {AGAIN}")
 
 
 def _parse_entry(file: Path, name: str, entry: Any, data_start: int) -> tuple[StoredTensor, int]:
@@ -117,7 +128,7 @@ def _listed_tensors(directory: Path) -> dict[str, str]:
         return dict.fromkeys(read_header(single), SINGLE_NAME)
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{index}: no readable weight_map; {AGAIN}") from error
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CheckpointError(f"{index}: weight_map is not a mapping of names to files; {AGAIN}")

@@ -54,7 +54,7 @@ EXIT_FAILED = 1
 EXIT_ROUTER_GONE = 3
 
 Progress = Callable[[int, int], None]
-"""(read_bytes, total_bytes); may be called from several threads."""
+"""Called with (read_bytes, total_bytes) in the thread that builds the runner."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,12 +108,11 @@ def load_runner(config: ShardConfig, progress: Progress) -> Runner:
     return ModelRunner(config.runner, parallel, progress=progress)
 
 
-class RouterLink:
-    """The rank's end of the socket. Only `send` may be called from several threads."""
+class RouterSocket:
+    """The rank's end of the socket; one thread uses it."""
 
     def __init__(self, endpoint: str, rank: int) -> None:
         self._context = zmq.Context()
-        self._lock = threading.Lock()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.IDENTITY, str(rank).encode())
         self._socket.setsockopt(zmq.LINGER, FAREWELL_MS)
@@ -126,8 +125,7 @@ class RouterLink:
         self._socket.connect(endpoint)
 
     def send(self, message: FromRank) -> None:
-        with self._lock:
-            self._socket.send(encode(message))
+        self._socket.send(encode(message))
 
     def receive(self) -> ToRank:
         """Wait for the next order; the heartbeat bounds the wait. Raises RouterGone."""
@@ -150,7 +148,7 @@ class RouterLink:
 class ThrottledProgress:
     """Turns a loader's frequent calls into at most ten messages a second, and one at the end."""
 
-    def __init__(self, link: RouterLink, rank: int) -> None:
+    def __init__(self, link: RouterSocket, rank: int) -> None:
         self._link = link
         self._rank = rank
         self._next_at = 0.0
@@ -165,7 +163,7 @@ class ThrottledProgress:
 def run_shard(config: ShardConfig, build_runner: RunnerFactory = load_runner) -> int:
     """Load, report, execute plans. Returns the exit status; a failure has been told to the Router by then."""
     rank = config.runner.rank
-    link = RouterLink(config.endpoint, rank)
+    link = RouterSocket(config.endpoint, rank)
     try:
         started_at = time.monotonic()
         runner = build_runner(config, ThrottledProgress(link, rank))
@@ -199,7 +197,7 @@ def _ready(config: RunnerConfig, runner: Runner, load_s: float) -> RankReady:
     )
 
 
-def _serve_plans(link: RouterLink, runner: Runner) -> None:
+def _serve_plans(link: RouterSocket, runner: Runner) -> None:
     while not isinstance(order := link.receive(), Shutdown):
         link.send(runner.execute(order))
 

@@ -77,6 +77,8 @@ class RouterLink:
 
     def __init__(self, address: RouterAddress, *, max_unread_tokens: int, times: LinkTimes | None = None) -> None:
         self.state = RouterState(False, "not connected to the Router yet", None)
+        self.context_limit: int | None = None
+        """Longest prompt plus output, in tokens, as the Router said last; kept while it is away."""
         self._address = address
         self._max_unread_tokens = max_unread_tokens
         self._times = times or LinkTimes()
@@ -185,7 +187,9 @@ class RouterLink:
     async def _ask(self, stub: RouterServiceAsyncStub) -> None:
         try:
             description = await stub.Describe(pb.DescribeRequest(), timeout=self._times.describe_timeout_s)
-        except grpc.aio.AioRpcError as error:
+        except Exception as error:  # whatever it was, the Router must be asked again
+            if not isinstance(error, grpc.aio.AioRpcError):
+                logger.exception("asking the Router failed")
             # The session itself may live on; it is what tells whether the Router is lost.
             self._set_state(RouterState(False, f"the Router does not answer ({_reason(error)})", None))
         else:
@@ -205,6 +209,8 @@ class RouterLink:
 
     def _set_state(self, state: RouterState) -> None:
         self.state = state
+        if state.description is not None:
+            self.context_limit = state.description.max_model_len
         self._updated.set()
 
 

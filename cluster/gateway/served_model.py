@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from cluster.config import ModelSource
+from cluster.text.chat_template import TemplateError
 from cluster.text.generation_defaults import GenerationDefaults
-from cluster.text.phases import ThinkTags
+from cluster.text.phases import THINK_END, THINK_START, ThinkTags
 from cluster.text.tokenizer import Tokenizer
 from workers.config import ModelConfig
+from workers.errors import CheckpointError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,13 +34,40 @@ class ServedModel:
         return cls(
             name=source.name,
             tokenizer=tokenizer,
-            defaults=GenerationDefaults.from_dir(source.path),
-            tags=ThinkTags(open_id=tokenizer.token_id("<think>"), close_id=tokenizer.token_id("</think>")),
+            defaults=GenerationDefaults.from_dir(source.path, config.vocab_size),
+            tags=_think_tags(tokenizer, source.path),
             vocab_size=config.vocab_size,
             max_model_len=max_model_len or config.max_position_embeddings,
         )
+
+    def limited_to(self, context_limit: int) -> ServedModel:
+        """The same, where there is room for no more than so many tokens of prompt plus output."""
+        return self if context_limit >= self.max_model_len else replace(self, max_model_len=context_limit)
 
     def starts_thinking(self, prompt_ids: list[int]) -> bool:
         """Whether the prompt ends inside its thoughts: the template opened them, or a raw prompt did."""
         open_id = self.tags.open_id
         return open_id is not None and self.tokenizer.ends_with_open_tag(prompt_ids, open_id)
+
+
+def _think_tags(tokenizer: Tokenizer, model_dir: Path) -> ThinkTags:
+    """The tags' ids. Raises CheckpointError where thoughts would begin that nothing can end."""
+    tags = ThinkTags(open_id=tokenizer.token_id(THINK_START), close_id=tokenizer.token_id(THINK_END))
+    can_open = tags.open_id is not None or _template_opens_thoughts(tokenizer, model_dir)
+    missing = [name for name, id_ in ((THINK_START, tags.open_id), (THINK_END, tags.close_id)) if id_ is None]
+    if can_open and missing:
+        raise CheckpointError(
+            f"{model_dir / 'tokenizer.json'}: has no token {missing[-1]}, though prompts may open thoughts; "
+            "copy tokenizer and chat template from the same checkpoint"
+        )
+    return tags
+
+
+def _template_opens_thoughts(tokenizer: Tokenizer, model_dir: Path) -> bool:
+    try:
+        prompt = tokenizer.render_chat([{"role": "user", "content": "hi"}])
+    except TemplateError as error:
+        raise CheckpointError(
+            f"{model_dir}: the chat template refuses a single user turn ({error}); copy it again from the checkpoint"
+        ) from error
+    return prompt.rstrip("\n").endswith(THINK_START)

@@ -123,7 +123,8 @@ class GatewayServer:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         _check_free(config.host, config.grpc_port, "grpc_port")
-        address = f"{config.host}:{config.grpc_port}"
+        host = f"[{config.host}]" if ":" in config.host else config.host
+        address = f"{host}:{config.grpc_port}"
         try:
             if self._credentials is None:
                 port = server.add_insecure_port(address)
@@ -159,10 +160,7 @@ class GatewayServer:
             await self._set_health(state.ready)
             self._metrics.router_ready.set(state.ready)
             if state.description is not None:
-                self._metrics.requests_running.set(state.description.num_running)
-                self._metrics.requests_waiting.set(state.description.num_waiting)
-                self._metrics.kv_blocks.set(state.description.num_blocks)
-                self._metrics.kv_free_blocks.set(state.description.num_free_blocks)
+                self._metrics.router.description = state.description
 
     async def _set_health(self, ready: bool) -> None:
         status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING

@@ -83,13 +83,14 @@ class GenerationServicer(GenerationServiceServicer):
 
     async def ListModels(self, _request: pb.ListModelsRequest, _context: Context) -> pb.ListModelsResponse:
         """The one model that this server has."""
-        model = pb.Model(
-            name=self._model.name,
-            max_model_len=self._model.max_model_len,
-            vocab_size=self._model.vocab_size,
-            defaults=default_options(self._model.defaults),
+        model = self._model_now
+        listed = pb.Model(
+            name=model.name,
+            max_model_len=model.max_model_len,
+            vocab_size=model.vocab_size,
+            defaults=default_options(model.defaults),
         )
-        return pb.ListModelsResponse(models=[model])
+        return pb.ListModelsResponse(models=[listed])
 
     async def GetServerInfo(self, _request: pb.GetServerInfoRequest, _context: Context) -> pb.GetServerInfoResponse:
         """How this server and its Router are now."""
@@ -120,10 +121,16 @@ class GenerationServicer(GenerationServiceServicer):
                 self._idle.set()
             self._metrics.streams_open.set(self.num_streams)
 
+    @property
+    def _model_now(self) -> ServedModel:
+        """The model within the context that the Router has room for."""
+        limit = self._link.context_limit
+        return self._model if limit is None else self._model.limited_to(limit)
+
     async def _prepare(self, request: pb.GenerateRequest) -> PreparedRequest:
         if request.ByteSize() > LARGE_REQUEST_BYTES:
-            return await asyncio.to_thread(prepare, request, self._model)
-        return prepare(request, self._model)
+            return await asyncio.to_thread(prepare, request, self._model_now)
+        return prepare(request, self._model_now)
 
     async def _stream(self, request: PreparedRequest, context: Context, timer: RequestTimer) -> None:
         mailbox = self._link.submit(request)

@@ -40,6 +40,8 @@ class BlockAllocator:
         self._idle: OrderedDict[int, None] = OrderedDict()
         self._block_of: dict[bytes, int] = {}
         self._hash_of: dict[int, bytes] = {}
+        self.num_cache_growths = 0
+        """Changes whenever a prefix may have become cheaper: more of it is cached, or is used by another already."""
 
     @property
     def num_free(self) -> int:
@@ -87,6 +89,7 @@ class BlockAllocator:
             if self._num_users[block_id] == 0:
                 del self._idle[block_id]
             self._num_users[block_id] += 1
+        self.num_cache_growths += 1
 
     def publish(self, block_id: int, block_hash: bytes) -> None:
         """From now on `match` finds this used block, unless another with the same content is known: that one stays."""
@@ -94,6 +97,7 @@ class BlockAllocator:
         if block_hash not in self._block_of and block_id not in self._hash_of:
             self._block_of[block_hash] = block_id
             self._hash_of[block_id] = block_hash
+            self.num_cache_growths += 1
 
     def forget(self, hashes: Sequence[bytes]) -> None:
         """Take blocks out of the cache that nobody will ask for again; idle ones are the next to be reused."""

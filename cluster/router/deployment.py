@@ -19,13 +19,13 @@ from cluster.router.router import Router, RouterStats
 from cluster.router.scheduler import SchedulerConfig
 from cluster.router.shards import GroupBounds, RankGroup
 from cluster.router.wire import ModelInfo
+from cluster.text.phases import THINK_END
 from cluster.text.tokenizer import read_encoder
 from workers.config import ModelConfig, RunnerConfig
 from workers.layout import ParallelLayout
 
 Device = Literal["cpu", "cuda"]
 
-THINK_END = "</think>"
 NAME = "Router"
 STOP_GRACE_S = 5.0
 """For sessions that are still open when the replica must go; gateways have drained by then."""
@@ -117,7 +117,9 @@ class RouterDeployment:
             raise EngineError(self._router.stats().reason)
 
     async def __del__(self) -> None:
-        await self._router.stop(STOP_GRACE_S)
+        # A constructor that failed has left nothing to stop.
+        if hasattr(self, "_router"):
+            await self._router.stop(STOP_GRACE_S)
 
 
 def router_deployment(config: ClusterConfig) -> serve.Application:

@@ -121,6 +121,9 @@ class Engine:
                     wait_s = self._lose(await self._run(group))
                 finally:
                     await group.stop()
+        except Exception as error:  # nobody waits for this task: what is not told here is never heard of
+            log.exception("the engine cannot go on")
+            self._supervisor.failed(_fault(error))
         finally:
             self._close()
             self._settled.set()
@@ -134,7 +137,7 @@ class Engine:
             return str(error)
         except Exception as error:  # the boundary of the engine: sequences must be told whatever it was
             log.exception("the engine failed")
-            return f"a fault in the Router: {type(error).__name__}: {error}"
+            return _fault(error)
 
     def _open(self, info: GroupInfo) -> Scheduler:
         blocks = BlockAllocator(info.num_blocks, info.block_size, self._enable_prefix_cache)
@@ -187,3 +190,9 @@ class Engine:
             lost.cancel()
             work.cancel()
             await asyncio.gather(lost, work, return_exceptions=True)
+
+
+def _fault(error: Exception) -> str:
+    if isinstance(error, MullError):
+        return str(error)
+    return f"a fault in the Router: {type(error).__name__}: {error}"

@@ -22,6 +22,11 @@ from workers.step import FromRank, decode_from_rank
 log = logging.getLogger(__name__)
 
 
+SOCKET_NAME = "ranks"
+_RANDOM_CHARS = 8
+"""What mkdtemp adds to a prefix."""
+
+
 class RankSocket:
     """Binds on creation, on the running event loop. `on_message` gets what ranks send, in each rank's order."""
 
@@ -29,12 +34,12 @@ class RankSocket:
         """`host` None: the ranks are local, and the address lies in a directory that only we can open; else tcp."""
         self._on_message = on_message
         self._loop = asyncio.get_running_loop()
-        self._directory = tempfile.mkdtemp(prefix=f"mull-{os.getpid()}-") if host is None else None
+        self._directory = _make_directory() if host is None else None
         self._context = zmq.Context()
         self._socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self._socket.bind(f"ipc://{self._directory}/ranks" if host is None else f"tcp://{host}:*")
+        self._socket.bind(f"ipc://{self._directory}/{SOCKET_NAME}" if host is None else f"tcp://{host}:*")
         self.endpoint: str = self._socket.get_string(zmq.LAST_ENDPOINT).rstrip("\0")
         self._descriptor = self._socket.fileno()
         self._loop.add_reader(self._descriptor, self._drain)
@@ -85,3 +90,11 @@ class RankSocket:
             self._socket.close()
             self._context.term()
         self.remove_address()
+
+
+def _make_directory() -> str:
+    """In the directory for temporary files, or in /tmp where that one's name is too long for a socket's address."""
+    prefix = f"mull-{os.getpid()}-"
+    longest = f"{tempfile.gettempdir()}/{prefix}{'x' * _RANDOM_CHARS}/{SOCKET_NAME}"
+    fits = len(os.fsencode(longest)) <= zmq.IPC_PATH_MAX_LEN
+    return tempfile.mkdtemp(prefix=prefix, dir=None if fits else "/tmp")

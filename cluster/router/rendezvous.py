@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from threading import Lock
 from typing import Any
 
 
@@ -16,6 +17,8 @@ class Rendezvous:
     def __init__(self, host: str) -> None:
         self._listener = socket.create_server((host, 0))
         self._store: Any = None
+        self._lock = Lock()
+        self._is_closed = False
         self.host, self.port = self._listener.getsockname()[:2]
 
     async def open(self) -> None:
@@ -25,14 +28,20 @@ class Rendezvous:
         # Not at the top: a Router with one rank has no use for torch.
         from torch.distributed import TCPStore  # type: ignore[attr-defined]  # not in its __all__
 
-        self._store = TCPStore(
-            self.host,
-            self.port,
-            is_master=True,
-            wait_for_workers=False,
-            master_listen_fd=self._listener.detach(),  # the store closes it
-        )
+        with self._lock:
+            if self._is_closed:
+                return  # `open` was cancelled, but its thread cannot be
+            self._store = TCPStore(
+                self.host,
+                self.port,
+                is_master=True,
+                wait_for_workers=False,
+                master_listen_fd=self._listener.detach(),  # the store closes it
+            )
 
     def close(self) -> None:
-        self._listener.close()
-        self._store = None
+        """Also while `open` is under way; nothing listens then."""
+        with self._lock:
+            self._is_closed = True
+            self._listener.close()
+            self._store = None

@@ -237,12 +237,19 @@ class Router:
             loaded_bytes=sum(rank.read_bytes for rank in stats.loading),
             total_bytes=sum(rank.total_bytes for rank in stats.loading),
             failed=self.has_failed,
+            num_steps_total=stats.num_steps_total,
+            num_restarts_total=stats.num_restarts_total,
         )
         if stats.scheduler is not None:
             response.num_blocks = stats.scheduler.num_blocks
             response.num_free_blocks = stats.scheduler.num_free_blocks
             response.num_running = stats.scheduler.num_running
+            response.num_thinking = stats.scheduler.num_thinking
+            response.num_answering = stats.scheduler.num_answering
             response.num_waiting = stats.scheduler.num_waiting
+            response.num_preempted_total = stats.scheduler.num_preempted_total
+            response.prefix_query_tokens_total = stats.scheduler.prefix_query_tokens_total
+            response.prefix_hit_tokens_total = stats.scheduler.prefix_hit_tokens_total
         return response
 
 

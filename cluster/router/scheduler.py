@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from cluster.errors import ConfigError, EngineError, InvalidRequest, Overloaded, PromptTooLong
 from cluster.router.blocks import BlockAllocator
-from cluster.router.sequence import FinishReason, Sequence, SequenceRequest, SequenceUpdate
+from cluster.router.sequence import FinishReason, Phase, Sequence, SequenceRequest, SequenceUpdate
 from cluster.router.slots import SlotTable
 from cluster.router.step_draft import StepDraft, StepInFlight
 from workers.step import StepPlan, StepResult
@@ -50,6 +50,10 @@ class SchedulerStats:
     """A snapshot for metrics. Those named _total only grow."""
 
     num_running: int
+    num_thinking: int
+    """Of the running ones, those in their thoughts."""
+    num_answering: int
+    """Of the running ones, the others."""
     num_waiting: int
     num_blocks: int
     num_free_blocks: int
@@ -107,8 +111,11 @@ class Scheduler:
 
     @property
     def stats(self) -> SchedulerStats:
+        num_thinking = sum(seq.phase is Phase.THINKING for seq in self._slots.running)
         return SchedulerStats(
             num_running=self.num_running,
+            num_thinking=num_thinking,
+            num_answering=self.num_running - num_thinking,
             num_waiting=self.num_waiting,
             num_blocks=self._blocks.num_blocks,
             num_free_blocks=self._blocks.num_free,

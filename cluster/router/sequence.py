@@ -91,7 +91,9 @@ class Sequence:
     num_published: int = 0
     """Of `block_ids`, the first ones that are in the prefix cache already (or came from there)."""
     num_blocks_wanted: int = 0
-    """Free blocks that its last try for admission needed: with fewer, another try is pointless."""
+    """Free blocks that its last try for admission needed: with fewer, another try is pointless,"""
+    wanted_at_growth: int = 0
+    """unless the allocator's `num_cache_growths` has changed from this: it may need fewer blocks then."""
     was_admitted: bool = False
     finish: FinishReason | None = None
 

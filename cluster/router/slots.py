@@ -54,13 +54,14 @@ class SlotTable:
         that: without this margin the newcomer would be preempted again by the next decodes.
         """
         blocks, margin = self.blocks, len(self._running)
-        if blocks.num_free < seq.num_blocks_wanted + margin:
+        if seq.wanted_at_growth == blocks.num_cache_growths and blocks.num_free < seq.num_blocks_wanted + margin:
             return False
         self._hash_full_blocks(seq)
         # At least one token is computed, or there would be no logits to sample from.
         cached = blocks.match(seq.block_hashes[: (seq.num_known - 1) // blocks.block_size])
         num_fresh = blocks.num_blocks_for(seq.num_known) - len(cached)
         seq.num_blocks_wanted = num_fresh + blocks.num_idle(cached)
+        seq.wanted_at_growth = blocks.num_cache_growths
         if blocks.num_free < seq.num_blocks_wanted + margin:
             return False
         blocks.share(cached)

@@ -59,6 +59,12 @@ class Supervisor:
         self.reason = f"{reason}; starting its group again (try {self._restarts} of {self._policy.max_restarts})"
         return wait_s
 
+    def failed(self, reason: str) -> None:
+        """A group could not even be made or cleared away. An engine that was stopped stays stopped."""
+        if self.state is not EngineState.STOPPED:
+            self.state = EngineState.FAILED
+            self.reason = reason
+
     def stopped(self) -> None:
         self.state = EngineState.STOPPED
         self.reason = "the Router is stopping"

@@ -5,17 +5,16 @@ Hop 4, pure. The gateway has validated what clients sent; this checks what a rel
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import msgspec
+
 from cluster.errors import InvalidRequest
 from cluster.router.sequence import FinishReason, SequenceRequest, SequenceUpdate
+from cluster.text.sampling_ranges import SAMPLING_RANGES
 from mull.v1 import router_pb2 as pb
 from workers.step import SamplingParams, TokenLogprobs
-
-MAX_LOGPROBS = 32
-MAX_SEED = 2**63 - 1
 
 _END = {
     FinishReason.STOP: pb.End.REASON_STOP,
@@ -71,12 +70,6 @@ def _check_vocabulary(token_ids: Iterable[int], model: ModelInfo, field: str) ->
 
 
 def _sampling(wire: pb.RouterSampling) -> SamplingParams:
-    if wire.seed > MAX_SEED:
-        raise InvalidRequest(f"seed {wire.seed} is above {MAX_SEED}", field="seed")
-    if wire.num_logprobs > MAX_LOGPROBS:
-        raise InvalidRequest(
-            f"{wire.num_logprobs} logprobs a token were asked for, the limit is {MAX_LOGPROBS}", field="top_logprobs"
-        )
     params = SamplingParams(
         temperature=wire.temperature,
         top_k=wire.top_k,
@@ -94,18 +87,12 @@ def _sampling(wire: pb.RouterSampling) -> SamplingParams:
 
 def _check_ranges(params: SamplingParams) -> None:
     """One slot's bad number must not reach the ranks: there it would spoil the step of all."""
-    checks = {
-        "temperature": params.temperature >= 0,
-        "top_p": 0 < params.top_p <= 1,
-        "min_p": 0 <= params.min_p <= 1,
-        "presence_penalty": True,
-        "frequency_penalty": True,
-        "repetition_penalty": params.repetition_penalty > 0,
-    }
-    for name, in_range in checks.items():
-        value = getattr(params, name)
-        if not (in_range and math.isfinite(value)):
-            raise InvalidRequest(f"{name} {value:g} is out of range", field=name)
+    values = msgspec.structs.asdict(params)
+    values["logprobs"] = values.pop("num_logprobs")
+    for name, range_ in SAMPLING_RANGES.items():
+        value = values[name]
+        if value is not None and value not in range_:
+            raise InvalidRequest(f"{name} {value:g} is outside of {range_}", field=name)
 
 
 def update_weight(update: SequenceUpdate) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.text.model_files import REMEDY, read_json
+from cluster.text.sampling_ranges import SAMPLING_RANGES
 from workers.errors import CheckpointError
 
 
@@ -22,21 +23,21 @@ class GenerationDefaults:
     stop_token_ids: frozenset[int]
 
     @classmethod
-    def from_dir(cls, model_dir: Path) -> GenerationDefaults:
+    def from_dir(cls, model_dir: Path, vocab_size: int) -> GenerationDefaults:
         """Read generation_config.json, for the stop ids also config.json. Raises CheckpointError."""
         file = model_dir / "generation_config.json"
         values = read_json(file)
-        eos = values.get("eos_token_id")
-        if eos is None:
-            eos = read_json(model_dir / "config.json").get("eos_token_id")
+        eos_file = file
+        if values.get("eos_token_id") is None:
+            eos_file = model_dir / "config.json"
         greedy = values.get("do_sample") is False
         return cls(
             temperature=0.0 if greedy else _number(file, values, "temperature", 1.0),
-            top_k=int(_number(file, values, "top_k", 0)),
+            top_k=_integer(file, values, "top_k", 0),
             top_p=_number(file, values, "top_p", 1.0),
             min_p=_number(file, values, "min_p", 0.0),
             repetition_penalty=_number(file, values, "repetition_penalty", 1.0),
-            stop_token_ids=_token_ids(file, eos),
+            stop_token_ids=_token_ids(eos_file, read_json(eos_file).get("eos_token_id"), vocab_size),
         )
 
 
@@ -46,11 +47,22 @@ def _number(file: Path, values: dict[str, Any], name: str, absent: float) -> flo
         return absent
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise CheckpointError(f"{file}: {name} is {value!r}, expected a number; {REMEDY}")
+    if value not in SAMPLING_RANGES[name]:
+        raise CheckpointError(f"{file}: {name} {value:g} is outside of {SAMPLING_RANGES[name]}; {REMEDY}")
     return float(value)
 
 
-def _token_ids(file: Path, eos: Any) -> frozenset[int]:
+def _integer(file: Path, values: dict[str, Any], name: str, absent: int) -> int:
+    value = _number(file, values, name, absent)
+    if not value.is_integer():
+        raise CheckpointError(f"{file}: {name} is {value:g}, expected an integer; {REMEDY}")
+    return int(value)
+
+
+def _token_ids(file: Path, eos: Any, vocab_size: int) -> frozenset[int]:
     ids = eos if isinstance(eos, list) else [eos]
-    if not ids or not all(isinstance(token_id, int) and token_id >= 0 for token_id in ids):
-        raise CheckpointError(f"{file}: eos_token_id is {eos!r}, expected a token id or a list of them; {REMEDY}")
+    if not ids or not all(type(token_id) is int and 0 <= token_id < vocab_size for token_id in ids):
+        raise CheckpointError(
+            f"{file}: eos_token_id is {eos!r}, expected a token id below {vocab_size} or a list of them; {REMEDY}"
+        )
     return frozenset(ids)

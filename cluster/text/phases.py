@@ -15,6 +15,9 @@ from dataclasses import dataclass
 
 from cluster.text.detokenizer import Detokenizer
 
+THINK_START = "<think>"
+THINK_END = "</think>"
+
 
 class Phase(enum.Enum):
     """Where a generation is."""

@@ -42,14 +42,14 @@ def mull(*args: str, stdin: str | None = None, timeout_s: float = 60.0) -> subpr
 
 
 @contextmanager
-def serving(*flags: str) -> Iterator[Server]:
-    """`mull serve` on free ports, ready. On exit it is interrupted, and killed when it does not end in time."""
+def starting(*flags: str) -> Iterator[subprocess.Popen[str]]:
+    """`mull serve` on free ports, just started. On exit it is interrupted, and killed when it does not end in time."""
     command = [*MULL, "serve", "--grpc-port", "0", "--metrics-port", "0", *flags]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
     try:
-        yield _when_ready(process)
+        yield process
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGINT)
@@ -61,6 +61,13 @@ def serving(*flags: str) -> Iterator[Server]:
                 raise
         assert process.stdout is not None
         process.stdout.close()
+
+
+@contextmanager
+def serving(*flags: str) -> Iterator[Server]:
+    """The same, ready."""
+    with starting(*flags) as process:
+        yield _when_ready(process)
 
 
 def _when_ready(process: subprocess.Popen[str]) -> Server:

@@ -19,7 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from mull.v1 import generation_pb2 as pb
 from mull.v1.generation_pb2_grpc import GenerationServiceStub
-from tests.end_to_end.servers import MULL, Server, mull, serving
+from tests.end_to_end.servers import MULL, Server, mull, serving, starting
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -220,6 +220,31 @@ def test_ctrl_c_lets_a_running_stream_end_and_leaves_no_process() -> None:
         assert events[-1].WhichOneof("event") == "finished"
         assert server.wait() == 0
         wait_until(lambda: not any(p.is_running() for p in started), "all processes of the server to end")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_server_that_is_stopped_while_it_starts_leaves_no_process(number: signal.Signals) -> None:
+    with starting("--tp", "1") as process:
+        wait_until(lambda: len(descendants(process)) > 4, "Ray's processes")
+        process.send_signal(number)
+        seen = descendants(process)
+        assert process.wait(60) != 0
+
+        wait_until(lambda: not any(p.is_running() for p in seen), "all processes of a half-started server to end")
+
+
+def test_a_gateway_that_dies_comes_back_at_its_address_and_the_server_stays() -> None:
+    with serving("--tp", "1") as server:
+        (gateway,) = [p for p in descendants(server.process) if "Gateway" in p.name() + "".join(p.cmdline())]
+        gateway.kill()
+
+        def answers() -> bool:
+            return mull("status", "--address", server.address).returncode == 0
+
+        wait_until(lambda: not gateway.is_running(), "the gateway to die")
+        wait_until(answers, "the gateway to come back", timeout_s=60.0)
+        done = mull("chat", "hello", "--address", server.address, "--max-tokens", "60")
+        assert done.returncode == 0, done.stderr
 
 
 def test_kill_9_leaves_no_process() -> None:

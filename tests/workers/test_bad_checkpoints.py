@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.checkpoints import DENSE, read_tensors, write_checkpoint, write_shards
+from tests.checkpoints import DENSE, MOE, read_tensors, write_checkpoint, write_shards
 from workers.checkpoint import Checkpoint
 from workers.config import ModelConfig, ParallelLayout, ShardSpec
 from workers.errors import CheckpointError
@@ -20,6 +20,7 @@ from workers.safetensors_header import check_checkpoint
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 INDEX = "model.safetensors.index.json"
+DEEP = b"[" * 200_000
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 
 
@@ -41,6 +42,10 @@ def edit_json(file: Path, edit: Callable[[dict[str, Any]], object]) -> None:
 
 def set_config(**changes: Any) -> Callable[[Path], None]:
     return lambda directory: edit_json(directory / "config.json", lambda values: values.update(changes))
+
+
+def set_moe(**changes: Any) -> Callable[[Path], None]:
+    return set_config(**(MOE | changes))
 
 
 def drop_config(name: str) -> Callable[[Path], None]:
@@ -87,6 +92,20 @@ def replace_tensors(edit: Callable[[dict[str, torch.Tensor]], object]) -> Callab
     return replace
 
 
+def overlap(header: dict[str, Any]) -> None:
+    """Give one of two tensors of the same size the place of the other."""
+    by_size: dict[int, dict[str, Any]] = {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"] if name != "__metadata__" else (0, 0)
+        if end > begin and by_size.setdefault(end - begin, entry) is not entry:
+            entry["data_offsets"] = by_size[end - begin]["data_offsets"]
+            return
+
+
+def with_header(header: bytes) -> bytes:
+    return struct.pack("<Q", len(header)) + header
+
+
 def first_entry(header: dict[str, Any]) -> dict[str, Any]:
     entry: dict[str, Any] = next(value for name, value in header.items() if name != "__metadata__")
     return entry
@@ -105,6 +124,32 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "negative dimension": (set_config(num_hidden_layers=-1), "config.json: num_hidden_layers is -1"),
     "heads that do not share": (set_config(num_key_value_heads=3), "config.json: 4 heads over 3 KV heads"),
     "attention bias": (set_config(attention_bias=True), "config.json: attention_bias is true"),
+    "theta that is no number": (
+        set_config(rope_parameters={"rope_theta": "x"}),
+        "config.json: rope_theta is 'x', not a positive number",
+    ),
+    "theta of null": (set_config(rope_parameters={"rope_theta": None}), "config.json: rope_theta is None, not a"),
+    "theta NaN": (set_config(rope_theta=float("nan")), "config.json: rope_theta is nan, not a positive number"),
+    "theta infinite": (set_config(rope_theta=float("inf")), "config.json: rope_theta is inf, not a positive number"),
+    "theta beyond floats": (set_config(rope_theta=10**400), "config.json: rope_theta is 1000"),
+    "rope parameters in a list": (
+        set_config(rope_parameters=[1]),
+        "config.json: rope_parameters is [1], not an object",
+    ),
+    "rope scaling by name": (set_config(rope_scaling="yarn"), "config.json: rope_scaling is 'yarn', not an object"),
+    "end of sequence of true": (set_config(eos_token_id=True), "config.json: eos_token_id is True, not token ids"),
+    "end of sequence outside": (
+        set_config(eos_token_id=[300, 301]),
+        "config.json: eos_token_id is [300, 301], not token ids of the vocabulary, of which there are 301; fix",
+    ),
+    "dense layers by name": (set_moe(mlp_only_layers=["a"]), "config.json: mlp_only_layers is ['a'], not layers"),
+    "dense layers past the last": (set_moe(mlp_only_layers=3), "config.json: mlp_only_layers is 3, not layers"),
+    "flag that is a word": (set_config(tie_word_embeddings="false"), "config.json: tie_word_embeddings is 'false'"),
+    "architecture in a list": (set_config(architectures=[["x"]]), "config.json: unknown architecture [['x']]"),
+    "config nested too deeply": (write_bytes("config.json", DEEP), "config.json: not readable as JSON"),
+    "header nested too deeply": (write_bytes(FIRST, with_header(DEEP)), f"{FIRST}: corrupt safetensors header"),
+    "index nested too deeply": (write_bytes(INDEX, DEEP), f"{INDEX}: no readable weight_map"),
+    "tensors that overlap": (change_header(overlap), " overlap); download it again"),
     "scaled rope": (set_config(rope_scaling={"rope_type": "yarn", "factor": 4}), "config.json: RoPE scaling 'yarn'"),
     "other quantization": (
         set_config(quantization_config={"quant_method": "awq"}),

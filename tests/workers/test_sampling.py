@@ -37,6 +37,14 @@ def random_logits(num_rows: int, seed: int = 0) -> Tensor:
     return 3 * torch.randn(num_rows, VOCAB_SIZE, generator=torch.Generator().manual_seed(seed))
 
 
+def tied_logits(num_rows: int, seed: int = 0) -> Tensor:
+    """Whole numbers: hundreds of tokens share some twenty values, zero with either sign among them."""
+    return random_logits(num_rows, seed).round()
+
+
+LOGITS = {"distinct": random_logits, "tied": tied_logits}
+
+
 def opened(slot: int, sampling: SamplingParams) -> OpenSlot:
     prompt, output = (PROMPT_IDS, OUTPUT_IDS) if sampling.has_penalties else ([], [])
     return OpenSlot(slot, [0], 0, sampling, prompt, output)
@@ -147,14 +155,43 @@ def mixed_params() -> list[SamplingParams]:
     return [with_seed(sampling, 100 + index) for index, sampling in enumerate([*cuts, many, *asking, wide])]
 
 
-def test_a_rows_token_does_not_depend_on_its_batch() -> None:
+@pytest.mark.parametrize("kind", LOGITS)
+def test_a_rows_token_does_not_depend_on_its_batch(kind: str) -> None:
     params = mixed_params()
-    logits = random_logits(len(params), seed=2)
+    logits = LOGITS[kind](len(params), seed=2)
     positions = list(range(50, 50 + len(params)))
     together = tokens_of(params, logits, positions)
     alone = [tokens_of([sampling], logits[row : row + 1], [positions[row]])[0] for row, sampling in enumerate(params)]
     backwards = tokens_of(params[::-1], logits.flip(0), positions[::-1])[::-1]
     assert together == alone == backwards
+
+
+@pytest.mark.parametrize("neighbour", [1, 2, 30, MAX_EXCHANGED, 0], ids="beside top_k {}".format)
+@pytest.mark.parametrize("sampling", [SamplingParams(temperature=0.0), SamplingParams(top_k=20)], ids=["greedy", "20"])
+def test_equal_logits_rank_by_token_id_whatever_the_neighbours(sampling: SamplingParams, neighbour: int) -> None:
+    logits = torch.cat([tied_logits(20, seed=3), torch.zeros(20, VOCAB_SIZE)])
+    asking = [SamplingParams(temperature=sampling.temperature, top_k=sampling.top_k, num_logprobs=n) for n in (0, 9)]
+    params = [sampling, *asking, SamplingParams(top_k=neighbour)] * 10
+
+    sampled = draw(params, logits.clone(), [5] * 40)
+
+    ranked = [sorted(range(VOCAB_SIZE), key=lambda token: (-row[token], token)) for row in logits.tolist()]
+    for row, token in enumerate(sampled.token_ids_B.tolist()):
+        kept = 1 if params[row].temperature == 0 else params[row].top_k or VOCAB_SIZE
+        assert token in ranked[row][:kept]
+        asked = params[row].num_logprobs
+        assert asked is None or [token for token, _ in sampled.logprobs[row].top] == ranked[row][:asked]
+
+
+def test_candidates_are_the_first_of_the_whole_order_with_their_exact_logits() -> None:
+    extremes = torch.tensor([torch.inf, -torch.inf, 0.0, -0.0, 1e-45, -1e-45, 3.4e38, -3.4e38])
+    logits = torch.cat([tied_logits(5), random_logits(5), extremes.repeat(51)[:VOCAB_SIZE].expand(1, -1)])
+    exchange = make_sampler(ParallelState.single(), []).exchange
+    whole = exchange.everything(logits)
+    for count in (1, 2, 7, 120, VOCAB_SIZE - 1, VOCAB_SIZE):
+        likeliest = exchange.likeliest(logits, count)
+        assert torch.equal(likeliest.token_ids_BC, whole.token_ids_BC[:, :count])
+        assert torch.equal(likeliest.logits_BC, whole.logits_BC[:, :count])
 
 
 def sample_on_rank(parallel: ParallelState, params: list[SamplingParams], steps: list[Tensor]) -> list[Any]:
@@ -168,10 +205,14 @@ def sample_on_rank(parallel: ParallelState, params: list[SamplingParams], steps:
     return answers
 
 
-@pytest.mark.parametrize("rows", [slice(None), slice(1, 2), slice(2, 4)], ids=["mixed", "only narrow", "only wide"])
-def test_two_ranks_draw_what_one_draws(rows: slice, two_ranks: RankProcesses) -> None:
-    params = mixed_params()[rows]
-    steps = [random_logits(len(params), seed=seed) for seed in range(6)]
+ROWS = {"mixed": slice(None), "only narrow": slice(1, 2), "only wide": slice(2, 4), "only greedy": slice(6, 8)}
+
+
+@pytest.mark.parametrize("kind", LOGITS)
+@pytest.mark.parametrize("rows", ROWS)
+def test_two_ranks_draw_what_one_draws(rows: str, kind: str, two_ranks: RankProcesses) -> None:
+    params = mixed_params()[ROWS[rows]]
+    steps = [LOGITS[kind](len(params), seed=seed) for seed in range(6)]
 
     alone = sample_on_rank(ParallelState.single(), params, steps)
     ranks = two_ranks.run(sample_on_rank, params, steps)

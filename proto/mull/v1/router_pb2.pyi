@@ -128,7 +128,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribeResponse(_message.Message):
-    __slots__ = ("model", "ready", "reason", "max_model_len", "tensor_parallel_size", "num_blocks", "num_free_blocks", "block_size", "num_running", "num_waiting", "ranks", "loaded_bytes", "total_bytes", "failed")
+    __slots__ = ("model", "ready", "reason", "max_model_len", "tensor_parallel_size", "num_blocks", "num_free_blocks", "block_size", "num_running", "num_waiting", "ranks", "loaded_bytes", "total_bytes", "failed", "num_thinking", "num_answering", "num_steps_total", "num_restarts_total", "num_preempted_total", "prefix_query_tokens_total", "prefix_hit_tokens_total")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
@@ -143,6 +143,13 @@ class DescribeResponse(_message.Message):
     LOADED_BYTES_FIELD_NUMBER: _ClassVar[int]
     TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
+    NUM_THINKING_FIELD_NUMBER: _ClassVar[int]
+    NUM_ANSWERING_FIELD_NUMBER: _ClassVar[int]
+    NUM_STEPS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    NUM_RESTARTS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    NUM_PREEMPTED_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_QUERY_TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_HIT_TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     model: str
     ready: bool
     reason: str
@@ -157,7 +164,14 @@ class DescribeResponse(_message.Message):
     loaded_bytes: int
     total_bytes: int
     failed: bool
-    def __init__(self, model: _Optional[str] = ..., ready: _Optional[bool] = ..., reason: _Optional[str] = ..., max_model_len: _Optional[int] = ..., tensor_parallel_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., ranks: _Optional[_Iterable[_Union[RankInfo, _Mapping]]] = ..., loaded_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., failed: _Optional[bool] = ...) -> None: ...
+    num_thinking: int
+    num_answering: int
+    num_steps_total: int
+    num_restarts_total: int
+    num_preempted_total: int
+    prefix_query_tokens_total: int
+    prefix_hit_tokens_total: int
+    def __init__(self, model: _Optional[str] = ..., ready: _Optional[bool] = ..., reason: _Optional[str] = ..., max_model_len: _Optional[int] = ..., tensor_parallel_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., ranks: _Optional[_Iterable[_Union[RankInfo, _Mapping]]] = ..., loaded_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., failed: _Optional[bool] = ..., num_thinking: _Optional[int] = ..., num_answering: _Optional[int] = ..., num_steps_total: _Optional[int] = ..., num_restarts_total: _Optional[int] = ..., num_preempted_total: _Optional[int] = ..., prefix_query_tokens_total: _Optional[int] = ..., prefix_hit_tokens_total: _Optional[int] = ...) -> None: ...
 
 class RankInfo(_message.Message):
     __slots__ = ("rank", "host", "pid", "device", "weight_bytes", "kv_bytes", "load_seconds")
