@@ -14,7 +14,6 @@ from torch import Tensor
 from workers.layout import Span
 from workers.parallel import ParallelState
 
-
 ID_MASK = 2**32 - 1
 SIGNLESS = 2**31 - 1
 LEAST_KEY = -(2**63)
@@ -40,15 +39,14 @@ class CandidateExchange:
     def likeliest(self, logits_Bv: Tensor, count: int) -> Candidates:
         """The `count` likeliest tokens: each rank offers its own, and only those travel."""
         count = min(count, self.parts[-1].stop)
-        if count == self.parallel.world_size == 1:
-            logits_B1, ids_B1 = logits_Bv.max(dim=-1, keepdim=True)
-            return Candidates(ids_B1, logits_B1)
-        keys_BC = self._local_keys(logits_Bv, min(count, logits_Bv.shape[1]))
-        if self.parallel.world_size > 1:
-            # Short parts are padded to the same width.
-            padded_BC = torch.nn.functional.pad(keys_BC, (0, count - keys_BC.shape[1]), value=LEAST_KEY)
-            keys_BC = self.parallel.all_gather(padded_BC).transpose(0, 1).flatten(1).topk(count, dim=-1).values
-        return _candidates(keys_BC)
+        local = _likeliest(logits_Bv, min(count, logits_Bv.shape[1]))
+        if self.parallel.world_size == 1:
+            return local
+        keys_BC = _keys(local.logits_BC, local.token_ids_BC + self.vocab.start)
+        # Short parts are padded to the same width.
+        padded_BC = torch.nn.functional.pad(keys_BC, (0, count - keys_BC.shape[1]), value=LEAST_KEY)
+        gathered_BX = self.parallel.all_gather(padded_BC).transpose(0, 1).flatten(1)
+        return _candidates(gathered_BX.topk(count, dim=-1).values)
 
     def everything(self, logits_Bv: Tensor) -> Candidates:
         """The whole vocabulary, likeliest first: for rows without a top_k."""
@@ -60,20 +58,6 @@ class CandidateExchange:
         """log of the sum of exp over the whole vocabulary, [B]."""
         return self.parallel.all_gather(logits_Bv.logsumexp(dim=-1)).logsumexp(dim=0)
 
-    def _local_keys(self, logits_Bv: Tensor, count: int) -> Tensor:
-        """The largest keys of this rank's part, [B, count], in descending order."""
-        if count == 1:
-            logits_B1, ids_B1 = logits_Bv.max(dim=-1, keepdim=True)
-            return _keys(logits_B1, ids_B1 + self.vocab.start)
-        # One more than asked for: if its logit equals the last one's, topk has chosen among equals as it liked.
-        top_BC, ids_BC = logits_Bv.topk(min(count + 1, logits_Bv.shape[1]), dim=-1)
-        keys_BC = _keys(top_BC, ids_BC + self.vocab.start).sort(dim=-1, descending=True).values[:, :count]
-        tied = (top_BC[:, count - 1] == top_BC[:, -1]).nonzero().squeeze(1) if top_BC.shape[1] > count else []
-        if len(tied):
-            ids_v = torch.arange(self.vocab.start, self.vocab.stop, device=logits_Bv.device)
-            keys_BC[tied] = _keys(logits_Bv[tied], ids_v).topk(count, dim=-1).values
-        return keys_BC
-
     def _whole(self, logits_Bv: Tensor) -> Tensor:
         if self.parallel.world_size == 1:
             return logits_Bv
@@ -81,6 +65,28 @@ class CandidateExchange:
         padded_Bw = torch.nn.functional.pad(logits_Bv, (0, width - logits_Bv.shape[1]))
         gathered = self.parallel.all_gather(padded_Bw)
         return torch.cat([rows[:, : part.size] for rows, part in zip(gathered, self.parts, strict=True)], dim=1)
+
+
+def _likeliest(logits_Bv: Tensor, count: int) -> Candidates:
+    """The first `count` of one part; ids count from its start."""
+    if count == 1:
+        logits_B1, ids_B1 = logits_Bv.max(dim=-1, keepdim=True)  # names the first of equals
+        return Candidates(ids_B1, logits_B1)
+    # One more than asked for, which shows whether there are equals on both sides of the border.
+    top_BC, ids_BC = logits_Bv.topk(min(count + 1, logits_Bv.shape[1]), dim=-1)
+    if (top_BC[:, 1:] == top_BC[:, :-1]).any():
+        return _in_order_of_ids(logits_Bv, top_BC, ids_BC, count)
+    return Candidates(ids_BC[:, :count], top_BC[:, :count])
+
+
+def _in_order_of_ids(logits_Bv: Tensor, top_BC: Tensor, ids_BC: Tensor, count: int) -> Candidates:
+    """topk puts equals in any order, and takes any of those at the border: only there is all of a row looked at."""
+    keys_BC = _keys(top_BC, ids_BC).sort(dim=-1, descending=True).values[:, :count]
+    rows_R = (top_BC[:, count:] == top_BC[:, count - 1 : count]).any(dim=-1).nonzero().squeeze(1)
+    if len(rows_R):
+        ids_v = torch.arange(logits_Bv.shape[1], device=logits_Bv.device)
+        keys_BC[rows_R] = _keys(logits_Bv[rows_R], ids_v).topk(count, dim=-1).values
+    return _candidates(keys_BC)
 
 
 def _keys(logits: Tensor, token_ids: Tensor) -> Tensor:

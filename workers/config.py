@@ -171,7 +171,7 @@ class _ConfigReader:
     def _architecture(self) -> Architecture:
         named = self.values.get("architectures")
         supported = ", ".join(ARCHITECTURES)
-        if not isinstance(named, list) or len(named) != 1 or named[0] not in list(ARCHITECTURES):
+        if named not in [[name] for name in ARCHITECTURES]:
             raise self._error(f"unknown architecture {named!r}", f"mull serves {supported}")
         return ARCHITECTURES[named[0]]
 

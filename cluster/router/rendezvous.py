@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from threading import Lock
 from typing import Any
 
 
@@ -17,7 +16,6 @@ class Rendezvous:
     def __init__(self, host: str) -> None:
         self._listener = socket.create_server((host, 0))
         self._store: Any = None
-        self._lock = Lock()
         self._is_closed = False
         self.host, self.port = self._listener.getsockname()[:2]
 
@@ -28,20 +26,21 @@ class Rendezvous:
         # Not at the top: a Router with one rank has no use for torch.
         from torch.distributed import TCPStore  # type: ignore[attr-defined]  # not in its __all__
 
-        with self._lock:
-            if self._is_closed:
-                return  # `open` was cancelled, but its thread cannot be
-            self._store = TCPStore(
-                self.host,
-                self.port,
-                is_master=True,
-                wait_for_workers=False,
-                master_listen_fd=self._listener.detach(),  # the store closes it
-            )
+        if self._is_closed:
+            return
+        self._store = TCPStore(
+            self.host,
+            self.port,
+            is_master=True,
+            wait_for_workers=False,
+            master_listen_fd=self._listener.detach(),  # the store closes it
+        )
+        # `open` may have been cancelled meanwhile, which its thread cannot be; `close` sets the flag before it looks.
+        if self._is_closed:
+            self._store = None
 
     def close(self) -> None:
-        """Also while `open` is under way; nothing listens then."""
-        with self._lock:
-            self._is_closed = True
-            self._listener.close()
-            self._store = None
+        """Also while `open` is under way: nothing listens once its thread has ended."""
+        self._is_closed = True
+        self._listener.close()
+        self._store = None

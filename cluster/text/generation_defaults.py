@@ -44,12 +44,13 @@ class GenerationDefaults:
 def _number(file: Path, values: dict[str, Any], name: str, absent: float) -> float:
     value = values.get(name)
     if value is None:
-        return absent
+        return float(absent)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise CheckpointError(f"{file}: {name} is {value!r}, expected a number; {REMEDY}")
-    if value not in SAMPLING_RANGES[name]:
-        raise CheckpointError(f"{file}: {name} {value:g} is outside of {SAMPLING_RANGES[name]}; {REMEDY}")
-    return float(value)
+    number = float(str(value))  # by its text, because an integer of 400 digits is no float but has one: infinity
+    if number not in SAMPLING_RANGES[name]:
+        raise CheckpointError(f"{file}: {name} {number:g} is outside of {SAMPLING_RANGES[name]}; {REMEDY}")
+    return number
 
 
 def _integer(file: Path, values: dict[str, Any], name: str, absent: int) -> int:

@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import grpc
 import psutil
@@ -18,7 +19,7 @@ from ray.serve.config import ProxyLocation
 from ray.serve.handle import DeploymentHandle
 
 from cluster.config import ClusterConfig, EngineConfig, ModelSource
-from cluster.router.deployment import router_deployment
+from cluster.router.deployment import RouterDeployment, router_deployment
 from mull.v1 import router_pb2 as pb
 from mull.v1.router_pb2_grpc import RouterServiceStub
 
@@ -131,6 +132,10 @@ def test_the_end_of_the_app_leaves_no_rank(stub: RouterServiceStub) -> None:
     serve.delete(APP)
 
     until(lambda: not any(rank.is_running() for rank in ranks), "the ranks to end")
+
+
+async def test_a_replica_whose_constructor_failed_ends_without_a_second_error() -> None:
+    await RouterDeployment.__del__(SimpleNamespace())  # type: ignore[arg-type]  # an object that has nothing yet
 
 
 def iter_open(messages: list[pb.GatewayMessage]) -> Iterator[pb.GatewayMessage]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import random
+import socket
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +61,7 @@ async def until(condition: Callable[[], bool], what: str) -> None:
 @pytest.fixture
 async def router() -> AsyncIterator[ScriptedRouter]:
     scripted = ScriptedRouter()
-    await scripted.start()
+    await scripted.start(fixed_port())
     yield scripted
     await scripted.stop()
 
@@ -75,10 +77,25 @@ async def gateway(
 ) -> AsyncIterator[RunningGateway]:
     server = GatewayServer(gateway_config, model, static_address(router.address), link_times=FAST)
     ports = await server.start()
-    await until(lambda: server.link.state.ready, "the link to the Router")
+    await until(lambda: server.link.state.ready and router.has_session, "the link to the Router")
     async with grpc.aio.insecure_channel(f"127.0.0.1:{ports.grpc}") as channel:
         yield RunningGateway(server, ports, router, GenerationServiceStub(channel), channel)
         await server.drain(0)
+
+
+def fixed_port() -> int:
+    """A free port for a test that closes it and opens it again.
+
+    It lies below those that the kernel gives to others meanwhile (ip_local_port_range starts at 32768).
+    """
+    for port in random.sample(range(20_000, 32_000), 100):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise AssertionError("none of 100 ports is free")
 
 
 def ask(text: str = "What is 2+2?", **more: object) -> pb.GenerateRequest:

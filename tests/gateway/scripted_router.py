@@ -68,6 +68,11 @@ class ScriptedRouter(RouterServiceServicer):
             reader.cancel()
             self.num_sessions_ended += 1
 
+    @property
+    def has_session(self) -> bool:
+        """A gateway's session has arrived; the gateway itself may know it as open before."""
+        return self._session is not None
+
     def send(self, *updates: pb.SequenceUpdate) -> None:
         """One RouterMessage."""
         assert self._session is not None

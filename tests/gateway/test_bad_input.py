@@ -66,7 +66,9 @@ BAD_REQUESTS = [
     (sampling(min_p=1.1), "sampling.min_p", "[0, 1]"),
     (sampling(presence_penalty=2.5), "sampling.presence_penalty", "2.5"),
     (sampling(frequency_penalty=-3), "sampling.frequency_penalty", "-3"),
-    (sampling(repetition_penalty=0), "sampling.repetition_penalty", "(0, inf)"),
+    (sampling(repetition_penalty=0), "sampling.repetition_penalty", "[0.01, 100]"),
+    (sampling(repetition_penalty=1e-45), "sampling.repetition_penalty", "[0.01, 100]"),
+    (sampling(repetition_penalty=100.1), "sampling.repetition_penalty", "[0.01, 100]"),
     (sampling(logprobs=21), "sampling.logprobs", "20"),
     (sampling(seed=2**63), "sampling.seed", "outside"),
 ]
@@ -140,6 +142,11 @@ def test_an_absent_seed_and_request_id_are_drawn(model: ServedModel) -> None:
 def test_zero_is_a_value_not_an_absence(model: ServedModel) -> None:
     params = prepare(sampling(temperature=0, top_k=0, seed=0, logprobs=0), model).sampling
     assert (params.temperature, params.top_k, params.seed, params.num_logprobs) == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("bound", [0.01, 100])
+def test_the_bounds_of_a_range_are_in_it(model: ServedModel, bound: float) -> None:
+    assert prepare(sampling(repetition_penalty=bound), model).sampling.repetition_penalty == pytest.approx(bound)
 
 
 def test_tools_and_calls_keep_the_order_of_their_keys(model: ServedModel) -> None:

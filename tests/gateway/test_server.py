@@ -14,11 +14,11 @@ from cluster.config import GatewayConfig
 from cluster.errors import ConfigError
 from cluster.gateway.router_link import static_address
 from cluster.gateway.served_model import ServedModel
-from cluster.gateway.server import SERVICE_NAME, GatewayServer
+from cluster.gateway.server import SERVICE_NAME, GatewayPorts, GatewayServer
 from mull.v1 import generation_pb2 as pb
 from mull.v1 import router_pb2
 from mull.v1.generation_pb2_grpc import GenerationServiceStub
-from tests.gateway.conftest import FAST, RunningGateway, ask, kinds, until
+from tests.gateway.conftest import FAST, RunningGateway, ask, fixed_port, kinds, until
 from tests.gateway.scripted_router import update
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -73,6 +73,47 @@ async def test_list_models_tells_limits_and_defaults(gateway: RunningGateway) ->
     assert model.defaults.top_k == 20
 
 
+async def test_the_kv_pool_bounds_what_the_gateway_takes(gateway: RunningGateway) -> None:
+    # given: a Router whose KV pool holds less than the model's context
+    gateway.router.description.max_model_len = 100
+    await until(lambda: gateway.server.link.context_limit == 100, "the Router's limit")
+    gateway.router.on_submit = lambda submit: gateway.router.send(
+        update(submit.key, [5], admitted=0, end=router_pb2.End.REASON_LENGTH)
+    )
+    prompt = pb.TokenIds(ids=[5] * 40)
+    # then: in the list, for an absent and a given max_tokens, and for a prompt that is too long
+    (listed,) = (await gateway.stub.ListModels(pb.ListModelsRequest())).models
+    assert listed.max_model_len == 100
+    assert [event async for event in gateway.stub.Generate(pb.GenerateRequest(token_ids=prompt))]
+    assert (await gateway.router.submitted()).max_tokens == 60
+    with pytest.raises(grpc.aio.AioRpcError, match="send at most 60"):
+        await gateway.stub.Generate(pb.GenerateRequest(token_ids=prompt, max_tokens=61)).read()
+    with pytest.raises(grpc.aio.AioRpcError, match="context holds 100 with the output"):
+        await gateway.stub.Generate(pb.GenerateRequest(token_ids=pb.TokenIds(ids=[5] * 100))).read()
+
+
+async def test_a_router_that_has_more_room_than_the_context_changes_nothing(gateway: RunningGateway) -> None:
+    gateway.router.description.max_model_len = 10**6
+    await until(lambda: gateway.server.link.context_limit == 10**6, "the Router's limit")
+    (listed,) = (await gateway.stub.ListModels(pb.ListModelsRequest())).models
+    assert listed.max_model_len == 4096
+
+
+async def test_a_fault_in_asking_the_router_does_not_end_the_asking(
+    gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # given: a fault that is not a status
+    link = gateway.server.link
+    answer = gateway.router.description
+    monkeypatch.setattr("cluster.gateway.router_link.pb.DescribeRequest", lambda: 1 / 0)
+    await until(lambda: "ZeroDivisionError" in link.state.reason, "the fault to be told")
+    # when
+    monkeypatch.undo()
+    # then
+    await until(lambda: link.state.description == answer, "the Router to be asked again")
+    assert link.is_connected
+
+
 async def test_server_info_has_the_routers_own_words(gateway: RunningGateway) -> None:
     gateway.router.description.num_running = 9
     info = await gateway.stub.GetServerInfo(pb.GetServerInfoRequest())
@@ -86,10 +127,15 @@ async def test_metrics_count_tokens_by_phase_and_finishes_by_reason(
 ) -> None:
     # given: a finished request with 3 thinking and 2 answer tokens
     ids = [40, 41, model.tags.close_id, 42, 1000]
+    said = gateway.router.description
+    said.num_thinking, said.num_answering, said.num_steps_total, said.num_preempted_total = 2, 1, 70, 6
+    said.num_restarts_total, said.prefix_query_tokens_total, said.prefix_hit_tokens_total = 1, 500, 300
     stop = router_pb2.End.REASON_STOP
     gateway.router.on_submit = lambda submit: gateway.router.send(update(submit.key, ids, admitted=4, end=stop))
     assert kinds([event async for event in gateway.stub.Generate(ask())])[-1] == "finished"
     await until(lambda: gateway.server.num_streams == 0, "the stream's end")
+    await until(lambda: gateway.server.link.state.description == said, "the Router's figures")
+    await asyncio.sleep(0)
     # when
     url = f"http://127.0.0.1:{gateway.ports.metrics}/metrics"
     text = await asyncio.to_thread(lambda: urllib.request.urlopen(url, timeout=5).read().decode())
@@ -101,6 +147,14 @@ async def test_metrics_count_tokens_by_phase_and_finishes_by_reason(
     assert "mull_cached_prompt_tokens_total 4.0" in text
     assert "mull_time_to_first_answer_token_seconds_count 1.0" in text
     assert "mull_requests_running 3.0" in text
+    assert "mull_requests_thinking 2.0" in text
+    assert "mull_requests_answering 1.0" in text
+    assert "mull_kv_free_blocks 40.0" in text
+    assert "mull_engine_steps_total 70.0" in text
+    assert "mull_engine_restarts_total 1.0" in text
+    assert "mull_preemptions_total 6.0" in text
+    assert "mull_prefix_query_tokens_total 500.0" in text
+    assert "mull_prefix_hit_tokens_total 300.0" in text
     assert "mull_streams_open 0.0" in text
 
 
@@ -143,9 +197,18 @@ async def test_draining_cuts_what_does_not_end_in_time(gateway: RunningGateway) 
     assert gateway.server.num_streams == 0
 
 
-async def test_ports_are_free_again_after_draining(gateway: RunningGateway, model: ServedModel) -> None:
-    await gateway.server.drain(0)
-    config = GatewayConfig(grpc_port=gateway.ports.grpc, metrics_port=gateway.ports.metrics)
-    again = GatewayServer(config, model, NOWHERE, link_times=FAST)
-    assert await again.start() == gateway.ports
-    await again.drain(0)
+async def test_ports_are_free_again_after_draining(model: ServedModel) -> None:
+    config = GatewayConfig(grpc_port=fixed_port(), metrics_port=fixed_port())
+    for _ in range(2):
+        server = GatewayServer(config, model, NOWHERE, link_times=FAST)
+        assert await server.start() == GatewayPorts(config.grpc_port, config.metrics_port)
+        await server.drain(0)
+
+
+async def test_a_gateway_listens_on_an_ipv6_host(model: ServedModel) -> None:
+    server = GatewayServer(GatewayConfig(host="::1", grpc_port=0, metrics_port=0), model, NOWHERE, link_times=FAST)
+    ports = await server.start()
+    async with grpc.aio.insecure_channel(f"[::1]:{ports.grpc}") as channel:
+        info = await GenerationServiceStub(channel).GetServerInfo(pb.GetServerInfoRequest())
+    await server.drain(0)
+    assert not info.ready

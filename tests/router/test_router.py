@@ -250,7 +250,8 @@ async def test_a_full_router_refuses_with_a_clear_error(groups: Groups, connect:
         ({"sampling": pb.RouterSampling(top_p=1, repetition_penalty=1, seed=2**63)}, "seed"),
         ({"sampling": pb.RouterSampling(top_p=0, repetition_penalty=1)}, "top_p"),
         ({"sampling": pb.RouterSampling(top_p=1, repetition_penalty=1, temperature=float("nan"))}, "temperature"),
-        ({"sampling": pb.RouterSampling(top_p=1, repetition_penalty=1, num_logprobs=1000)}, "logprobs"),
+        ({"sampling": pb.RouterSampling(top_p=1, repetition_penalty=1, num_logprobs=21)}, "logprobs"),
+        ({"sampling": pb.RouterSampling(top_p=1, repetition_penalty=1e-45)}, "repetition_penalty"),
     ],
 )
 async def test_a_request_that_cannot_run_is_invalid(connect: Connect, fields: dict[str, object], words: str) -> None:
@@ -334,6 +335,55 @@ async def test_a_first_start_that_fails_is_told_in_the_ranks_own_words() -> None
     assert len(groups.made) == 1
 
 
+async def test_a_group_that_cannot_be_made_fails_the_router() -> None:
+    def make_group(_on_progress: OnProgress) -> FakeShardGroup:
+        raise OSError("no more descriptors")
+
+    router = Router(MODEL, CONFIG, make_group)
+    await router.start()
+
+    with pytest.raises(EngineError, match="OSError: no more descriptors"):
+        await asyncio.wait_for(router.wait_ready(), WAIT_S)
+
+    assert router.has_failed
+    await router.stop()
+
+
+async def test_a_group_that_cannot_be_cleared_away_fails_the_router(
+    router: Router, groups: Groups, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def stop() -> None:
+        raise OSError("no such process")
+
+    gateway = await connect()
+    await gateway.submit(1, max_tokens=390)
+    await gateway.read()
+    monkeypatch.setattr(groups.made[0], "stop", stop)
+
+    groups.made[0].lose_rank()
+
+    assert (await gateway.end_of(1)).reason == pb.End.REASON_UNAVAILABLE
+    assert "OSError: no such process" in await asyncio.wait_for(router.wait_failed(), WAIT_S)
+    assert router.has_failed
+
+
+async def test_describe_tells_phases_and_totals(router: Router, groups: Groups, connect: Connect) -> None:
+    gateway = await connect()
+    await gateway.submit(1, prompt_ids=[1] * 9)
+    await gateway.end_of(1)
+    groups.made[0].hold()
+    await gateway.submit(2, prompt_ids=[1] * 9, starts_thinking=True)
+    await gateway.submit(3)
+    await until(lambda: router.describe().num_running == 2, "both to run")
+
+    described = router.describe()
+
+    assert (described.num_thinking, described.num_answering) == (1, 1)
+    assert described.num_steps_total == router.stats().num_steps_total > 0
+    assert (described.prefix_query_tokens_total, described.prefix_hit_tokens_total) == (9 + 9 + 3, 8)
+    assert (described.num_preempted_total, described.num_restarts_total) == (0, 0)
+
+
 async def test_describe_tells_what_is_served(connect: Connect) -> None:
     gateway = await connect()
 
@@ -383,7 +433,7 @@ async def test_stop_with_grace_lets_live_requests_end_and_refuses_new_ones(route
 
 async def test_a_gateway_that_never_reads_is_bounded_and_then_cut_off(router: Router, connect: Connect) -> None:
     gateway = await connect()
-    sampling = pb.RouterSampling(top_p=1, repetition_penalty=1, num_logprobs=32)
+    sampling = pb.RouterSampling(top_p=1, repetition_penalty=1, num_logprobs=20)
     keys = itertools.count()
     most_unread = 0
 

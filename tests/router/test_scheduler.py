@@ -455,6 +455,38 @@ def test_a_prompt_is_found_in_the_plan_after_the_one_that_computes_it() -> None:
     assert copy.token_ids["second"] == copy.alone("second")[0]
 
 
+def test_a_head_that_was_refused_comes_as_soon_as_its_prefix_is_cached() -> None:
+    # given: room for one of two prompts that share 48 tokens; the head is refused while nothing is cached yet
+    copy = FakeCopy(num_blocks=20, block_size=4, max_num_batched_tokens=64)
+    shared = list(range(1, 49))
+    copy.add(request("runs", [*shared, 1], max_tokens=20))
+    copy.add(request("waits", [*shared, 2], max_tokens=4))
+    copy.step()
+    assert copy.scheduler.num_waiting == 1
+
+    copy.step()
+
+    assert copy.scheduler.num_waiting == 0
+    assert copy.cached_tokens["waits"] == 48
+
+
+def test_a_head_that_does_not_fit_is_not_looked_up_again_while_the_cache_stays_as_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    copy = FakeCopy(num_blocks=16, block_size=4)
+    copy.add(request("runs", PROMPT, max_tokens=30))
+    copy.add(request("waits", [1] * 50))
+    for _ in range(5):
+        copy.step()
+    lookups: list[int] = []
+    monkeypatch.setattr(copy.blocks, "match", lambda hashes: lookups.append(len(hashes)) or [])
+
+    for _ in range(10):
+        copy.step()
+
+    assert (copy.scheduler.num_waiting, lookups) == (1, [])
+
+
 def test_the_last_prompt_token_is_computed_even_if_all_is_cached() -> None:
     copy = FakeCopy(block_size=4)
     copy.add(request("first", PROMPT[:8]))
@@ -498,6 +530,22 @@ def test_without_prefix_cache_nothing_is_found_or_counted() -> None:
     assert copy.cached_tokens["second"] == 0
     assert copy.scheduler.stats.prefix_query_tokens_total == 0
     assert copy.scheduler.stats.num_cached_blocks == 0
+
+
+# What it tells of itself
+
+
+def test_the_running_are_counted_by_phase() -> None:
+    copy = FakeCopy()
+    end = first_token(PROMPT)
+    copy.add(request("thinks", [1, 2, 3], starts_thinking=True, think_end_id=49))
+    copy.add(request("closes", PROMPT, starts_thinking=True, think_end_id=end))
+    copy.send()
+    assert (copy.scheduler.stats.num_thinking, copy.scheduler.stats.num_answering) == (2, 0)
+
+    copy.receive()
+
+    assert (copy.scheduler.stats.num_thinking, copy.scheduler.stats.num_answering) == (1, 1)
 
 
 # Many

@@ -8,15 +8,20 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+from torch.distributed import TCPStore
 
 from cluster.errors import RankLost
 from cluster.router.in_process import InProcessGroup
 from cluster.router.launchers import ProcessLauncher
+from cluster.router.rank_socket import RankSocket
+from cluster.router.rendezvous import Rendezvous
 from cluster.router.shards import GroupBounds, GroupInfo, RankGroup
 from workers.config import RunnerConfig
 from workers.layout import ParallelLayout
@@ -246,3 +251,43 @@ async def test_one_rank_in_process_steps_in_order() -> None:
     assert info.num_blocks == 10
     assert [result.step for result in results] == [0, 1, 2]
     assert progress == [RankLoading(0, 1, 1)]
+
+
+async def test_a_long_temporary_directory_does_not_keep_ranks_from_their_socket(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = tmp_path / ("x" * 120)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+
+    socket = RankSocket(None, lambda _message: None)
+
+    assert socket.endpoint.startswith("ipc:///tmp/mull-")
+    socket.close()
+    assert not Path(socket.endpoint.removeprefix("ipc://")).parent.exists()
+
+
+async def test_a_rendezvous_that_is_cancelled_while_it_opens_leaves_nothing_behind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # given: a store that is under way when its opening is cancelled
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow_store(*args: Any, **options: Any) -> TCPStore:
+        store = TCPStore(*args, **options)
+        begun.set()
+        assert go_on.wait(WAIT_S)
+        return store
+
+    monkeypatch.setattr("torch.distributed.TCPStore", slow_store)
+    rendezvous = Rendezvous("127.0.0.1")
+    opening = asyncio.create_task(rendezvous.open())
+    assert await asyncio.to_thread(begun.wait, WAIT_S)
+    opening.cancel()
+    # when
+    rendezvous.close()
+    go_on.set()
+    # then
+    await asyncio.get_running_loop().shutdown_default_executor()  # the thread that nobody can cancel has ended
+    with pytest.raises(ConnectionRefusedError):
+        await asyncio.open_connection(rendezvous.host, rendezvous.port)

@@ -42,3 +42,21 @@ def test_a_step_that_works_gives_all_tries_back() -> None:
         assert "try 1 of 3" in supervisor.reason
         supervisor.started()
         supervisor.stepped()
+
+
+def test_a_group_that_cannot_even_be_made_is_final() -> None:
+    supervisor = Supervisor(POLICY)
+    supervisor.started()
+
+    supervisor.failed("a fault")
+
+    assert (supervisor.state, supervisor.reason) == (EngineState.FAILED, "a fault")
+
+
+def test_an_engine_that_was_stopped_does_not_fail_any_more() -> None:
+    supervisor = Supervisor(POLICY)
+    supervisor.stopped()
+
+    supervisor.failed("a fault")
+
+    assert supervisor.state is EngineState.STOPPED

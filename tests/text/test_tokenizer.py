@@ -16,6 +16,7 @@ from cluster.text.generation_defaults import GenerationDefaults
 from cluster.text.tokenizer import Tokenizer
 from workers.errors import CheckpointError
 
+VOCAB_SIZE = 1024
 TOOL = {
     "type": "function",
     "function": {
@@ -141,19 +142,31 @@ def test_a_broken_text_file_is_named_with_its_remedy(
         ("{", "not JSON"),
         ('{"eos_token_id": "x"}', "eos_token_id"),
         ('{"eos_token_id": 1, "temperature": "hot"}', "temperature"),
+        ('{"eos_token_id": 1, "temperature": -1}', "temperature"),
+        ('{"eos_token_id": 1, "temperature": NaN}', "temperature"),
+        ('{"eos_token_id": 1, "temperature": 1e300}', "temperature"),
+        ('{"eos_token_id": 1, "temperature": 1' + "0" * 400 + "}", "temperature"),
+        ('{"eos_token_id": 1, "top_p": 5}', "top_p"),
+        ('{"eos_token_id": 1, "top_k": -7}', "top_k"),
+        ('{"eos_token_id": 1, "top_k": 1.5}', "top_k"),
+        ('{"eos_token_id": 1, "top_k": 1e12}', "top_k"),
+        ('{"eos_token_id": 1, "min_p": 2}', "min_p"),
+        ('{"eos_token_id": 1, "repetition_penalty": 0}', "repetition_penalty"),
+        ('{"eos_token_id": true}', "eos_token_id"),
+        ('{"eos_token_id": [1, 1024]}', "below 1024"),
     ],
 )
 def test_a_broken_generation_config_is_named_with_its_remedy(broken_dir: Path, content: str | None, words: str) -> None:
     write(broken_dir / "generation_config.json", content)
     with pytest.raises(CheckpointError, match=words) as caught:
-        GenerationDefaults.from_dir(broken_dir)
+        GenerationDefaults.from_dir(broken_dir, VOCAB_SIZE)
     assert "generation_config.json" in str(caught.value)
 
 
 @pytest.mark.parametrize(("eos", "ids"), [(7, {7}), ([7, 8], {7, 8})])
 def test_one_stop_id_or_several(broken_dir: Path, eos: Any, ids: set[int]) -> None:
     write(broken_dir / "generation_config.json", json.dumps({"eos_token_id": eos, "top_k": 5}))
-    defaults = GenerationDefaults.from_dir(broken_dir)
+    defaults = GenerationDefaults.from_dir(broken_dir, VOCAB_SIZE)
     assert defaults.stop_token_ids == ids
     assert defaults.top_k == 5
     assert defaults.temperature == 1.0
@@ -161,13 +174,13 @@ def test_one_stop_id_or_several(broken_dir: Path, eos: Any, ids: set[int]) -> No
 
 def test_a_config_that_does_not_sample_is_greedy(broken_dir: Path) -> None:
     write(broken_dir / "generation_config.json", '{"eos_token_id": 1, "do_sample": false, "temperature": 0.6}')
-    assert GenerationDefaults.from_dir(broken_dir).temperature == 0
+    assert GenerationDefaults.from_dir(broken_dir, VOCAB_SIZE).temperature == 0
 
 
 def test_stop_ids_come_from_the_model_config_where_the_generation_config_has_none(broken_dir: Path) -> None:
     write(broken_dir / "generation_config.json", "{}")
     eos = json.loads((broken_dir / "config.json").read_text())["eos_token_id"]
-    assert GenerationDefaults.from_dir(broken_dir).stop_token_ids == {eos}
+    assert GenerationDefaults.from_dir(broken_dir, VOCAB_SIZE).stop_token_ids == {eos}
 
 
 def test_text_needs_neither_torch_nor_transformers() -> None:

@@ -108,14 +108,16 @@ def test_two_ranks_match_transformers(case: Case, two_ranks: RankProcesses) -> N
     check_decodes(Ran(ranks[0].results, logits), case)
 
 
-def test_greedy_outputs_of_32_mixed_prompts_equal_transformers_one_by_one(case: Case) -> None:
+def test_greedy_outputs_of_32_mixed_prompts_equal_transformers_one_by_one(case: Case, two_ranks: RankProcesses) -> None:
     num_tokens = 8
     prompts = random_prompts([1 + (7 * index) % 61 for index in range(32)], 301, seed=5)
 
-    ran = run(
-        case.runner, [whole_prompts(prompts), *decode_steps(list(range(32)), num_tokens - 1), close_all(range(32))]
-    )
+    plans = [whole_prompts(prompts), *decode_steps(list(range(32)), num_tokens - 1), close_all(range(32))]
+
+    alone = run(case.runner, plans)
+    on_two: list[Ran] = two_ranks.run(run_on_rank, case.directory, plans)
 
     for slot, prompt in enumerate(prompts):
-        got = [tokens[slot] for tokens in ran.tokens[:num_tokens]]
-        assert got == generate_alone(case, prompt, num_tokens), f"prompt {slot}"
+        want = generate_alone(case, prompt, num_tokens)
+        for ran in (alone, on_two[0]):
+            assert [tokens[slot] for tokens in ran.tokens[:num_tokens]] == want, f"prompt {slot}"

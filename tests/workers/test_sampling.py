@@ -169,18 +169,17 @@ def test_a_rows_token_does_not_depend_on_its_batch(kind: str) -> None:
 @pytest.mark.parametrize("neighbour", [1, 2, 30, MAX_EXCHANGED, 0], ids="beside top_k {}".format)
 @pytest.mark.parametrize("sampling", [SamplingParams(temperature=0.0), SamplingParams(top_k=20)], ids=["greedy", "20"])
 def test_equal_logits_rank_by_token_id_whatever_the_neighbours(sampling: SamplingParams, neighbour: int) -> None:
-    logits = torch.cat([tied_logits(20, seed=3), torch.zeros(20, VOCAB_SIZE)])
-    asking = [SamplingParams(temperature=sampling.temperature, top_k=sampling.top_k, num_logprobs=n) for n in (0, 9)]
-    params = [sampling, *asking, SamplingParams(top_k=neighbour)] * 10
+    logits = torch.cat([tied_logits(2, seed=3), torch.zeros(2, VOCAB_SIZE)])
+    asking = SamplingParams(temperature=sampling.temperature, top_k=sampling.top_k, num_logprobs=9)
+    params = [sampling, asking, sampling, SamplingParams(top_k=neighbour)]
 
-    sampled = draw(params, logits.clone(), [5] * 40)
-
-    ranked = [sorted(range(VOCAB_SIZE), key=lambda token: (-row[token], token)) for row in logits.tolist()]
-    for row, token in enumerate(sampled.token_ids_B.tolist()):
-        kept = 1 if params[row].temperature == 0 else params[row].top_k or VOCAB_SIZE
-        assert token in ranked[row][:kept]
-        asked = params[row].num_logprobs
-        assert asked is None or [token for token, _ in sampled.logprobs[row].top] == ranked[row][:asked]
+    for position in range(30):
+        sampled = draw(params, logits, [position] * 4)
+        alone = [tokens_of([sampling], logits[row : row + 1], [position])[0] for row in range(3)]
+        assert sampled.token_ids_B.tolist()[:3] == alone
+        ranked = [sorted(range(VOCAB_SIZE), key=lambda token: (-row[token], token)) for row in logits.tolist()]
+        assert all(token in ranked[row][: max(sampling.top_k, 1)] for row, token in enumerate(alone))
+        assert [token for token, _ in sampled.logprobs[1].top] == ranked[1][:9]
 
 
 def test_candidates_are_the_first_of_the_whole_order_with_their_exact_logits() -> None:
