@@ -31,8 +31,8 @@ Progress = Callable[[int, int], None]
 NUM_READERS = 4
 MIN_PIECE_BYTES = 64 * 2**10
 MAX_PIECE_BYTES = 4 * 2**20
-PIECES_PER_TENSOR = 4 * NUM_READERS
-"""Pieces in flight take at most a quarter of the largest tensor, which leaves room for their conversion."""
+PIECES_PER_TENSOR = 16 * NUM_READERS
+"""Pieces in flight take about a sixteenth of the largest tensor: a reader's heap keeps several of them after use."""
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
