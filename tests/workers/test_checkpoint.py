@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -37,6 +38,7 @@ def memory_bytes(field: str) -> int:
 def reading_in_this_process(directory: Path, warm_up: Path, spec: ShardSpec) -> tuple[int, list[int]]:
     """By how much memory grew at most, and the sizes of the parameters that were read."""
     Checkpoint.open(warm_up).read(spec)  # pages in torch's code, which is no memory of the reader
+    ctypes.CDLL(None).malloc_trim(0)  # nor may the reader take up what this has freed unseen
     start = memory_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts afresh
     params = Checkpoint.open(directory).read(spec)
@@ -99,13 +101,12 @@ def test_a_rank_reads_hardly_more_than_its_slice(large: Path, tp: int, rank: int
 @pytest.mark.parametrize(("tp", "rank"), LAYOUTS)
 def test_reading_holds_at_most_one_tensor_beside_the_slice(large: Path, moe_fp8: Path, tp: int, rank: int) -> None:
     # given: a process that has freed no memory which the reader could take up unseen
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([Checkpoint.__module__])
-    with ProcessPoolExecutor(1, mp_context=context) as process:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
         # when
         peak_bytes, param_bytes = process.submit(reading_in_this_process, large, moe_fp8, spec_of(tp, rank)).result()
-    # then
-    assert sum(param_bytes) <= peak_bytes <= sum(param_bytes) + max(param_bytes)
+    # then: the bound; and the peak was seen at all (the kernel counts pages in batches, so not to the byte)
+    assert peak_bytes <= sum(param_bytes) + max(param_bytes)
+    assert peak_bytes >= 0.95 * sum(param_bytes)
 
 
 def test_two_ranks_read_every_byte_once_but_for_what_both_hold(large: Path) -> None:
