@@ -104,9 +104,8 @@ def test_reading_holds_at_most_one_tensor_beside_the_slice(large: Path, moe_fp8:
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
         # when
         peak_bytes, param_bytes = process.submit(reading_in_this_process, large, moe_fp8, spec_of(tp, rank)).result()
-    # then: the bound; and the peak was seen at all (the kernel counts pages in batches, so not to the byte)
-    assert peak_bytes <= sum(param_bytes) + max(param_bytes)
-    assert peak_bytes >= 0.95 * sum(param_bytes)
+    # then: the bound; the lower one shows that the peak was seen at all
+    assert sum(param_bytes) <= peak_bytes <= sum(param_bytes) + max(param_bytes)
 
 
 def test_two_ranks_read_every_byte_once_but_for_what_both_hold(large: Path) -> None:
