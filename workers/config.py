@@ -108,6 +108,8 @@ class RunnerConfig:
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
     block_size: int = 32
+    redundant_experts: int = 0
+    """Physical experts beyond one per logical expert, in every MoE layer: room for replicas of hot ones."""
     kv_memory_bytes: int | None = None
     """KV pool of this rank; None takes a share of the free memory on a GPU and 256 MiB on a CPU."""
 

@@ -39,13 +39,21 @@ def split_evenly(total: int, parts: int, index: int) -> Span:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelLayout:
-    """The ranks of one copy. `tp` ranks split attention heads, dense tiles, experts and the vocabulary."""
+    """The ranks of one copy. `tp` ranks split attention heads, dense tiles and the vocabulary; `dp` such groups have
+    their own sequences and KV; experts are spread over all ranks, each split over `expert_tp` of them."""
 
     tp: int = 1
+    dp: int = 1
+    expert_tp: int = 1
 
     @property
     def world_size(self) -> int:
-        return self.tp
+        return self.tp * self.dp
+
+    @property
+    def ep(self) -> int:
+        """Parts that the experts are spread over."""
+        return self.world_size // self.expert_tp
 
     def check(self, config: ModelConfig) -> None:
         """Raises LayoutError, with both numbers and the tp sizes that work, where the model cannot be split so."""

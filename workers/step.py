@@ -73,6 +73,10 @@ class StepPlan(msgspec.Struct, frozen=True, tag="plan"):
     prefills: list[Prefill] = []
     decodes: list[int] = []
     """Slots whose input is the token they sampled last, at the position after their last computed one."""
+    group_tokens: list[int] = []
+    """`num_tokens` of every attention group's plan of this step, this one's too; empty: there is no other group."""
+    report_loads: bool = False
+    """The result is to say how many tokens each expert has got since the last report."""
 
     @property
     def sampling_slots(self) -> list[int]:
@@ -94,7 +98,8 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 
 
 class StepResult(msgspec.Struct, frozen=True, tag="result"):
-    """A rank finished a plan. Rank 0 names the sampled tokens; the others' empty lists only say that they are alive."""
+    """A rank finished a plan. The first rank of each attention group names the group's sampled tokens; the others'
+    empty lists only say that they are alive."""
 
     step: int
     rank: int
@@ -103,6 +108,8 @@ class StepResult(msgspec.Struct, frozen=True, tag="result"):
     logprobs: dict[int, TokenLogprobs] = {}
     """Index into `token_ids` → logprobs, for the slots that asked."""
     compute_s: float = 0.0
+    expert_loads: list[list[int]] = []
+    """Only where the plan asks: for every MoE layer, the tokens of each local physical expert since the last report."""
 
 
 class RankLoading(msgspec.Struct, frozen=True, tag="loading"):
@@ -135,11 +142,19 @@ class RankFailed(msgspec.Struct, frozen=True, tag="failed"):
     detail: str = ""
 
 
+class PlacementUpdate(msgspec.Struct, frozen=True, tag="placement"):
+    """From the next plan on, experts lie so. Comes in order with the plans; weights move between ranks before it."""
+
+    version: int
+    layers: list[list[int]]
+    """For every MoE layer, the logical expert of each physical slot, rank by rank; -1: the slot is empty."""
+
+
 class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
     """The Router asks a rank to end."""
 
 
-ToRank = StepPlan | Shutdown
+ToRank = StepPlan | PlacementUpdate | Shutdown
 FromRank = StepResult | RankLoading | RankReady | RankFailed
 
 encode = msgspec.msgpack.Encoder().encode
