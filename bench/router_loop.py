@@ -57,16 +57,16 @@ async def measure(tp: int, num_steps: int, slots: list[int]) -> None:
 
 async def _round_trip(group: RankGroup, step: int, slots: list[int]) -> float:
     started_s = time.perf_counter()
-    group.send(StepPlan(step, decodes=slots))
+    group.send([StepPlan(step, decodes=slots)])
     await group.receive()
     return time.perf_counter() - started_s
 
 
 async def _one_ahead(group: RankGroup, first: int, num_steps: int, slots: list[int]) -> float:
     started_s = time.perf_counter()
-    group.send(StepPlan(first, decodes=slots))
+    group.send([StepPlan(first, decodes=slots)])
     for step in range(first + 1, first + num_steps):
-        group.send(StepPlan(step, decodes=slots))
+        group.send([StepPlan(step, decodes=slots)])
         await group.receive()
     await group.receive()
     return (time.perf_counter() - started_s) / num_steps

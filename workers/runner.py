@@ -21,7 +21,7 @@ from workers.model import Decoder
 from workers.parallel import ParallelState
 from workers.sampling import Sampler
 from workers.slots import SlotStates
-from workers.step import OpenSlot, Prefill, SamplingParams, StepPlan, StepResult, TokenLogprobs
+from workers.step import OpenSlot, PlacementUpdate, Prefill, SamplingParams, StepPlan, StepResult, TokenLogprobs
 from workers.threads import ThreadChooser
 
 CPU_KV_BYTES = 256 * 2**20
@@ -75,6 +75,10 @@ class ModelRunner:
             logprobs=logprobs,
             compute_s=time.perf_counter() - start,
         )
+
+    def place(self, update: PlacementUpdate) -> None:
+        """Move experts between steps."""
+        raise PlanError(f"placement {update.version} came to a rank that cannot move experts")
 
     def _apply_deltas(self, plan: StepPlan) -> None:
         for slot in plan.close:

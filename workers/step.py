@@ -74,9 +74,12 @@ class StepPlan(msgspec.Struct, frozen=True, tag="plan"):
     decodes: list[int] = []
     """Slots whose input is the token they sampled last, at the position after their last computed one."""
     group_tokens: list[int] = []
-    """`num_tokens` of every attention group's plan of this step, this one's too; empty: there is no other group."""
+    """Tokens that each attention group of the copy computes in this step; empty: this group is the only one.
+
+    Ranks of a group without tokens still take part in every MoE layer.
+    """
     report_loads: bool = False
-    """The result is to say how many tokens each expert has got since the last report."""
+    """The result shall bring `StepResult.expert_loads`."""
 
     @property
     def sampling_slots(self) -> list[int]:
@@ -98,8 +101,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 
 
 class StepResult(msgspec.Struct, frozen=True, tag="result"):
-    """A rank finished a plan. The first rank of each attention group names the group's sampled tokens; the others'
-    empty lists only say that they are alive."""
+    """A rank finished a plan. tp_rank 0 of a group names its tokens; others' empty lists say that they are alive."""
 
     step: int
     rank: int
@@ -109,7 +111,15 @@ class StepResult(msgspec.Struct, frozen=True, tag="result"):
     """Index into `token_ids` → logprobs, for the slots that asked."""
     compute_s: float = 0.0
     expert_loads: list[list[int]] = []
-    """Only where the plan asks: for every MoE layer, the tokens of each local physical expert since the last report."""
+    """For each MoE layer, tokens of each of this rank's physical slots since its last report. Only when asked for."""
+
+
+class PlacementUpdate(msgspec.Struct, frozen=True, tag="placement"):
+    """Where experts lie from the next plan on. Sent in order with the plans; ranks move the weights that change."""
+
+    version: int
+    layers: list[list[int]]
+    """For every MoE layer, physical slot -> logical expert; -1: empty. `workers.placement_map` numbers the slots."""
 
 
 class RankLoading(msgspec.Struct, frozen=True, tag="loading"):
@@ -140,14 +150,6 @@ class RankFailed(msgspec.Struct, frozen=True, tag="failed"):
     rank: int
     message: str
     detail: str = ""
-
-
-class PlacementUpdate(msgspec.Struct, frozen=True, tag="placement"):
-    """From the next plan on, experts lie so. Comes in order with the plans; weights move between ranks before it."""
-
-    version: int
-    layers: list[list[int]]
-    """For every MoE layer, the logical expert of each physical slot, rank by rank; -1: the slot is empty."""
 
 
 class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):

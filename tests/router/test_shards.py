@@ -51,8 +51,8 @@ class Started:
         return self.info
 
     async def step(self, step: int = 0) -> StepResult:
-        self.group.send(StepPlan(step, decodes=[1, 2]))
-        return await asyncio.wait_for(self.group.receive(), WAIT_S)
+        self.group.send([StepPlan(step, decodes=[1, 2])])
+        return (await asyncio.wait_for(self.group.receive(), WAIT_S))[0]
 
 
 Make = Callable[..., Awaitable[Started]]
@@ -96,12 +96,13 @@ async def test_a_group_tells_its_ranks_the_blocks_that_all_have_and_its_progress
 async def test_results_come_in_order_while_plans_are_sent_ahead(make: Make) -> None:
     started = await make()
 
-    started.group.send(StepPlan(0, decodes=[5, 6]))
+    started.group.send([StepPlan(0, decodes=[5, 6])])
     for step in range(1, 200):
-        started.group.send(StepPlan(step, decodes=[5, 6]))
-        result = await asyncio.wait_for(started.group.receive(), WAIT_S)
+        started.group.send([StepPlan(step, decodes=[5, 6])])
+        results = await asyncio.wait_for(started.group.receive(), WAIT_S)
 
-        assert (result.step, result.rank, result.token_ids) == (step - 1, 0, [7, 7])
+        assert [(result.step, result.rank) for result in results] == [(step - 1, 0), (step - 1, 1)]
+        assert [result.token_ids for result in results] == [[7, 7], []]
 
 
 async def test_receive_may_be_cancelled_and_called_again(make: Make) -> None:
@@ -244,8 +245,8 @@ async def test_one_rank_in_process_steps_in_order() -> None:
 
     info = await group.start()
     for step in range(3):
-        group.send(StepPlan(step, decodes=[1]))
-    results = [await group.receive() for _ in range(3)]
+        group.send([StepPlan(step, decodes=[1])])
+    results = [(await group.receive())[0] for _ in range(3)]
     await group.stop()
 
     assert info.num_blocks == 10
