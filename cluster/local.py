@@ -69,7 +69,8 @@ class LocalCluster:
         self._ray_was_started = True
         _start_ray(self._config)
         self._interrupts.install()
-        self._guard = _guard_children()
+        if self._config.router.ray_address is None:
+            self._guard = _guard_children()
         _check_gpus(self._config)
         self._interrupts.check()
         self._gateway = _run_app(self._config)
@@ -149,11 +150,26 @@ class LocalCluster:
             import ray
 
             children = psutil.Process().children(recursive=True)
+            if self._config.router.ray_address is not None and ray.is_initialized():
+                _delete_app()
             # The gateway has drained: nothing is left that Serve would have to shut down gracefully.
             ray.shutdown()
             _end(children)
         self._gateway = self._channel = self._guard = None
         self._ray_was_started = False
+
+
+def _delete_app() -> None:
+    """The Ray cluster is not ours and stays; what runs in it for us must not."""
+    from ray import serve
+    from ray.exceptions import RayError
+
+    from cluster.app import APP_NAME
+
+    try:
+        serve.delete(APP_NAME)
+    except (RuntimeError, RayError) as error:
+        raise EngineError(f"the app could not be deleted from the Ray cluster ({_last_line(error)})") from error
 
 
 def _end(processes: list[psutil.Process]) -> None:
@@ -192,10 +208,12 @@ def _free_port(flag: str, host: str, port: int) -> int:
 def _check_gpus(config: ClusterConfig) -> None:
     import ray
 
+    engine, needed = config.engine, config.engine.layout.world_size
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]  # Ray has no types there
     found = int(resources.get("GPU", 0))
-    if config.engine.device == "cuda" and found < config.engine.tp:
-        raise ConfigError(f"--device cuda needs {config.engine.tp} GPUs for --tp {config.engine.tp}, found {found}")
+    if engine.device == "cuda" and found < needed:
+        flags = f"--tp {engine.tp}" + (f" --dp {engine.dp}" if engine.dp > 1 else "")
+        raise ConfigError(f"--device cuda needs {needed} GPUs for {flags}, found {found}; lower them")
 
 
 def _run_app(config: ClusterConfig) -> Any:
@@ -241,12 +259,18 @@ def _start_ray(config: ClusterConfig) -> None:
 def _init_ray(config: ClusterConfig) -> None:
     import ray
 
+    if (address := config.router.ray_address) is not None:
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except ConnectionError as error:
+            raise ConfigError(f"--ray-address {address}: {_last_line(error)}; run `ray start` on its nodes") from error
+        return
     ray.init(
         address="local",
         # Nothing of it is for other machines.
         _node_ip_address="127.0.0.1",
         # Logical: what the app asks for, so that Serve never waits for cores that a small machine lacks.
-        num_cpus=config.engine.tp + 4,
+        num_cpus=config.engine.layout.world_size + 4,
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,

@@ -27,6 +27,7 @@ import zmq
 
 from workers.config import RunnerConfig
 from workers.errors import MullError
+from workers.network import interface_towards
 from workers.step import (
     FromRank,
     PlacementUpdate,
@@ -99,6 +100,8 @@ def load_runner(config: ShardConfig, progress: Progress) -> Runner:
 
     if config.store_host is None or config.store_port is None:
         return ModelRunner(config.runner, ParallelState.single(), progress=progress)
+    if (interface := interface_towards(config.store_host)) is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     parallel = ParallelState.connect(
         config.runner.rank,
         config.runner.layout.world_size,

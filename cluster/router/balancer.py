@@ -37,7 +37,7 @@ class RebalancePolicy:
     """How often to look, and what makes a move worth its time."""
 
     interval_steps: int = 1000
-    """Between two reports of loads."""
+    """Between two reports of loads; 0: none."""
     threshold: float = 1.2
     """Largest over mean load of ranks below which nothing is moved."""
     min_gain: float = 0.05
@@ -53,6 +53,15 @@ class LoadReport:
     placement: Placement
     loads: list[list[float]]
     """For every layer, tokens of each logical expert."""
+
+
+def make_balancer(
+    experts: ModelExperts | None, layout: ParallelLayout, nodes: Sequence[str], policy: RebalancePolicy
+) -> ExpertBalancer | None:
+    """None where there is nothing to balance: no experts, all of them in one place, or nobody wants it."""
+    if experts is None or layout.ep == 1 or not policy.interval_steps:
+        return None
+    return ExpertBalancer(experts, layout, nodes, policy)
 
 
 class ExpertBalancer:
@@ -110,7 +119,10 @@ class ExpertBalancer:
         return LoadReport(self.placement, loads)
 
     def plan(self, report: LoadReport) -> Placement | None:
-        """A placement that is worth its moves, or None. Changes nothing here: it may run in a thread (0.5 s at most)."""
+        """A placement that is worth its moves, or None. Changes nothing here: it may run in a thread.
+
+        Up to a second for 94 layers of 128 experts on 32 ranks.
+        """
         placement: Placement = []
         for current, loads in zip(report.placement, report.loads, strict=True):
             better = place_layer(self.grid, current, loads)

@@ -1,4 +1,4 @@
-"""One copy at work: its scheduler, its ranks, where their experts lie, and the loop that moves plans and results between them.
+"""One copy at work: its scheduler, its ranks and their experts, and the loop that moves plans and results.
 
 Hops 5, 6 and 10. Knows keys and tokens, not gateways or gRPC. What happens when a rank is lost happens in `_supervise`.
 """

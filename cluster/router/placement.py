@@ -1,6 +1,6 @@
 """Which rank holds which experts, so that all have the same work: replicas of hot experts, packed by load.
 
-Hop 8's map, made here and sent to the ranks as a PlacementUpdate. Pure: loads in, a placement out. After EPLB (DeepSeek,
+Hop 8's map, made here and sent to the ranks as a PlacementUpdate. Pure: loads in, placement out. After EPLB (DeepSeek,
 2025): the hottest experts are replicated into the redundant slots, then packed heaviest first onto the least loaded
 rank. Unlike it, an expert stays where it lies, or else on its node, as long as that is within the limit: what is moved
 are weights, between steps of running streams.
@@ -183,7 +183,7 @@ class _Packing:
         return True
 
     def _best_swap(self, hot: int, cold: int) -> tuple[float, int, int, int] | None:
-        """(load of the fuller of both afterwards, cold, expert that goes there, expert that comes back), if it helps."""
+        """(load of the fuller afterwards, cold, expert that goes there, expert that comes back), if it helps."""
         gap = self._rank_loads[hot] - self._rank_loads[cold]
         least = LEAST_RELIEF * self._limit
         outs, backs = sorted(self._held[hot] - self._held[cold]), sorted(self._held[cold] - self._held[hot])

@@ -92,9 +92,7 @@ class FakeShardGroup:
         if self._start_error is not None:
             raise RankLost(self._start_error, rank=0)
         num_blocks, block_size = len(self.ranks[0].memory), self.ranks[0].block_size
-        return GroupInfo(
-            self.layout, [_ready(rank, num_blocks, block_size) for rank in range(self.layout.world_size)]
-        )
+        return GroupInfo(self.layout, [_ready(rank, num_blocks, block_size) for rank in range(self.layout.world_size)])
 
     def send(self, plans: list[StepPlan]) -> None:
         self._orders.append(plans)
