@@ -104,7 +104,7 @@ def load_runner(config: ShardConfig, progress: Progress) -> Runner:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     parallel = ParallelState.connect(
         config.runner.rank,
-        config.runner.layout.world_size,
+        config.runner.layout,
         config.store_host,
         config.store_port,
         config.runner.device,
