@@ -22,7 +22,7 @@ from cluster.router.shards import GroupBounds, RankGroup
 from workers.config import RunnerConfig
 from workers.layout import ParallelLayout
 from workers.shard import Progress, ShardConfig, main
-from workers.step import StepPlan, StepResult
+from workers.step import PlacementUpdate, StepPlan, StepResult
 
 
 class NullRunner:
@@ -35,6 +35,9 @@ class NullRunner:
     def __init__(self, config: ShardConfig, progress: Progress) -> None:
         del progress
         self._rank = config.runner.rank
+
+    def place(self, update: PlacementUpdate) -> None:
+        del update
 
     def execute(self, plan: StepPlan) -> StepResult:
         return StepResult(plan.step, self._rank, [7] * len(plan.decodes) if self._rank == 0 else [])

@@ -110,8 +110,8 @@ def layout_words(router: router_pb2.DescribeResponse) -> str:
 
 def rank_table(router: router_pb2.DescribeResponse) -> Table:
     """The layout, a line per rank. Heads are query and KV heads; experts those of each layer that has any."""
-    names = "rank", "group", "host", "pid", "device", "heads", "experts", "weights MiB", "KV MiB", "KV tokens", "load s"
-    table = Table(*names)
+    names = "rank", "group", "host", "pid", "device", "heads", "experts", "weights", "KV", "KV tokens"
+    table = Table(*names, box=None, padding=(0, 1, 0, 0), pad_edge=False)
     for name, column in zip(names, table.columns, strict=True):
         column.justify = "left" if name in ("host", "device") else "right"
     for rank in router.ranks:
@@ -123,9 +123,13 @@ def rank_table(router: router_pb2.DescribeResponse) -> Table:
             rank.device,
             f"{rank.num_heads}/{rank.num_kv_heads}",
             str(rank.num_experts),
-            f"{rank.weight_bytes / 2**20:.1f}",
-            f"{rank.kv_bytes / 2**20:.1f}",
+            _size(rank.weight_bytes),
+            _size(rank.kv_bytes),
             f"{rank.kv_tokens:,}",
-            f"{rank.load_seconds:.2f}",
         )
     return table
+
+
+def _size(num_bytes: int) -> str:
+    unit, name = (2**30, "GiB") if num_bytes >= 2**30 else (2**20, "MiB")
+    return f"{num_bytes / unit:.1f} {name}"

@@ -42,8 +42,8 @@ class RebalancePolicy:
     """Largest over mean load of ranks below which nothing is moved."""
     min_gain: float = 0.05
     """The share of the largest load that a new placement must save."""
-    min_tokens: int = 1024
-    """Tokens in each layer's experts before a report says anything."""
+    min_tokens_per_expert: int = 64
+    """In every layer, on average, before loads say anything: until then reports are added up."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,7 @@ class ExpertBalancer:
         self.num_rebalances_total = 0
         self._layout = layout
         self._policy = policy
+        self._loads = [[0.0] * experts.num_experts for _ in range(experts.num_layers)]
         self._due_step = policy.interval_steps
         self._is_asking = False
         self._is_planning = False
@@ -109,14 +110,10 @@ class ExpertBalancer:
         if self._drops_next:  # counted partly before the placement was changed
             self._drops_next = False
             return None
-        loads = [logical_loads(self.grid, *layer) for layer in zip(self.placement, layers, strict=True)]
-        if min(map(sum, loads)) < self._policy.min_tokens:
-            return None
-        self.imbalance = copy_imbalance(self.grid, self.placement, loads)
-        if self.imbalance < self._policy.threshold:
-            return None
-        self._is_planning = True
-        return LoadReport(self.placement, loads)
+        for total, placement, loads in zip(self._loads, self.placement, layers, strict=True):
+            for expert, load in enumerate(logical_loads(self.grid, placement, loads)):
+                total[expert] += load
+        return self._judge()
 
     def plan(self, report: LoadReport) -> Placement | None:
         """A placement that is worth its moves, or None. Changes nothing here: it may run in a thread.
@@ -138,6 +135,17 @@ class ExpertBalancer:
         self.num_rebalances_total += 1
         self._drops_next, self._due_step = True, 0
         return PlacementUpdate(self.num_rebalances_total, placement)
+
+    def _judge(self) -> LoadReport | None:
+        """Whether the loads seen so far call for a new placement. What is older counts half from now on."""
+        if min(map(sum, self._loads)) < self._policy.min_tokens_per_expert * self.grid.num_experts:
+            return None
+        loads, self._loads = self._loads, [[load / 2 for load in layer] for layer in self._loads]
+        self.imbalance = copy_imbalance(self.grid, self.placement, loads)
+        if self.imbalance < self._policy.threshold:
+            return None
+        self._is_planning = True
+        return LoadReport(self.placement, loads)
 
     def _saves(self, old: Placement, new: Placement, loads: list[list[float]]) -> bool:
         before, after = largest_loads(self.grid, old, loads), largest_loads(self.grid, new, loads)
