@@ -53,6 +53,7 @@ class LocalCluster:
         self._channel: grpc.Channel | None = None
         self._guard: subprocess.Popen[bytes] | None = None
         self._ray_was_started = False
+        self._app_was_started = False
         self._last_answer_s = time.monotonic()
 
     def __enter__(self) -> LocalCluster:
@@ -72,7 +73,9 @@ class LocalCluster:
         if self._config.router.ray_address is None:
             self._guard = _guard_children()
         _check_gpus(self._config)
+        _check_nodes(self._config)
         self._interrupts.check()
+        self._app_was_started = True
         self._gateway = _run_app(self._config)
         self._interrupts.check()
         gateway = self._config.gateway
@@ -150,13 +153,13 @@ class LocalCluster:
             import ray
 
             children = psutil.Process().children(recursive=True)
-            if self._config.router.ray_address is not None and ray.is_initialized():
+            if self._app_was_started and self._config.router.ray_address is not None:
                 _delete_app()
             # The gateway has drained: nothing is left that Serve would have to shut down gracefully.
             ray.shutdown()
             _end(children)
         self._gateway = self._channel = self._guard = None
-        self._ray_was_started = False
+        self._ray_was_started = self._app_was_started = False
 
 
 def _delete_app() -> None:
@@ -214,6 +217,23 @@ def _check_gpus(config: ClusterConfig) -> None:
     if engine.device == "cuda" and found < needed:
         flags = f"--tp {engine.tp}" + (f" --dp {engine.dp}" if engine.dp > 1 else "")
         raise ConfigError(f"--device cuda needs {needed} GPUs for {flags}, found {found}; lower them")
+
+
+def _check_nodes(config: ClusterConfig) -> None:
+    """A Ray cluster of someone else's may be too small, and Serve would wait for it to grow."""
+    import ray
+
+    from cluster.router.launchers import ranks_per_bundle
+
+    layout = config.engine.layout
+    together, num_ranks = ranks_per_bundle(layout), layout.world_size
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    cpus = [int(resources.get("CPU", 0)) for resources in alive]
+    if sum(cpus) <= num_ranks or sum(cpu // together * together for cpu in cpus) < num_ranks:
+        raise ConfigError(
+            f"{num_ranks} ranks, {together} of them on a node at a time, and the Router need a CPU each; the nodes of "
+            f"the Ray cluster have {', '.join(map(str, cpus))}; lower --tp or --dp, or start Ray with more"
+        )
 
 
 def _run_app(config: ClusterConfig) -> Any:

@@ -55,11 +55,16 @@ class Host:
         """A command that runs on it."""
         return ["nsenter", "--target", str(self.pid), *_NAMESPACES, *words]
 
-    def run(self, *words: str, timeout_s: float = START_TIMEOUT_S) -> str:
-        """Run to the end. Returns what it printed; raises AssertionError with its errors where it fails."""
-        done = subprocess.run(
-            self.command(*words), env=self.environment, capture_output=True, text=True, timeout=timeout_s, check=False
+    def attempt(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """Run to the end, whatever that is."""
+        command = self.command(*words)
+        return subprocess.run(
+            command, env=self.environment, capture_output=True, text=True, timeout=START_TIMEOUT_S, check=False
         )
+
+    def run(self, *words: str) -> str:
+        """Run to the end. Returns what it printed; raises AssertionError with its errors where it fails."""
+        done = self.attempt(*words)
         assert done.returncode == 0, f"{words} on {self.name} gave {done.returncode}:\n{done.stdout}\n{done.stderr}"
         return done.stdout
 

@@ -51,3 +51,14 @@ def test_the_end_of_a_server_leaves_no_rank_on_the_other_host(hosts: list[Host])
 
     assert "ShardActor" not in other.processes()
     assert "raylet" in head.processes(), "the Ray cluster was not ours to stop"
+
+
+def test_a_layout_that_the_hosts_have_no_room_for_is_refused_with_the_numbers(hosts: list[Host]) -> None:
+    head = hosts[0]
+    flags = ("--ray-address", f"{head.address}:{RAY_PORT}", "--tp", "4", "--dp", "2")
+
+    done = head.attempt(*MULL, "serve", *flags)
+
+    assert done.returncode == 2
+    assert "8 ranks, 4 of them on a node at a time" in done.stderr
+    assert "have 3, 2" in done.stderr

@@ -224,7 +224,7 @@ def test_attention_groups_answer_side_by_side_and_status_shows_the_layout() -> N
     assert {rank["num_experts"] for rank in state["ranks"]} == {3}
     assert "tp 2 · dp 2 · 4 redundant experts" in shown
     assert "KV tokens" in shown
-    assert "tp 2 · dp 2" in server.lines[-1]
+    assert any(line.startswith("ready") and "tp 2 · dp 2" in line for line in server.lines)
 
 
 def test_chat_without_a_server_says_so_in_one_line() -> None:
