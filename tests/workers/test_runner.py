@@ -165,6 +165,14 @@ BREACHES: dict[str, tuple[list[StepPlan], str]] = {
         [whole_prompts([[1, 2]]), StepPlan(step=2, decodes=[0, 0])],
         "step 2 computes a slot twice",
     ),
+    "other tokens than its group has": (
+        [StepPlan(step=1, group_tokens=[2])],
+        r"step 1 computes 0 tokens in group 0 of 1, its group_tokens are \[2\]",
+    ),
+    "groups that are not there": (
+        [StepPlan(step=1, group_tokens=[0, 2])],
+        r"step 1 computes 0 tokens in group 0 of 1, its group_tokens are \[0, 2\]",
+    ),
     "over the token budget": (
         [StepPlan(step=1, prefills=[Prefill(0, 0, [1] * 3000, True)])],
         "3000 tokens, the rank was started for 2048",
