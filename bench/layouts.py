@@ -10,26 +10,25 @@ greedily in a few; logits are compared with those of one rank. Times say little 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import time
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.distributed import TCPStore
 
+from bench.processes import on_ranks
 from bench.report import machine, versions, write
 from workers.config import ModelConfig, ParallelLayout, RunnerConfig
 from workers.parallel import ParallelState
 from workers.runner import ModelRunner
 from workers.step import OpenSlot, Prefill, SamplingParams, StepPlan
 
-TIMEOUT_S = 900.0
 BLOCK_SIZE = 32
 NUM_DECODES = 4
 MODEL_LEN = 256
@@ -46,7 +45,7 @@ class Ran:
     experts: int
     step_s: list[float]
     tokens: list[list[int]]
-    logits: list[Tensor]
+    logits: list[npt.NDArray[np.float32]]
     """This rank's part of the vocabulary, for each step."""
 
 
@@ -74,24 +73,23 @@ def _prefill(prompts: list[list[int]]) -> StepPlan:
     )
 
 
-def serve(config: RunnerConfig, port: int, plans: list[StepPlan], pipe: Connection) -> None:
-    """One rank's process."""
-    torch.set_num_threads(1)
-    parallel = ParallelState.connect(config.rank, config.layout, "127.0.0.1", port, "cpu", TIMEOUT_S)
+def serve(parallel: ParallelState, config: RunnerConfig, plans: list[StepPlan]) -> Ran:
+    """One rank's job."""
     start = time.perf_counter()
     runner = ModelRunner(config, parallel)
     load_s = time.perf_counter() - start
-    logits: list[Tensor] = []
+    logits: list[npt.NDArray[np.float32]] = []
     compute = runner.decoder.logits
 
     def record(x_BH: Tensor) -> Tensor:
-        logits.append(compute(x_BH).clone())
-        return logits[-1]
+        logits_Bv = compute(x_BH)
+        logits.append(logits_Bv.numpy().copy())
+        return logits_Bv
 
     runner.decoder.logits = record  # type: ignore[method-assign]
     results = [runner.execute(plan) for plan in plans]
     spec, model = config.spec, runner.model
-    ran = Ran(
+    return Ran(
         load_s=load_s,
         weight_bytes=runner.weight_bytes,
         heads=spec.heads(model).size,
@@ -101,43 +99,23 @@ def serve(config: RunnerConfig, port: int, plans: list[StepPlan], pipe: Connecti
         tokens=[result.token_ids for result in results],
         logits=logits,
     )
-    pipe.send((replace(ran, logits=[]), [part.numpy() for part in logits]))
-    parallel.close()
 
 
 def run_layout(model: Path, layout: ParallelLayout, prompts: list[list[int]]) -> list[Ran]:
     """Start the ranks of one copy, and wait for what they tell."""
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    plans, context = group_plans(prompts, layout), multiprocessing.get_context("spawn")
-    pipes, processes = [], []
-    for rank in range(layout.world_size):
-        config = RunnerConfig(
-            model_dir=str(model),
-            rank=rank,
-            layout=layout,
-            num_threads=1,
-            max_model_len=MODEL_LEN,
-            max_num_seqs=len(prompts),
-            max_num_batched_tokens=len(prompts) * MODEL_LEN,
-            block_size=BLOCK_SIZE,
-            kv_memory_bytes=2**28,
-        )
-        ours, theirs = context.Pipe()
-        arguments = (config, store.port, plans[config.spec.dp_rank], theirs)
-        processes.append(context.Process(target=serve, args=arguments, daemon=True))
-        processes[-1].start()
-        pipes.append(ours)
-    answers = [_answer(rank, pipe) for rank, pipe in enumerate(pipes)]
-    for process in processes:
-        process.join(TIMEOUT_S)
-    return answers
-
-
-def _answer(rank: int, pipe: Connection) -> Ran:
-    if not pipe.poll(TIMEOUT_S):
-        raise TimeoutError(f"rank {rank} did not answer within {TIMEOUT_S:g} s")
-    ran, logits = pipe.recv()
-    return replace(ran, logits=[torch.from_numpy(part) for part in logits])
+    config = RunnerConfig(
+        model_dir=str(model),
+        layout=layout,
+        num_threads=1,
+        max_model_len=MODEL_LEN,
+        max_num_seqs=len(prompts),
+        max_num_batched_tokens=len(prompts) * MODEL_LEN,
+        block_size=BLOCK_SIZE,
+        kv_memory_bytes=2**28,
+    )
+    plans = group_plans(prompts, layout)
+    ranks = [replace(config, rank=rank) for rank in range(layout.world_size)]
+    return on_ranks(layout, serve, [(rank, plans[rank.spec.dp_rank]) for rank in ranks])
 
 
 def joined(ranks: list[Ran], layout: ParallelLayout) -> tuple[list[list[int]], list[Tensor]]:
@@ -145,10 +123,11 @@ def joined(ranks: list[Ran], layout: ParallelLayout) -> tuple[list[list[int]], l
     starts = range(0, layout.world_size, layout.tp)
     steps = range(1 + NUM_DECODES)
     tokens = [[token for start in starts for token in ranks[start].tokens[step]] for step in steps]
-    groups = [
-        [torch.cat([ran.logits[step] for ran in ranks[s : s + layout.tp]], dim=1) for s in starts] for step in steps
-    ]
-    return tokens, [torch.cat(of_step) for of_step in groups]
+
+    def whole(group: list[Ran], step: int) -> Tensor:
+        return torch.cat([torch.from_numpy(ran.logits[step]) for ran in group], dim=1)
+
+    return tokens, [torch.cat([whole(ranks[start : start + layout.tp], step) for start in starts]) for step in steps]
 
 
 def measure(model: Path, layouts: list[ParallelLayout], prompts: list[list[int]]) -> list[dict[str, Any]]:
@@ -158,10 +137,8 @@ def measure(model: Path, layouts: list[ParallelLayout], prompts: list[list[int]]
     for layout in layouts:
         ranks = run_layout(model, layout, prompts)
         tokens, logits = joined(ranks, layout)
-        errors = [
-            float((got - want).abs().max() / want.abs().max()) for got, want in zip(logits, want_logits, strict=True)
-        ]
-        rows.append(_row(layout, ranks) | {"same_tokens": tokens == want_tokens, "largest_relative_error": max(errors)})
+        error = max(_error(got, want) for got, want in zip(logits, want_logits, strict=True))
+        rows.append(_row(layout, ranks) | {"same_tokens": tokens == want_tokens, "largest_relative_error": error})
     return rows
 
 
