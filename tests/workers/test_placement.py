@@ -13,9 +13,12 @@ from msgspec.structs import replace
 
 from tests.workers.engine import in_step, load, random_prompts, run_on_layout, whole_prompts
 from tests.workers.ranks import RankProcesses
-from workers.config import ParallelLayout
+from workers.config import ParallelLayout, ShardSpec
 from workers.errors import PlanError
+from workers.experts.rebalance import WeightMoves
 from workers.experts.slots import ReplicaTable
+from workers.layout import Span
+from workers.parallel import ParallelState
 from workers.placement_map import EMPTY_SLOT, initial_placement, moves_between, slots_of, slots_per_rank
 from workers.runner import ModelRunner
 from workers.step import PlacementUpdate, StepPlan
@@ -80,6 +83,29 @@ def test_ranks_report_the_tokens_of_their_slots_since_the_last_report(moe_fp8: P
     assert [sum(sum(loads[layer]) for loads in first) for layer in (0, 1)] == [2 * 42, 2 * 6]
     assert [[len(layer) for layer in loads] for loads in first] == [[3, 3], [3, 3]]
     assert second == ([[0] * 3] * 2, [[0] * 3] * 2)
+
+
+def move_stacks(parallel: ParallelState, layout: ParallelLayout, old: list[int], new: list[int]) -> list[list[float]]:
+    """What each local slot holds after the moves, in three kinds of stacks; an expert's weights are its number."""
+    spec = ShardSpec(layout, parallel.rank)
+    width = len(old) // layout.ep
+    local = Span(spec.ep_rank * width, (spec.ep_rank + 1) * width)
+    numbers = torch.tensor(old[local.start : local.stop], dtype=torch.float32)[:, None, None].expand(-1, 3, 4)
+    stacks = [numbers.clone(), numbers.mT.contiguous().mT, numbers.to(torch.float8_e4m3fn)]
+    moves = WeightMoves(moves_between(old, new, width), local, spec, parallel.world)
+    for stack in stacks:
+        moves.move(stack)
+        assert (stack.float() == stack[:, :1, :1].float()).all()
+    return [stack[:, 0, 0].tolist() for stack in stacks]
+
+
+@pytest.mark.parametrize("layout", [ParallelLayout(dp=4), ParallelLayout(tp=4, expert_tp=2)], ids=str)
+def test_weights_of_any_type_and_order_move_to_their_slots(layout: ParallelLayout, four_ranks: RankProcesses) -> None:
+    old, new = [0, 1, 2, 3, 4, 5, 0, EMPTY_SLOT], [5, 0, 3, 2, 1, 5, 4, 0]
+    width = 8 // layout.ep
+    for rank, stacks in enumerate(four_ranks.run(move_stacks, layout, old, new)):
+        first = rank // layout.expert_tp * width
+        assert stacks == [new[first : first + width]] * 3
 
 
 def test_loads_are_not_reported_unasked(moe_runner: ModelRunner) -> None:

@@ -7,6 +7,7 @@ weights: what one layer's moves bring and take, at most two experts' for each of
 from __future__ import annotations
 
 from itertools import chain
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ class PlacedExperts:
         for layer, placement in zip(self.layers, update.layers, strict=True):
             moves = moves_between(layer.placement, placement, layer.local_slots.size)
             if moves:
-                exchange = _Exchange(moves, layer.local_slots, self.spec, self.world)
+                exchange = WeightMoves(moves, layer.local_slots, self.spec, self.world)
                 for stack in (*stacked_tensors(layer.gate_up_eXH), *stacked_tensors(layer.down_eHF)):
                     exchange.move(stack)
             layer.place(placement)
@@ -55,12 +56,18 @@ class PlacedExperts:
                 raise PlanError(f"placement {update.version}, MoE layer {index}: {problem}")
 
 
-def stacked_tensors(weight: Tensor) -> tuple[Tensor, ...]:
+class Stacked(Protocol):
+    """A weight made of several tensors."""
+
+    def tensors(self) -> tuple[Tensor, ...]: ...
+
+
+def stacked_tensors(weight: Tensor | Stacked) -> tuple[Tensor, ...]:
     """What an expert parameter is made of, each stacked over slots."""
-    return (weight,)
+    return (weight,) if isinstance(weight, Tensor) else weight.tensors()
 
 
-class _Exchange:
+class WeightMoves:
     """One layer's moves as this rank sees them; ranks with the same part of every expert talk to each other."""
 
     def __init__(self, moves: list[Move], local: Span, spec: ShardSpec, world: RankGroup) -> None:
@@ -78,12 +85,14 @@ class _Exchange:
 
     def move(self, stack: Tensor) -> None:
         """Send and receive in place; what is sent is copied first, as its slot may get another expert."""
-        sent = stack[torch.tensor(self.sources, dtype=torch.int64, device=stack.device)]
         shape, dtype = stack.shape[1:], stack.dtype
-        as_bytes = sent.contiguous().flatten(1).view(torch.uint8)
+        sent = torch.empty(len(self.sources), *shape, dtype=dtype, device=stack.device)
+        for row, slot in zip(sent, self.sources, strict=True):  # not by index: FP8 tensors cannot be indexed
+            row.copy_(stack[slot])
+        as_bytes = sent.flatten(1).view(torch.uint8)
         received = self.world.all_to_all(as_bytes, self.send_counts, self.receive_counts)
-        targets = torch.tensor(self.targets, dtype=torch.int64, device=stack.device)
-        stack[targets] = received.view(dtype).view(len(self.targets), *shape)
+        for row_bytes, slot in zip(received, self.targets, strict=True):
+            stack[slot].copy_(row_bytes.view(dtype).view(shape))
 
 
 def _rank_of(slot: int, slots_per_rank: int, spec: ShardSpec) -> int:
