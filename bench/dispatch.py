@@ -187,7 +187,11 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
                 points = [(row["tokens"], row[ratio]) for row in here if row["method"] == name]
                 axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
             axis.axhline(1, color="gray", linewidth=0.8)
-            axis.set(xscale="log", yscale="log", ylabel=f"{ratio.split('_')[0]} / all_gather's")
+            axis.set_xscale("log", base=4)
+            axis.set_yscale("log", base=2)
+            for numbers in (axis.xaxis, axis.yaxis):
+                numbers.set_major_formatter(lambda value, _position: f"{value:g}")
+            axis.set_ylabel(f"{ratio.split('_')[0]} / all_gather's")
         axes[0][column].set_title(f"{ranks} ranks, {traffic}")
         axes[1][column].set_xlabel("tokens of the copy")
     axes[0][0].legend(fontsize=7)
