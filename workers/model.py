@@ -11,8 +11,8 @@ from torch import Tensor
 from workers.batch import ForwardBatch
 from workers.config import ModelConfig, ShardSpec
 from workers.experts.layer import LocalExperts
-from workers.kernels.linear import linear
-from workers.kernels.norm import rms_norm
+from workers.kernels.linear import Weight, linear
+from workers.kernels.norm import add_rms_norm, rms_norm
 from workers.kv_pool import KVPool
 from workers.layers.attention import Attention
 from workers.layers.embedding import Embedding
@@ -24,10 +24,11 @@ class DecoderLayer:
     """Attention, then a feed-forward layer, each added to the residual after a sum over ranks."""
 
     def __init__(
-        self, config: ModelConfig, spec: ShardSpec, layer: int, weights: dict[str, Tensor], parallel: ParallelState
+        self, config: ModelConfig, spec: ShardSpec, layer: int, weights: dict[str, Weight], parallel: ParallelState
     ) -> None:
         self.parallel, self.eps = parallel, config.rms_norm_eps
-        self.input_norm, self.post_norm = weights[f"layers.{layer}.input_norm"], weights[f"layers.{layer}.post_norm"]
+        self.input_norm = vector(weights, f"layers.{layer}.input_norm")
+        self.post_norm = vector(weights, f"layers.{layer}.post_norm")
         self.attention = Attention(config, spec, layer, weights)
         is_moe = config.is_moe_layer(layer)
         self.feed_forward = LocalExperts(config, spec, layer, weights) if is_moe else DenseMLP(layer, weights)
@@ -39,19 +40,19 @@ class DecoderLayer:
 
     def last(self, x_TH: Tensor, batch: ForwardBatch, kv: KVPool) -> Tensor:
         """As the last layer: the sampled rows alone, x_BH. Later steps need only the KV of the others."""
+        if not len(batch.sample_slots):
+            self.attention.store(rms_norm(x_TH, self.input_norm, self.eps), batch, kv)
+            return x_TH[:0]
         if batch.ends is None:
             return self(x_TH, batch, kv)
         normed_TH, rows_B = rms_norm(x_TH, self.input_norm, self.eps), batch.ends.rows_B
         self.attention.store(normed_TH, batch, kv)
-        x_BH = x_TH.index_select(0, rows_B)
-        if not len(rows_B):
-            return x_BH
         attended_BH = self.attention.attend_ends(normed_TH.index_select(0, rows_B), batch.ends, kv)
-        return self._feed_forward(x_BH, attended_BH)
+        return self._feed_forward(x_TH.index_select(0, rows_B), attended_BH)
 
     def _feed_forward(self, x_TH: Tensor, attended_TH: Tensor) -> Tensor:
-        x_TH += self.parallel.all_reduce(attended_TH)
-        x_TH += self.parallel.all_reduce(self.feed_forward(rms_norm(x_TH, self.post_norm, self.eps)))
+        normed_TH = add_rms_norm(x_TH, self.parallel.all_reduce(attended_TH), self.post_norm, self.eps)
+        x_TH += self.parallel.all_reduce(self.feed_forward(normed_TH))
         return x_TH
 
 
@@ -59,12 +60,12 @@ class Decoder:
     """All layers of this rank."""
 
     def __init__(
-        self, config: ModelConfig, spec: ShardSpec, weights: dict[str, Tensor], parallel: ParallelState
+        self, config: ModelConfig, spec: ShardSpec, weights: dict[str, Weight], parallel: ParallelState
     ) -> None:
         self.eps = config.rms_norm_eps
-        self.embedding = Embedding(weights["embed"], spec.vocab(config), parallel)
+        self.norm = vector(weights, "norm")
+        self.embedding = Embedding(weights["embed"], spec.vocab(config), parallel, self.norm.dtype)
         self.layers = [DecoderLayer(config, spec, i, weights, parallel) for i in range(config.num_layers)]
-        self.norm = weights["norm"]
         self.head_vH = weights["embed"] if config.tie_word_embeddings else weights["lm_head"]
 
     def forward(self, batch: ForwardBatch, kv: KVPool) -> Tensor:
@@ -77,3 +78,10 @@ class Decoder:
     def logits(self, x_BH: Tensor) -> Tensor:
         """fp32 logits of this rank's part of the vocabulary, [B, v]."""
         return linear(rms_norm(x_BH, self.norm, self.eps), self.head_vH).float()
+
+
+def vector(weights: dict[str, Weight], name: str) -> Tensor:
+    """A parameter that is no matrix."""
+    weight = weights[name]
+    assert isinstance(weight, Tensor), f"{name} is a vector"
+    return weight
