@@ -6,7 +6,6 @@ X the 2G local heads of K, then of V, D head_dim. Layers write to it as they com
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from workers.config import ModelConfig, ShardSpec
 from workers.errors import KVMemoryError

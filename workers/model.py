@@ -11,7 +11,7 @@ from torch import Tensor
 from workers.batch import ForwardBatch
 from workers.config import ModelConfig, ShardSpec
 from workers.experts.layer import LocalExperts
-from workers.kernels.linear import Weight, linear
+from workers.kernels.linear import Weight, linear, vector
 from workers.kernels.norm import add_rms_norm, rms_norm
 from workers.kv_pool import KVPool
 from workers.layers.attention import Attention
@@ -78,10 +78,3 @@ class Decoder:
     def logits(self, x_BH: Tensor) -> Tensor:
         """fp32 logits of this rank's part of the vocabulary, [B, v]."""
         return linear(rms_norm(x_BH, self.norm, self.eps), self.head_vH).float()
-
-
-def vector(weights: dict[str, Weight], name: str) -> Tensor:
-    """A parameter that is no matrix."""
-    weight = weights[name]
-    assert isinstance(weight, Tensor), f"{name} is a vector"
-    return weight

@@ -64,7 +64,9 @@ def test_the_fused_parameters_are_the_dequantised_tensors(
     attention = "model.layers.1.self_attn"
     qkv = [plain[f"{attention}.q_proj.weight"][heads], *(plain[f"{attention}.{x}_proj.weight"][kv] for x in "kv")]
     torch.testing.assert_close(dense(params["layers.1.qkv"]), torch.cat(qkv), rtol=0, atol=0)
-    torch.testing.assert_close(dense(params["layers.1.o"]), plain[f"{attention}.o_proj.weight"][:, heads], rtol=0, atol=0)
+    torch.testing.assert_close(
+        dense(params["layers.1.o"]), plain[f"{attention}.o_proj.weight"][:, heads], rtol=0, atol=0
+    )
     ffn = slice((3 * rank // tp) * 128, (3 * (rank + 1) // tp) * 128)
     gate_up = torch.cat([plain[f"model.layers.1.mlp.{name}_proj.weight"][ffn] for name in ("gate", "up")])
     torch.testing.assert_close(dense(params["layers.1.gate_up"]), gate_up, rtol=0, atol=0)

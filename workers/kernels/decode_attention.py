@@ -56,6 +56,6 @@ def _gathered_attention(q_BND: Tensor, pool: Tensor, keys: PagedKeys) -> Tensor:
     num_kv_heads = pool.shape[0] // 2
     kv_GBSD = pool.index_select(1, keys.tables_BM.flatten()).view(2 * num_kv_heads, num_seqs, -1, head_dim)
     q_GBgD = q_BND.view(num_seqs, num_kv_heads, num_heads // num_kv_heads, head_dim).transpose(0, 1)
-    k_GBSD, v_GBSD = kv_GBSD[:, :, : keys.longest].split(num_kv_heads)
+    k_GBSD, v_GBSD = kv_GBSD[:, :, : keys.longest].chunk(2)
     out_GBgD = F.scaled_dot_product_attention(q_GBgD, k_GBSD, v_GBSD, attn_mask=keys.mask_B1S.to(q_BND.dtype))
     return out_GBgD.transpose(0, 1).reshape(num_seqs, num_heads, head_dim)

@@ -26,6 +26,13 @@ def swiglu_linear(x_TI: Tensor, gate_up_XI: Weight) -> Tensor:
     return swiglu(linear(x_TI, gate_up_XI))
 
 
+def vector(weights: dict[str, Weight], name: str) -> Tensor:
+    """A parameter that is no matrix."""
+    weight = weights[name]
+    assert isinstance(weight, Tensor), f"{name} is a vector"
+    return weight
+
+
 def rows_of(weight_OI: Weight, start: int, stop: int) -> Weight:
     """Rows [start, stop) of a weight, sharing its values."""
     return weight_OI.rows(start, stop) if isinstance(weight_OI, PanelWeight) else weight_OI[start:stop]
@@ -38,9 +45,7 @@ def _panel_linear(x_TI: Tensor, weight: PanelWeight, num_outputs: int) -> Tensor
         x_TI = x_TI.contiguous()
     num_rows = x_TI.shape[0]
     out_TO = torch.empty(num_rows, num_outputs)
-    library.mull_linear(
-        x_TI.data_ptr(), x_TI.stride(0), num_rows, weight.address, out_TO.data_ptr(), num_outputs
-    )
+    library.mull_linear(x_TI.data_ptr(), x_TI.stride(0), num_rows, weight.address, out_TO.data_ptr(), num_outputs)
     return out_TO
 
 

@@ -22,9 +22,10 @@ def apply_experts(
 
     In torch a lone token walks its experts: sorting would cost as much as computing.
     """
-    if isinstance(gate_up_eXH, PanelWeight) or isinstance(down_eHF, PanelWeight):
-        assert isinstance(gate_up_eXH, PanelWeight) and isinstance(down_eHF, PanelWeight), "panels for both or none"
+    if isinstance(gate_up_eXH, PanelWeight):
+        assert isinstance(down_eHF, PanelWeight), "one reader makes both, in the same form"
         return _panel_experts(x_TH, topk_ids_TK, weights_TK, gate_up_eXH, down_eHF, first_expert)
+    assert isinstance(down_eHF, Tensor), "one reader makes both, in the same form"
     if x_TH.shape[0] == 1:
         return _one_token(x_TH, topk_ids_TK, weights_TK, gate_up_eXH, down_eHF, first_expert)
     return _grouped(x_TH, topk_ids_TK, weights_TK, gate_up_eXH, down_eHF, first_expert)

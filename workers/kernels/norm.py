@@ -15,9 +15,7 @@ def rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
         return F.rms_norm(x_TH, (x_TH.shape[-1],), weight_H, eps)
     num_rows, size = x_TH.shape
     out_TH = x_TH.new_empty(num_rows, size)
-    library.mull_rms_norm(
-        x_TH.data_ptr(), x_TH.stride(0), num_rows, size, weight_H.data_ptr(), eps, out_TH.data_ptr()
-    )
+    library.mull_rms_norm(x_TH.data_ptr(), x_TH.stride(0), num_rows, size, weight_H.data_ptr(), eps, out_TH.data_ptr())
     return out_TH
 
 
@@ -27,7 +25,8 @@ def add_rms_norm(x_TH: Tensor, delta_TH: Tensor, weight_H: Tensor, eps: float) -
     if library is None:
         x_TH += delta_TH
         return rms_norm(x_TH, weight_H, eps)
-    assert x_TH.is_contiguous() and delta_TH.is_contiguous(), "the residual and what is added to it are whole tensors"
+    assert x_TH.is_contiguous(), "the residual is a whole tensor, changed in place"
+    delta_TH = delta_TH.contiguous()
     num_rows, size = x_TH.shape
     out_TH = x_TH.new_empty(num_rows, size)
     library.mull_add_rms_norm(

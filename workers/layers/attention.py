@@ -12,7 +12,7 @@ from torch import Tensor
 from workers.batch import BatchPart, ForwardBatch, PrefillChunk, Prompts, SequenceEnds
 from workers.config import ModelConfig, ShardSpec
 from workers.kernels.decode_attention import decode_attention
-from workers.kernels.linear import Weight, linear, rows_of
+from workers.kernels.linear import Weight, linear, rows_of, vector
 from workers.kernels.prefill_attention import chunk_attention, prompt_attention
 from workers.kernels.qk_norm_rope import qk_norm_rope_store
 from workers.kv_pool import KVPool
@@ -28,8 +28,7 @@ class Attention:
         self.qkv, self.o = weights[f"layers.{layer}.qkv"], weights[f"layers.{layer}.o"]
         num_q_rows, num_rows = self.num_heads * self.head_dim, (self.num_heads + 2 * num_kv_heads) * self.head_dim
         self.q, self.kv = rows_of(self.qkv, 0, num_q_rows), rows_of(self.qkv, num_q_rows, num_rows)
-        q_norm, k_norm = weights[f"layers.{layer}.q_norm"], weights[f"layers.{layer}.k_norm"]
-        assert isinstance(q_norm, Tensor) and isinstance(k_norm, Tensor), "norms are vectors"
+        q_norm, k_norm = vector(weights, f"layers.{layer}.q_norm"), vector(weights, f"layers.{layer}.k_norm")
         # Each head of Q and K has its row of weights, so that one kernel takes all of them.
         self.norms_YD = torch.cat([q_norm.expand(self.num_heads, -1), k_norm.expand(num_kv_heads, -1)])
 
