@@ -30,8 +30,8 @@ from workers.weights import TensorSlice, param_shapes, rank_slices
 Progress = Callable[[int, int], None]
 """Called with bytes read so far and in all, in the thread that called `read`."""
 
-NUM_READERS = 4
-MIN_PIECE_BYTES = 64 * 2**10
+NUM_READERS = min(4, os.cpu_count() or 1)
+MIN_PIECE_BYTES = 16 * 2**10
 MAX_PIECE_BYTES = 4 * 2**20
 PIECES_PER_TENSOR = 16 * NUM_READERS
 """Pieces in flight take about a sixteenth of the largest tensor: a reader's heap keeps several of them after use."""
