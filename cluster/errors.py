@@ -5,7 +5,7 @@ Knows neither gRPC nor HTTP: the gateway maps classes to status codes.
 MullError
 ├── ConfigError              a flag or a config file is wrong: `mull serve` does not start
 ├── CheckpointError          a model directory that cannot be served: names the file and the remedy
-├── LayoutError              a tp that cannot split this model: names both numbers and what can
+├── LayoutError              a layout that cannot split this model: names the numbers and what can
 ├── RequestError             the client's fault; `field` names what to change
 │   ├── InvalidRequest       a value out of range, an unknown role, a wrong token id
 │   ├── PromptTooLong        prompt plus output does not fit the context: both numbers

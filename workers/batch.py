@@ -76,6 +76,8 @@ class ForwardBatch:
     """Whose tokens are sampled, in the order of `StepPlan.sampling_slots`."""
     sample_positions: Ints
     """Of the tokens to be sampled."""
+    group_tokens: list[int]
+    """Rows of every attention group in this step, this one's among them."""
 
 
 class BatchBuilder:
@@ -111,6 +113,7 @@ class BatchBuilder:
             ends=self._ends(plan, sample_slots, rotations_T2D) if plan.prefills else None,
             sample_slots=sample_slots,
             sample_positions=self.slots.num_computed[sample_slots],
+            group_tokens=plan.group_tokens or [plan.num_tokens],
         )
 
     def _tensor(self, values: Ints) -> Tensor:

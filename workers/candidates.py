@@ -1,4 +1,4 @@
-"""The likeliest tokens of each row, gathered from every rank's part of the vocabulary: all ranks get the same.
+"""The likeliest tokens of each row, from every part of the vocabulary: all ranks of an attention group get the same.
 
 Of equal logits, the lowest token id comes first, whatever the batch, the number of candidates or of ranks: bf16 gives
 ties all the time. B rows, C candidates per row (likeliest first), v local vocabulary.
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from workers.layout import Span
-from workers.parallel import ParallelState
+from workers.parallel import RankGroup
 
 ID_MASK = 2**32 - 1
 SIGNLESS = 2**31 - 1
@@ -31,21 +31,21 @@ class Candidates:
 class CandidateExchange:
     """Knows how the vocabulary is split."""
 
-    def __init__(self, parallel: ParallelState, vocab_parts: list[Span]) -> None:
-        self.parallel = parallel
+    def __init__(self, tp: RankGroup, vocab_parts: list[Span]) -> None:
+        self.tp = tp
         self.parts = vocab_parts
-        self.vocab = vocab_parts[parallel.rank]
+        self.vocab = vocab_parts[tp.index]
 
     def likeliest(self, logits_Bv: Tensor, count: int) -> Candidates:
         """The `count` likeliest tokens: each rank offers its own, and only those travel."""
         count = min(count, self.parts[-1].stop)
         local = _likeliest(logits_Bv, min(count, logits_Bv.shape[1]))
-        if self.parallel.world_size == 1:
+        if self.tp.size == 1:
             return local
         keys_BC = _keys(local.logits_BC, local.token_ids_BC + self.vocab.start)
         # Short parts are padded to the same width.
         padded_BC = torch.nn.functional.pad(keys_BC, (0, count - keys_BC.shape[1]), value=LEAST_KEY)
-        gathered_BX = self.parallel.all_gather(padded_BC).transpose(0, 1).flatten(1)
+        gathered_BX = self.tp.all_gather(padded_BC).transpose(0, 1).flatten(1)
         return _candidates(gathered_BX.topk(count, dim=-1).values)
 
     def everything(self, logits_Bv: Tensor) -> Candidates:
@@ -56,14 +56,14 @@ class CandidateExchange:
 
     def log_normalizer(self, logits_Bv: Tensor) -> Tensor:
         """log of the sum of exp over the whole vocabulary, [B]."""
-        return self.parallel.all_gather(logits_Bv.logsumexp(dim=-1)).logsumexp(dim=0)
+        return self.tp.all_gather(logits_Bv.logsumexp(dim=-1)).logsumexp(dim=0)
 
     def _whole(self, logits_Bv: Tensor) -> Tensor:
-        if self.parallel.world_size == 1:
+        if self.tp.size == 1:
             return logits_Bv
         width = max(part.size for part in self.parts)
         padded_Bw = torch.nn.functional.pad(logits_Bv, (0, width - logits_Bv.shape[1]))
-        gathered = self.parallel.all_gather(padded_Bw)
+        gathered = self.tp.all_gather(padded_Bw)
         return torch.cat([rows[:, : part.size] for rows, part in zip(gathered, self.parts, strict=True)], dim=1)
 
 

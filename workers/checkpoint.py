@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -131,9 +131,7 @@ class Checkpoint:
         while start < part.rows.stop:
             stop = min((start // step + 1) * step, part.rows.stop)
             row = part.param_row + start - part.rows.start
-            yield TensorSlice(
-                part.name, part.shape, Span(start, stop), part.cols, part.param, row, part.expert, part.is_linear
-            )
+            yield replace(part, rows=Span(start, stop), param_row=row)
             start = stop
 
     def _load(self, piece: TensorSlice, params: dict[str, Weight], files: dict[Path, OpenShard]) -> int:

@@ -6,6 +6,7 @@ Read from config.json by the command line, the Router and every rank; no torch h
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -77,16 +78,29 @@ class ModelConfig:
     @property
     def tile_size(self) -> int:
         """Columns of a dense feed-forward layer that stay together on a rank."""
-        if self.quantization is not None:
-            return self.quantization.block_rows
-        tile = UNQUANTIZED_TILE
-        while self.intermediate_size % tile:
-            tile //= 2
-        return tile
+        return self._tile_size(self.intermediate_size)
 
     @property
     def num_ffn_tiles(self) -> int:
         return -(-self.intermediate_size // self.tile_size)
+
+    @property
+    def expert_tile_size(self) -> int:
+        """Columns of an expert that stay together on a rank."""
+        return self._tile_size(self.moe_intermediate_size)
+
+    @property
+    def num_expert_tiles(self) -> int:
+        return -(-self.moe_intermediate_size // self.expert_tile_size)
+
+    def _tile_size(self, num_columns: int) -> int:
+        """They are rows of gate and up, and columns of down."""
+        if self.quantization is not None:
+            return math.lcm(self.quantization.block_rows, self.quantization.block_cols)
+        tile = UNQUANTIZED_TILE
+        while num_columns % tile:
+            tile //= 2
+        return tile
 
     @property
     def num_groups(self) -> int:
@@ -101,6 +115,10 @@ class RunnerConfig:
     model_dir: str
     rank: int = 0
     layout: ParallelLayout = field(default_factory=ParallelLayout)
+    redundant_experts: int = 0
+    """Copies of experts beyond the model's own, in each layer and over all ranks."""
+    dispatch_rows: Literal["exact", "fp8"] = "exact"
+    """How tokens travel to their experts: with every bit, or in a quarter to half of the bytes and rounded to FP8."""
     device: Literal["cpu", "cuda"] = "cpu"
     num_threads: int | None = None
     """CPU threads of this rank; None leaves torch's choice."""
@@ -113,7 +131,7 @@ class RunnerConfig:
 
     @property
     def spec(self) -> ShardSpec:
-        return ShardSpec(self.layout, self.rank)
+        return ShardSpec(self.layout, self.rank, self.redundant_experts)
 
 
 class _ConfigReader:

@@ -16,12 +16,14 @@ from workers.candidates import CandidateExchange
 from workers.checkpoint import Checkpoint, Progress, no_progress
 from workers.config import ModelConfig, RunnerConfig, ShardSpec
 from workers.errors import LayoutError, PlanError
+from workers.experts.choice import DispatcherChoice
+from workers.experts.rebalance import PlacedExperts
 from workers.kv_pool import KVPool, block_bytes, num_blocks_in
 from workers.model import Decoder
 from workers.parallel import ParallelState
 from workers.sampling import Sampler
 from workers.slots import SlotStates
-from workers.step import OpenSlot, Prefill, SamplingParams, StepPlan, StepResult, TokenLogprobs
+from workers.step import OpenSlot, PlacementUpdate, Prefill, SamplingParams, StepPlan, StepResult, TokenLogprobs
 from workers.threads import ThreadChooser
 
 CPU_KV_BYTES = 256 * 2**20
@@ -33,10 +35,10 @@ class ModelRunner:
     """Loads in the constructor; afterwards `execute` takes one plan after another."""
 
     def __init__(self, config: RunnerConfig, parallel: ParallelState, progress: Progress = no_progress) -> None:
-        if (parallel.rank, parallel.world_size) != (config.rank, config.layout.world_size):
+        if (parallel.rank, parallel.layout) != (config.rank, config.layout):
             raise LayoutError(
-                f"rank {config.rank} of {config.layout.world_size} was given the place of rank {parallel.rank} of "
-                f"{parallel.world_size}; start every rank with its own config"
+                f"rank {config.rank} of {config.layout} was given the place of rank {parallel.rank} of "
+                f"{parallel.layout}; start every rank with its own config"
             )
         self.config, self.parallel = config, parallel
         self.device, dtype = _device(config)
@@ -47,34 +49,54 @@ class ModelRunner:
         if self.device.type == "cpu":
             keep_freed_memory()
         self.weight_bytes = sum(weight.nbytes for weight in weights.values())
-        self.decoder = Decoder(self.model, config.spec, weights, parallel)
-        self.num_blocks = parallel.minimum(self._affordable_blocks(dtype), self.device)
+        choice = DispatcherChoice(self.model, config.spec, parallel, dtype, config.dispatch_rows)
+        self.decoder = Decoder(self.model, config.spec, weights, parallel, choice)
+        self.num_blocks = parallel.world.minimum(self._affordable_blocks(dtype), self.device)
         self.kv = KVPool(self.model, config.spec, self.num_blocks, config.block_size, self.device, dtype)
         self.kv_bytes = self.num_blocks * block_bytes(self.model, config.spec, config.block_size, dtype)
         self.slots = SlotStates(config.max_num_seqs, config.max_model_len, config.block_size, self.num_blocks)
         self.batches = BatchBuilder(self.slots, self.model, self.device, dtype)
         self.sampler = Sampler(config.max_num_seqs, _exchange(self.model, config, parallel), self.device)
+        self.experts = PlacedExperts(self.decoder.expert_layers, config.spec, parallel.world)
         self.last_tokens = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=self.device)
         self._warm_up()
 
     def execute(self, plan: StepPlan) -> StepResult:
-        """Run one plan; only rank 0 names the tokens.
+        """Run one plan; only tp_rank 0 of a group names its tokens.
 
         Raises PlanError where the plan breaks the contract; the rank's slots are then of no use.
         """
         start = time.perf_counter()
-        self.threads.apply(plan.num_tokens)
+        self._check_groups(plan)
+        self.threads.apply(max(plan.group_tokens, default=plan.num_tokens))
         with torch.inference_mode():
             self._apply_deltas(plan)
-            sampled = self._forward(plan) if plan.num_tokens else ([], {})
-        token_ids, logprobs = sampled if self.parallel.rank == 0 else ([], {})
+            sampled = self._forward(plan) if plan.num_tokens else self._assist(plan)
+        token_ids, logprobs = sampled if self.parallel.tp.index == 0 else ([], {})
         return StepResult(
             step=plan.step,
             rank=self.parallel.rank,
             token_ids=token_ids,
             logprobs=logprobs,
             compute_s=time.perf_counter() - start,
+            expert_loads=self.experts.take_loads() if plan.report_loads else [],
         )
+
+    def place(self, update: PlacementUpdate) -> None:
+        """Move experts between steps. All ranks do it together. Raises PlanError where the update cannot be."""
+        with torch.inference_mode():
+            self.experts.apply(update)
+
+    def _check_groups(self, plan: StepPlan) -> None:
+        """Ranks that disagree on the groups' sizes would wait for one another."""
+        groups, num_groups, own = plan.group_tokens, self.config.layout.dp, self.config.spec.dp_rank
+        if not groups and (num_groups == 1 or not plan.num_tokens):
+            return
+        if len(groups) != num_groups or groups[own] != plan.num_tokens:
+            raise PlanError(
+                f"step {plan.step} computes {plan.num_tokens} tokens in group {own} of {num_groups}, "
+                f"its group_tokens are {groups}"
+            )
 
     def _apply_deltas(self, plan: StepPlan) -> None:
         for slot in plan.close:
@@ -87,6 +109,12 @@ class ModelRunner:
         if plan.num_tokens > self.config.max_num_batched_tokens:
             limit = self.config.max_num_batched_tokens
             raise PlanError(f"step {plan.step} computes {plan.num_tokens} tokens, the rank was started for {limit}")
+
+    def _assist(self, plan: StepPlan) -> tuple[list[int], dict[int, TokenLogprobs]]:
+        """Other groups may have tokens for this rank's experts."""
+        if any(plan.group_tokens):
+            self.decoder.assist(plan.group_tokens)
+        return [], {}
 
     def _forward(self, plan: StepPlan) -> tuple[list[int], dict[int, TokenLogprobs]]:
         batch = self.batches.build(plan, self.last_tokens)
@@ -113,9 +141,10 @@ class ModelRunner:
             return
         opened = OpenSlot(slot=0, block_ids=[0], num_cached=0, sampling=SamplingParams())
         prefill = Prefill(slot=0, start=0, token_ids=[0] * count, sample=True)
-        self.execute(StepPlan(step=0, open=[opened], prefills=[prefill]))
-        self.execute(StepPlan(step=0, decodes=[0]))
-        self.execute(StepPlan(step=0, close=[0]))
+        groups = self.config.layout.dp
+        self.execute(StepPlan(step=0, open=[opened], prefills=[prefill], group_tokens=[count] * groups))
+        self.execute(StepPlan(step=0, decodes=[0], group_tokens=[1] * groups))
+        self.execute(StepPlan(step=0, close=[0], report_loads=True))
 
 
 def _device(config: RunnerConfig) -> tuple[torch.device, torch.dtype]:
@@ -127,8 +156,8 @@ def _device(config: RunnerConfig) -> tuple[torch.device, torch.dtype]:
 
 
 def _exchange(model: ModelConfig, config: RunnerConfig, parallel: ParallelState) -> CandidateExchange:
-    parts = [ShardSpec(config.layout, rank).vocab(model) for rank in range(config.layout.world_size)]
-    return CandidateExchange(parallel, parts)
+    parts = [ShardSpec(config.layout, tp_rank).vocab(model) for tp_rank in range(config.layout.tp)]
+    return CandidateExchange(parallel.tp, parts)
 
 
 def _default_kv_bytes(device: torch.device) -> int:

@@ -29,6 +29,7 @@ from workers.config import RunnerConfig
 from workers.errors import MullError
 from workers.step import (
     FromRank,
+    PlacementUpdate,
     RankFailed,
     RankLoading,
     RankReady,
@@ -81,6 +82,7 @@ class Runner(Protocol):
     @property
     def kv_bytes(self) -> int: ...
     def execute(self, plan: StepPlan) -> StepResult: ...
+    def place(self, update: PlacementUpdate) -> None: ...
 
 
 RunnerFactory = Callable[[ShardConfig, Progress], Runner]
@@ -99,7 +101,7 @@ def load_runner(config: ShardConfig, progress: Progress) -> Runner:
         return ModelRunner(config.runner, ParallelState.single(), progress=progress)
     parallel = ParallelState.connect(
         config.runner.rank,
-        config.runner.layout.tp,
+        config.runner.layout,
         config.store_host,
         config.store_port,
         config.runner.device,
@@ -199,7 +201,10 @@ def _ready(config: RunnerConfig, runner: Runner, load_s: float) -> RankReady:
 
 def _serve_plans(link: RouterSocket, runner: Runner) -> None:
     while not isinstance(order := link.receive(), Shutdown):
-        link.send(runner.execute(order))
+        if isinstance(order, PlacementUpdate):
+            runner.place(order)
+        else:
+            link.send(runner.execute(order))
 
 
 def _one_line(error: Exception) -> str:

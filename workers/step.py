@@ -73,6 +73,13 @@ class StepPlan(msgspec.Struct, frozen=True, tag="plan"):
     prefills: list[Prefill] = []
     decodes: list[int] = []
     """Slots whose input is the token they sampled last, at the position after their last computed one."""
+    group_tokens: list[int] = []
+    """Tokens that each attention group of the copy computes in this step; empty: this group is the only one.
+
+    Ranks of a group without tokens still take part in every MoE layer.
+    """
+    report_loads: bool = False
+    """The result shall bring `StepResult.expert_loads`."""
 
     @property
     def sampling_slots(self) -> list[int]:
@@ -94,7 +101,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 
 
 class StepResult(msgspec.Struct, frozen=True, tag="result"):
-    """A rank finished a plan. Rank 0 names the sampled tokens; the others' empty lists only say that they are alive."""
+    """A rank finished a plan. tp_rank 0 of a group names its tokens; others' empty lists say that they are alive."""
 
     step: int
     rank: int
@@ -103,6 +110,16 @@ class StepResult(msgspec.Struct, frozen=True, tag="result"):
     logprobs: dict[int, TokenLogprobs] = {}
     """Index into `token_ids` → logprobs, for the slots that asked."""
     compute_s: float = 0.0
+    expert_loads: list[list[int]] = []
+    """For each MoE layer, tokens of each of this rank's physical slots since its last report. Only when asked for."""
+
+
+class PlacementUpdate(msgspec.Struct, frozen=True, tag="placement"):
+    """Where experts lie from the next plan on. Sent in order with the plans; ranks move the weights that change."""
+
+    version: int
+    layers: list[list[int]]
+    """For every MoE layer, physical slot -> logical expert; -1: empty. `workers.placement_map` numbers the slots."""
 
 
 class RankLoading(msgspec.Struct, frozen=True, tag="loading"):
@@ -139,7 +156,7 @@ class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
     """The Router asks a rank to end."""
 
 
-ToRank = StepPlan | Shutdown
+ToRank = StepPlan | PlacementUpdate | Shutdown
 FromRank = StepResult | RankLoading | RankReady | RankFailed
 
 encode = msgspec.msgpack.Encoder().encode

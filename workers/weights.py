@@ -7,7 +7,8 @@ of tp=1), and the layers (names and shapes of the fused parameters). Integers an
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from workers.config import ModelConfig, ParallelLayout, ShardSpec
 from workers.layout import Span
@@ -26,7 +27,9 @@ class TensorSlice:
     param: str
     param_row: int = 0
     expert: int | None = None
-    """Index into a stacked parameter [experts, rows, cols]; None where the parameter is not stacked."""
+    """Index into a stacked parameter [slots, rows, cols]; None where the parameter is not stacked."""
+    num_slots: int = 0
+    """Of a stacked parameter; slots beyond its experts stay empty."""
     is_linear: bool = False
     """Linear weights may be stored as FP8 with a scale per tile."""
 
@@ -53,13 +56,13 @@ def rank_slices(config: ModelConfig, spec: ShardSpec) -> Iterator[TensorSlice]:
 
 
 def param_shapes(slices: list[TensorSlice]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the fused parameters that these slices fill: [rows], [rows, cols] or [experts, rows, cols]."""
+    """Shapes of the fused parameters that these slices fill: [rows], [rows, cols] or [slots, rows, cols]."""
     shapes: dict[str, tuple[int, ...]] = {}
     for part in slices:
         rows = part.param_row + part.rows.size
         shape: tuple[int, ...] = (rows,) if part.cols is None else (rows, part.cols.size)
         if part.expert is not None:
-            shape = (part.expert + 1, *shape)
+            shape = (part.num_slots, *shape)
         known = shapes.get(part.param, shape)
         shapes[part.param] = tuple(max(a, b) for a, b in zip(known, shape, strict=True))
     return shapes
@@ -83,30 +86,33 @@ def _attention(config: ModelConfig, spec: ShardSpec, layer: int) -> Iterator[Ten
 
 
 def _dense(config: ModelConfig, spec: ShardSpec, layer: int) -> Iterator[TensorSlice]:
-    ffn = spec.ffn(config)
-    yield from _feed_forward(
-        f"model.layers.{layer}.mlp", f"layers.{layer}", config, config.intermediate_size, ffn, None
-    )
+    columns = _Columns(config.intermediate_size, spec.ffn(config))
+    yield from _feed_forward(f"model.layers.{layer}.mlp", f"layers.{layer}", config.hidden_size, columns)
 
 
 def _experts(config: ModelConfig, spec: ShardSpec, layer: int) -> Iterator[TensorSlice]:
     stored, fused = f"model.layers.{layer}.mlp", f"layers.{layer}"
     yield _matrix(f"{stored}.gate.weight", (config.num_experts, config.hidden_size), f"{fused}.gate")
-    local, size = spec.experts(config), config.moe_intermediate_size
-    for expert in range(local.start, local.stop):
-        name = f"{stored}.experts.{expert}"
-        yield from _feed_forward(name, f"{fused}.experts", config, size, Span(0, size), expert - local.start)
+    columns = _Columns(config.moe_intermediate_size, spec.expert_ffn(config))
+    num_slots = spec.expert_slots(config).size
+    for index, expert in enumerate(spec.experts(config)):
+        for part in _feed_forward(f"{stored}.experts.{expert}", f"{fused}.experts", config.hidden_size, columns):
+            yield replace(part, expert=index, num_slots=num_slots)
 
 
-def _feed_forward(
-    stored: str, fused: str, config: ModelConfig, size: int, part: Span, expert: int | None
-) -> Iterator[TensorSlice]:
-    """Gate above up in one parameter, and down; `part` of their `size` columns."""
-    hidden = config.hidden_size
-    for row, name in ((0, "gate_proj"), (part.size, "up_proj")):
-        weight, param = f"{stored}.{name}.weight", f"{fused}.gate_up"
-        yield _linear(weight, (size, hidden), param, rows=part, param_row=row, expert=expert)
-    yield _linear(f"{stored}.down_proj.weight", (hidden, size), f"{fused}.down", cols=part, expert=expert)
+class _Columns(NamedTuple):
+    """Of a feed-forward layer: how many there are, and which are here."""
+
+    total: int
+    here: Span
+
+
+def _feed_forward(stored: str, fused: str, hidden: int, columns: _Columns) -> Iterator[TensorSlice]:
+    """Gate above up in one parameter, and down."""
+    total, here = columns
+    for row, name in ((0, "gate_proj"), (here.size, "up_proj")):
+        yield _linear(f"{stored}.{name}.weight", (total, hidden), f"{fused}.gate_up", rows=here, param_row=row)
+    yield _linear(f"{stored}.down_proj.weight", (hidden, total), f"{fused}.down", cols=here)
 
 
 def _vector(name: str, size: int, param: str) -> TensorSlice:
@@ -125,7 +131,6 @@ def _linear(
     rows: Span | None = None,
     cols: Span | None = None,
     param_row: int = 0,
-    expert: int | None = None,
 ) -> TensorSlice:
     rows, cols = rows or Span(0, shape[0]), cols or Span(0, shape[1])
-    return TensorSlice(name, shape, rows, cols, param, param_row, expert, is_linear=True)
+    return TensorSlice(name, shape, rows, cols, param, param_row, is_linear=True)

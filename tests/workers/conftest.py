@@ -76,3 +76,10 @@ def two_ranks() -> Iterator[RankProcesses]:
     ranks = RankProcesses(2)
     yield ranks
     ranks.stop()
+
+
+@pytest.fixture(scope="session")
+def four_ranks() -> Iterator[RankProcesses]:
+    ranks = RankProcesses(4)
+    yield ranks
+    ranks.stop()

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
+from tests.workers.ranks import TIMEOUT_S
 from workers.config import ParallelLayout, RunnerConfig
 from workers.parallel import ParallelState
 from workers.runner import ModelRunner
-from workers.step import OpenSlot, Prefill, SamplingParams, StepPlan, StepResult
+from workers.step import OpenSlot, PlacementUpdate, Prefill, SamplingParams, StepPlan, StepResult
 
 GREEDY = SamplingParams(temperature=0.0)
 BLOCK_SIZE = 16
@@ -32,18 +36,23 @@ class Ran:
         return [result.token_ids for result in self.results]
 
 
+Order = StepPlan | PlacementUpdate
+"""What a rank does next."""
+
+
 def runner_config(directory: Path, *, tp: int = 1, rank: int = 0, **changes: Any) -> RunnerConfig:
     values: dict[str, Any] = {"max_model_len": MAX_MODEL_LEN, "max_num_seqs": 40, "max_num_batched_tokens": 2048}
-    values |= {"block_size": BLOCK_SIZE, "num_threads": 1, "kv_memory_bytes": 32 * 2**20} | changes
-    return RunnerConfig(model_dir=str(directory), rank=rank, layout=ParallelLayout(tp=tp), **values)
+    values |= {"block_size": BLOCK_SIZE, "num_threads": 1, "kv_memory_bytes": 32 * 2**20}
+    values |= {"layout": ParallelLayout(tp=tp)} | changes
+    return RunnerConfig(model_dir=str(directory), rank=rank, **values)
 
 
 def load(directory: Path, **changes: Any) -> ModelRunner:
     return ModelRunner(runner_config(directory, **changes), ParallelState.single())
 
 
-def run(runner: ModelRunner, plans: list[StepPlan]) -> Ran:
-    """Execute plans and keep this rank's logits of each."""
+def run(runner: ModelRunner, orders: Sequence[Order]) -> Ran:
+    """Follow orders, and keep this rank's results and logits of each plan."""
     ran, compute = Ran(), runner.decoder.logits
 
     def record(x_BH: Tensor) -> Tensor:
@@ -52,7 +61,11 @@ def run(runner: ModelRunner, plans: list[StepPlan]) -> Ran:
 
     runner.decoder.logits = record  # type: ignore[method-assign]
     try:
-        ran.results.extend(runner.execute(plan) for plan in plans)
+        for order in orders:
+            if isinstance(order, PlacementUpdate):
+                runner.place(order)
+            else:
+                ran.results.append(runner.execute(order))
     finally:
         runner.decoder.logits = compute  # type: ignore[method-assign]
     return ran
@@ -62,6 +75,25 @@ def run_on_rank(parallel: ParallelState, directory: Path, plans: list[StepPlan])
     """Load one rank of a tensor-parallel copy and run plans on it; for RankProcesses."""
     config = runner_config(directory, tp=parallel.world_size, rank=parallel.rank)
     return run(ModelRunner(config, parallel), plans)
+
+
+def run_on_layout(
+    parallel: ParallelState, directory: Path, layout: ParallelLayout, orders: list[list[Order]], changes: dict[str, Any]
+) -> Ran:
+    """Load one rank of a copy with any layout, and follow the orders of its attention group; for RankProcesses."""
+    config = runner_config(directory, rank=parallel.rank, layout=layout, **changes)
+    runner = ModelRunner(config, parallel.regrouped(layout, TIMEOUT_S))
+    return run(runner, orders[config.spec.dp_rank])
+
+
+def in_step(plans_by_group: list[list[StepPlan]]) -> list[list[StepPlan]]:
+    """The groups' plans side by side: each names all groups' tokens, and a group that has ended gets empty plans."""
+    steps = list(zip_longest(*plans_by_group, fillvalue=StepPlan(step=0)))
+    sizes = [[plan.num_tokens for plan in step] for step in steps]
+    return [
+        [replace(step[group], step=index, group_tokens=sizes[index]) for index, step in enumerate(steps)]
+        for group in range(len(plans_by_group))
+    ]
 
 
 def blocks_of(slot: int, count: int = BLOCKS_PER_SLOT) -> list[int]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+import torch
 from torch.distributed import TCPStore
 
+from workers.layout import ParallelLayout
 from workers.parallel import ParallelState
 
 TIMEOUT_S = 60.0
@@ -55,8 +56,8 @@ class RankProcesses:
 
 
 def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
-    parallel = ParallelState.connect(rank, world_size, "127.0.0.1", port, "cpu", TIMEOUT_S)
+    torch.set_num_threads(1)
+    parallel = ParallelState.connect(rank, ParallelLayout(tp=world_size), "127.0.0.1", port, "cpu", TIMEOUT_S)
     while (job := pipe.recv()) is not None:
         function, arguments = job
         try:

@@ -81,7 +81,7 @@ def test_a_rank_holds_its_whole_experts(moe_fp8: Path, tp: int, rank: int) -> No
     stored = read_tensors(moe_fp8)
     params = Checkpoint.open(moe_fp8).read(spec_of(tp, rank))
     first, last = 5 * rank // tp, 5 * (rank + 1) // tp
-    assert params["layers.0.experts.down"].shape[0] == last - first
+    assert params["layers.0.experts.down"].shape[0] == -(-5 // tp)  # every rank has as many slots; one may be empty
     for expert in range(first, last):
         name = f"model.layers.0.mlp.experts.{expert}.up_proj.weight"
         want = dequantize(stored[name], stored[f"{name}_scale_inv"])

@@ -45,17 +45,22 @@ QWEN3_235B = replace(
     norm_topk_prob=True,
 )
 MODELS = {"4B": QWEN3_4B, "235B": QWEN3_235B}
-VALID = [(name, tp) for name, model in MODELS.items() for tp in range(1, 9) if tp in ParallelLayout.valid_tps(model)]
+MAX_RANKS = 32
+
+
+def layouts_up_to(num_ranks: int) -> list[ParallelLayout]:
+    shapes = [(tp, dp) for tp in range(1, num_ranks + 1) for dp in range(1, num_ranks // tp + 1)]
+    return [ParallelLayout(tp=tp, dp=dp, expert_tp=size) for tp, dp in shapes for size in range(1, tp * dp + 1)]
 
 
 def one_layer(model: ModelConfig) -> ModelConfig:
     return replace(model, num_layers=1)
 
 
-def slices_by_name(model: ModelConfig, tp: int) -> dict[str, list[TensorSlice]]:
+def slices_by_name(model: ModelConfig, layout: ParallelLayout, redundant: int = 0) -> dict[str, list[TensorSlice]]:
     found: dict[str, list[TensorSlice]] = {}
-    for rank in range(tp):
-        for part in rank_slices(model, ShardSpec(ParallelLayout(tp=tp), rank)):
+    for rank in range(layout.world_size):
+        for part in rank_slices(model, ShardSpec(layout, rank, redundant)):
             found.setdefault(part.name, []).append(part)
     return found
 
@@ -73,31 +78,77 @@ def element_counts(parts: list[TensorSlice], whole: TensorSlice) -> Counter[int]
     return counts
 
 
-def expected_owners(name: str, model: ModelConfig, tp: int) -> int:
-    """Norms and gates lie on every rank; K and V on several where ranks outnumber KV heads; the rest on one."""
+def expected_owners(name: str, model: ModelConfig, layout: ParallelLayout) -> int:
+    """How many ranks hold each element.
+
+    Norms and gates lie on every rank; experts on one; all else once in each group, but for K and V where a group's
+    ranks outnumber the KV heads.
+    """
     if "norm" in name or name.endswith("mlp.gate.weight"):
-        return tp
+        return layout.tp * layout.dp
+    if ".experts." in name:
+        return 1
     is_kv = "k_proj" in name or "v_proj" in name
-    return max(1, tp // model.num_kv_heads) if is_kv else 1
+    return layout.dp * (max(1, layout.tp // model.num_kv_heads) if is_kv else 1)
 
 
-@pytest.mark.parametrize(("name", "tp"), VALID)
-def test_ranks_cover_every_element_of_the_real_models_exactly_as_often_as_they_should(name: str, tp: int) -> None:
-    model = one_layer(MODELS[name])
-    found = slices_by_name(model, tp)
+def check_cover(model: ModelConfig, layout: ParallelLayout) -> None:
+    found = slices_by_name(model, layout)
     assert found.keys() == {whole.name for whole in whole_model(model)}
     for whole in whole_model(model):
-        owners = expected_owners(whole.name, model, tp)
-        assert set(element_counts(found[whole.name], whole)) == {owners}, whole.name
+        owners = expected_owners(whole.name, model, layout)
+        assert set(element_counts(found[whole.name], whole)) == {owners}, f"{layout}: {whole.name}"
 
 
-@pytest.mark.parametrize(("name", "tp"), VALID)
-def test_scales_stay_with_their_tiles(name: str, tp: int) -> None:
-    for parts in slices_by_name(one_layer(MODELS[name]), tp).values():
-        for part in parts:
-            if part.is_linear and part.cols is not None:
-                cuts = (*part.rows, *part.cols)
-                assert all(cut % 128 == 0 for cut in cuts), part
+def can_be(model: ModelConfig, layout: ParallelLayout) -> bool:
+    """Whether a real model can be split so, by the rule of each dimension."""
+    tp, ranks, size = layout.tp, layout.tp * layout.dp, layout.expert_tp
+    kv_divide = model.num_kv_heads % tp == 0 or tp % model.num_kv_heads == 0
+    if model.num_heads % tp or not kv_divide or ranks % size:
+        return False
+    if not model.num_experts:
+        return size == 1 and -(-model.intermediate_size // 128) >= tp
+    return model.num_experts >= ranks // size and model.moe_intermediate_size // 128 >= size
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_ranks_cover_every_element_of_the_real_models_exactly_as_often_as_they_should(name: str) -> None:
+    model = one_layer(MODELS[name])
+    for layout in layouts_up_to(MAX_RANKS):
+        if can_be(model, layout):
+            layout.check(model)
+            check_cover(model, layout)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_other_layout_of_the_real_models_is_refused_with_ones_that_work(name: str) -> None:
+    model = MODELS[name]
+    refused = [layout for layout in layouts_up_to(MAX_RANKS) if not can_be(model, layout)]
+    for layout in refused:
+        assert not layout.works_for(model), layout
+    for layout in refused[:: len(refused) // 20]:
+        assert all(can_be(model, near) for near in layout.nearest(model))
+        with pytest.raises(LayoutError, match=f"^{layout} cannot split .* the nearest that work: tp="):
+            layout.check(model)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_scales_stay_with_their_tiles(name: str) -> None:
+    model = one_layer(MODELS[name])
+    for layout in layouts_up_to(MAX_RANKS):
+        if can_be(model, layout):
+            parts = [part for parts in slices_by_name(model, layout).values() for part in parts if part.is_linear]
+            cuts = {cut for part in parts if part.cols is not None for cut in (*part.rows, *part.cols)}
+            assert not any(cut % 128 for cut in cuts), layout
+
+
+@pytest.mark.parametrize("redundant", [1, 16, 130])
+def test_every_expert_is_loaded_and_redundant_ones_again(redundant: int) -> None:
+    model = one_layer(QWEN3_235B)
+    found = slices_by_name(model, ParallelLayout(tp=2, dp=4), redundant)
+    for expert in range(128):
+        copies = 1 + redundant // 128 + (expert < redundant % 128)
+        assert len(found[f"model.layers.0.mlp.experts.{expert}.down_proj.weight"]) == copies
 
 
 def test_the_4b_model_splits_its_76_tiles_unevenly_over_8_ranks() -> None:
@@ -113,9 +164,11 @@ def test_the_4b_model_splits_its_76_tiles_unevenly_over_8_ranks() -> None:
     num_experts=st.integers(1, 40),
     vocab_size=st.integers(8, 2000),
     tp=st.integers(1, 16),
+    dp=st.integers(1, 4),
+    expert_tp=st.integers(1, 4),
 )
 def test_any_layout_either_covers_everything_or_is_refused(
-    num_kv_heads: int, group: int, tiles: int, num_experts: int, vocab_size: int, tp: int
+    num_kv_heads: int, group: int, tiles: int, num_experts: int, vocab_size: int, tp: int, dp: int, expert_tp: int
 ) -> None:
     model = replace(
         QWEN3_235B,
@@ -127,14 +180,12 @@ def test_any_layout_either_covers_everything_or_is_refused(
         num_experts=num_experts,
         vocab_size=vocab_size,
     )
-    if tp not in ParallelLayout.valid_tps(model):
-        with pytest.raises(LayoutError, match=f"tp={tp} "):
-            ParallelLayout(tp=tp).check(model)
+    layout = ParallelLayout(tp=tp, dp=dp, expert_tp=expert_tp)
+    if not layout.works_for(model):
+        with pytest.raises(LayoutError, match=f"^{layout} cannot split"):
+            layout.check(model)
         return
-    found = slices_by_name(model, tp)
-    for whole in whole_model(model):
-        owners = expected_owners(whole.name, model, tp)
-        assert set(element_counts(found[whole.name], whole)) == {owners}, whole.name
+    check_cover(model, layout)
 
 
 def test_queries_lie_with_their_kv_head() -> None:
@@ -146,14 +197,52 @@ def test_queries_lie_with_their_kv_head() -> None:
             assert needed == set(range(kv_heads.start, kv_heads.stop))
 
 
-def test_a_layout_that_cannot_load_names_both_numbers_and_what_works() -> None:
+REFUSALS = [
+    (
+        QWEN3_4B,
+        ParallelLayout(tp=3),
+        "tp=3 cannot split this qwen3 model: 32 attention heads are not divisible by 3; "
+        "the nearest that work: tp=1·dp=3, tp=2, tp=4, tp=1·dp=2",
+    ),
+    (
+        QWEN3_4B,
+        ParallelLayout(tp=0),
+        "tp=0 cannot split this qwen3 model: tp must be at least 1; "
+        "the nearest that work: tp=1, tp=2, tp=1·dp=2, tp=1·dp=3",
+    ),
+    (
+        QWEN3_4B,
+        ParallelLayout(tp=2, expert_tp=2),
+        "tp=2·expert_tp=2 cannot split this qwen3 model: it has no experts "
+        "for expert_tp to split; the nearest that work: tp=2, tp=1·dp=2, tp=1, tp=1·dp=3",
+    ),
+    (
+        QWEN3_235B,
+        ParallelLayout(tp=4, dp=2, expert_tp=3),
+        "tp=4·dp=2·expert_tp=3 cannot split this qwen3_moe model: 8 ranks are not divisible by expert_tp 3; "
+        "the nearest that work: tp=4·dp=2·expert_tp=2, tp=4·dp=2·expert_tp=4, tp=4·dp=2, tp=4·dp=2·expert_tp=8",
+    ),
+    (
+        replace(QWEN3_235B, num_experts=2),
+        ParallelLayout(tp=4),
+        "tp=4 cannot split this qwen3_moe model: 2 experts are "
+        "fewer than 4 ranks; the nearest that work: tp=4·expert_tp=2, tp=4·expert_tp=4, tp=2·dp=2·expert_tp=2, "
+        "tp=2·dp=2·expert_tp=4",
+    ),
+    (
+        QWEN3_235B,
+        ParallelLayout(tp=16, expert_tp=16),
+        "tp=16·expert_tp=16 cannot split this qwen3_moe model: an "
+        "expert's 12 tiles of 128 are fewer than expert_tp 16; the nearest that work: tp=16·expert_tp=8, "
+        "tp=16·expert_tp=4, tp=16·expert_tp=2, tp=16",
+    ),
+]
+
+
+@pytest.mark.parametrize(("model", "layout", "message"), REFUSALS, ids=[str(layout) for _, layout, _ in REFUSALS])
+def test_a_layout_that_cannot_load_names_the_numbers_and_what_works(
+    model: ModelConfig, layout: ParallelLayout, message: str
+) -> None:
     with pytest.raises(LayoutError) as caught:
-        ParallelLayout(tp=3).check(QWEN3_4B)
-    assert str(caught.value) == (
-        "tp=3 cannot split this qwen3 model: 32 attention heads are not divisible by 3; use tp of 1, 2, 4, 8, 16, 32"
-    )
-
-
-def test_more_ranks_than_experts_are_refused() -> None:
-    with pytest.raises(LayoutError, match="2 experts are fewer than 4 ranks"):
-        ParallelLayout(tp=4).check(replace(QWEN3_235B, num_experts=2))
+        layout.check(model)
+    assert str(caught.value) == message

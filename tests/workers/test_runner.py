@@ -21,7 +21,7 @@ from tests.workers.ranks import RankProcesses
 from workers.checkpoint import Checkpoint
 from workers.config import ModelConfig, ParallelLayout, RunnerConfig
 from workers.errors import KVMemoryError, LayoutError, PlanError
-from workers.parallel import ParallelState
+from workers.parallel import ParallelState, RankGroup
 from workers.runner import ModelRunner
 from workers.step import ExtendSlot, OpenSlot, Prefill, SamplingParams, StepPlan
 from workers.threads import ThreadChooser
@@ -195,5 +195,6 @@ def test_the_pool_is_no_larger_than_all_slots_can_use(dense_fp8: Path) -> None:
 
 def test_a_layout_that_cannot_split_is_refused_before_loading(dense_fp8: Path) -> None:
     config = RunnerConfig(model_dir=str(dense_fp8), layout=ParallelLayout(tp=3))
-    with pytest.raises(LayoutError, match="4 attention heads are not divisible by 3; use tp of 1, 2"):
-        ModelRunner(config, ParallelState(0, 3, None))
+    problem = "4 attention heads are not divisible by 3; the nearest that work: tp=1·dp=3, tp=2, tp=1·dp=2, tp=2·dp=2"
+    with pytest.raises(LayoutError, match=problem):
+        ModelRunner(config, ParallelState(0, config.layout, RankGroup(0, 3, None), RankGroup(0, 3, None)))

@@ -51,8 +51,8 @@ def opened(slot: int, sampling: SamplingParams) -> OpenSlot:
 
 
 def make_sampler(parallel: ParallelState, params: list[SamplingParams]) -> Sampler:
-    parts = [split_evenly(VOCAB_SIZE, parallel.world_size, rank) for rank in range(parallel.world_size)]
-    sampler = Sampler(len(params), CandidateExchange(parallel, parts), torch.device("cpu"))
+    parts = [split_evenly(VOCAB_SIZE, parallel.tp.size, rank) for rank in range(parallel.tp.size)]
+    sampler = Sampler(len(params), CandidateExchange(parallel.tp, parts), torch.device("cpu"))
     for slot, sampling in enumerate(params):
         sampler.open(opened(slot, sampling))
     return sampler

@@ -1,32 +1,64 @@
-"""Mixture of experts where every rank has all tokens (dp = 1): the gate runs everywhere, each rank computes its own
-experts.
+"""Mixture of experts over all ranks of a copy: gate, dispatch, this rank's experts, combine.
 
-Hop 8. Nothing is dispatched; the sum over ranks, which the decoder does for every feed-forward layer, combines.
+Hop 8. Which way tokens travel is the dispatcher's business; where experts lie is the slot table's, which a rebalance
+replaces between steps. T tokens, R rows computed here, H hidden, K chosen experts per token, e local slots, F ffn.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from workers.config import ModelConfig, ShardSpec
+from workers.experts.dispatch import Dispatcher
+from workers.experts.rows import RoutedRows
+from workers.experts.slots import ReplicaTable, SlotLoads
 from workers.kernels.gate import choose_experts
-from workers.kernels.linear import Weight, linear
+from workers.kernels.linear import Weight, linear, parts_of
 from workers.kernels.moe import apply_experts
+from workers.placement_map import initial_placement
 
 
-class LocalExperts:
-    """Holds the gate and this rank's whole experts of one layer. Its output is this rank's part of a sum over ranks."""
+class ExpertLayer:
+    """Holds the gate and this rank's experts of one layer."""
 
     def __init__(self, config: ModelConfig, spec: ShardSpec, layer: int, weights: dict[str, Weight]) -> None:
         self.gate_EH = weights[f"layers.{layer}.gate"]
         self.gate_up_eXH = weights[f"layers.{layer}.experts.gate_up"]
         self.down_eHF = weights[f"layers.{layer}.experts.down"]
-        self.first_expert = spec.experts(config).start
-        self.num_chosen = config.num_experts_per_token
+        self.num_experts, self.num_chosen = config.num_experts, config.num_experts_per_token
         self.is_normalized = config.norm_topk_prob
+        self.local_slots = spec.expert_slots(config)
+        self.is_alone = spec.layout.ep == 1
+        """Nothing can be rebalanced, so nothing is counted."""
+        self.device = parts_of(self.gate_EH)[0].device
+        self.loads = SlotLoads(self.local_slots, self.device)
+        self.place(initial_placement(config.num_experts, spec.redundant_experts, spec.layout.ep))
 
-    def __call__(self, x_TH: Tensor) -> Tensor:
-        topk_ids_TK, weights_TK = choose_experts(
-            linear(x_TH, self.gate_EH), self.num_chosen, is_normalized=self.is_normalized
-        )
-        return apply_experts(x_TH, topk_ids_TK, weights_TK, self.gate_up_eXH, self.down_eHF, self.first_expert)
+    def place(self, placement: list[int]) -> None:
+        """Route by another placement from now on; the weights have been moved."""
+        self.placement = placement
+        self.table = ReplicaTable(placement, self.num_experts, self.device)
+
+    def __call__(self, x_TH: Tensor, dispatcher: Dispatcher[Any]) -> Tensor:
+        """[T, H]: each token's experts, summed over all ranks. Every rank takes part, with tokens or without."""
+        rows, handle = dispatcher.dispatch(self._route(x_TH))
+        return dispatcher.combine(self._apply(rows), handle)
+
+    def _route(self, x_TH: Tensor) -> RoutedRows:
+        if not len(x_TH):
+            return RoutedRows.none(x_TH, self.num_chosen)
+        logits_TE = linear(x_TH, self.gate_EH)
+        topk_ids_TK, weights_TK = choose_experts(logits_TE, self.num_chosen, is_normalized=self.is_normalized)
+        return RoutedRows(x_TH, self.table.slots(topk_ids_TK), weights_TK)
+
+    def _apply(self, rows: RoutedRows) -> Tensor:
+        """This rank's partial sums, [R, H]."""
+        if not len(rows.x_RH):
+            return torch.zeros_like(rows.x_RH)
+        if not self.is_alone:
+            self.loads.add(rows.slots_RK)
+        first = self.local_slots.start
+        return apply_experts(rows.x_RH, rows.slots_RK, rows.weights_RK, self.gate_up_eXH, self.down_eHF, first)

@@ -33,6 +33,11 @@ def vector(weights: dict[str, Weight], name: str) -> Tensor:
     return weight
 
 
+def parts_of(weight: Weight) -> tuple[Tensor, ...]:
+    """The tensors that a weight is made of; those of an expert parameter are stacked over experts."""
+    return weight.tensors() if isinstance(weight, PanelWeight) else (weight,)
+
+
 def rows_of(weight_OI: Weight, start: int, stop: int) -> Weight:
     """Rows [start, stop) of a weight, sharing its values."""
     return weight_OI.rows(start, stop) if isinstance(weight_OI, PanelWeight) else weight_OI[start:stop]

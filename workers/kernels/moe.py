@@ -18,7 +18,7 @@ from workers.kernels.swiglu import swiglu
 def apply_experts(
     x_TH: Tensor, topk_ids_TK: Tensor, weights_TK: Tensor, gate_up_eXH: Weight, down_eHF: Weight, first_expert: int
 ) -> Tensor:
-    """Sum over each token's local experts of weight * expert(x); zeros where it has none. X is 2F, gate above up.
+    """Sum over each token's local experts of weight * expert(x); in the order of its choices; zeros where it has none.
 
     In torch a lone token walks its experts: sorting would cost as much as computing.
     """
@@ -58,7 +58,7 @@ def _one_token(
     for expert_id, weight in zip(topk_ids_1K[0].tolist(), weights_1K[0].tolist(), strict=True):
         local = expert_id - first_expert
         if 0 <= local < gate_up_eXH.shape[0]:
-            out_1H.add_(linear(swiglu(linear(x_1H, gate_up_eXH[local])), down_eHF[local]), alpha=weight)
+            out_1H.add_(linear(swiglu(linear(x_1H, gate_up_eXH[local])), down_eHF[local]).mul_(weight))
     return out_1H
 
 
@@ -75,7 +75,9 @@ def _grouped(
     gate_up_RX = _each_expert(x_TH.index_select(0, token_R), gate_up_eXH, counts_e)
     y_RH = _each_expert(swiglu(gate_up_RX), down_eHF, counts_e)
     y_RH.mul_(weights_TK.reshape(-1).index_select(0, order_R).unsqueeze(1))
-    return torch.zeros_like(x_TH).index_add_(0, token_R, y_RH)
+    in_k_order_R = order_R.argsort()
+    rows, tokens = y_RH.index_select(0, in_k_order_R), token_R.index_select(0, in_k_order_R)
+    return torch.zeros_like(x_TH).index_add_(0, tokens, rows)
 
 
 def _each_expert(x_RI: Tensor, weight_eOI: Tensor, counts_e: list[int]) -> Tensor:

@@ -9,22 +9,22 @@ from torch import Tensor
 from workers.kernels.cpu.panels import PanelWeight
 from workers.kernels.linear import Weight
 from workers.layout import Span
-from workers.parallel import ParallelState
+from workers.parallel import RankGroup
 
 
 class Embedding:
     """Rows [vocab.start, vocab.stop); a token outside them adds zeros, and the sum over ranks is the embedding."""
 
-    def __init__(self, weight_vH: Weight, vocab: Span, parallel: ParallelState, dtype: torch.dtype) -> None:
-        self.weight_vH, self.vocab, self.parallel, self.dtype = weight_vH, vocab, parallel, dtype
+    def __init__(self, weight_vH: Weight, vocab: Span, tp: RankGroup, dtype: torch.dtype) -> None:
+        self.weight_vH, self.vocab, self.tp, self.dtype = weight_vH, vocab, tp, dtype
 
     def __call__(self, token_ids_T: Tensor) -> Tensor:
-        if self.parallel.world_size == 1:
+        if self.tp.size == 1:
             return self._rows(token_ids_T)
         local_T = token_ids_T - self.vocab.start
         is_local_T = (local_T >= 0) & (local_T < self.vocab.size)
         x_TH = self._rows(local_T.clamp(0, self.vocab.size - 1)) * is_local_T.unsqueeze(1)
-        return self.parallel.all_reduce(x_TH)
+        return self.tp.all_reduce(x_TH)
 
     def _rows(self, rows_T: Tensor) -> Tensor:
         if isinstance(self.weight_vH, PanelWeight):
