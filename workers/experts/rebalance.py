@@ -16,8 +16,8 @@ from workers.errors import PlanError
 from workers.experts.layer import ExpertLayer
 from workers.kernels.linear import parts_of
 from workers.layout import Span
-from workers.parallel import RankGroup
 from workers.placement_map import Move, moves_between, placement_problem
+from workers.rank_group import RankGroup
 from workers.step import PlacementUpdate
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from workers.kernels.cpu.panels import PanelWeight
 from workers.kernels.linear import Weight
 from workers.layout import Span
-from workers.parallel import RankGroup
+from workers.rank_group import RankGroup
 
 
 class Embedding:

@@ -38,7 +38,10 @@ SIGNATURES = {
         *(_pointer, _int, _int, _int, _int, _int),
         *(_pointer, _int, _int, _pointer, _int, _pointer, _pointer),
     ),
+    "mull_host_all_reduce": (_pointer, _pointer, _int),
+    "mull_host_all_gather": (_pointer, _pointer, _int, _pointer),
 }
+"""Argument types. Functions of a group return the rank that was late, the others nothing."""
 
 
 @functools.cache
@@ -56,5 +59,5 @@ def native() -> ctypes.CDLL | None:
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     for name, types in SIGNATURES.items():
         function = getattr(library, name)
-        function.argtypes, function.restype = types, None
+        function.argtypes, function.restype = types, _flag if "host" in name else None
     return library
