@@ -20,7 +20,8 @@ from workers.experts.dispatch import AllToAllDispatcher, Dispatcher, GatherScatt
 from workers.experts.rows import RoutedRows
 from workers.kernels import reference
 from workers.kernels.moe import apply_experts
-from workers.parallel import ParallelState, RankGroup
+from workers.parallel import ParallelState
+from workers.rank_group import RankGroup
 
 HIDDEN, FFN, NUM_EXPERTS, NUM_CHOSEN = 128, 256, 8, 3
 MODEL: ModelConfig = replace(

@@ -22,7 +22,8 @@ from workers import runner as runner_module
 from workers.checkpoint import Checkpoint
 from workers.config import ModelConfig, ParallelLayout, RunnerConfig
 from workers.errors import KVMemoryError, LayoutError, PlanError
-from workers.parallel import ParallelState, RankGroup
+from workers.parallel import ParallelState
+from workers.rank_group import RankGroup
 from workers.runner import ModelRunner
 from workers.step import ExtendSlot, OpenSlot, Prefill, SamplingParams, StepPlan
 from workers.threads import ThreadChooser

@@ -7,7 +7,6 @@ weights: what one layer's moves bring and take, at most two experts' for each of
 from __future__ import annotations
 
 from itertools import chain
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,9 +14,10 @@ from torch import Tensor
 from workers.config import ShardSpec
 from workers.errors import PlanError
 from workers.experts.layer import ExpertLayer
+from workers.kernels.linear import parts_of
 from workers.layout import Span
-from workers.parallel import RankGroup
 from workers.placement_map import Move, moves_between, placement_problem
+from workers.rank_group import RankGroup
 from workers.step import PlacementUpdate
 
 
@@ -39,7 +39,7 @@ class PlacedExperts:
             moves = moves_between(layer.placement, placement, layer.local_slots.size)
             if moves:
                 exchange = WeightMoves(moves, layer.local_slots, self.spec, self.world)
-                for stack in (*stacked_tensors(layer.gate_up_eXH), *stacked_tensors(layer.down_eHF)):
+                for stack in (*parts_of(layer.gate_up_eXH), *parts_of(layer.down_eHF)):
                     exchange.move(stack)
             layer.place(placement)
         self.version = update.version
@@ -54,17 +54,6 @@ class PlacedExperts:
             problem = placement_problem(placement, layer.num_experts, num_slots)
             if problem is not None:
                 raise PlanError(f"placement {update.version}, MoE layer {index}: {problem}")
-
-
-class Stacked(Protocol):
-    """A weight made of several tensors."""
-
-    def tensors(self) -> tuple[Tensor, ...]: ...
-
-
-def stacked_tensors(weight: Tensor | Stacked) -> tuple[Tensor, ...]:
-    """What an expert parameter is made of, each stacked over slots."""
-    return (weight,) if isinstance(weight, Tensor) else weight.tensors()
 
 
 class WeightMoves:
