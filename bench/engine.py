@@ -57,9 +57,13 @@ def transformers_generate(model: Any) -> Generate:
 
 
 def transformers_continuous(model: Any) -> Generate:
-    """transformers' continuous batching, its manager kept between runs so that set-up is not counted."""
+    """transformers' continuous batching, its manager kept between runs so that set-up is not counted.
+
+    A manager is sized for the first requests it gets, so each number of streams has its own.
+    """
     from transformers import ContinuousBatchingConfig, GenerationConfig
 
+    model.destroy_cached_continuous_batching_manager()
     batching = ContinuousBatchingConfig(page_size=256, num_blocks=64, max_batch_tokens=2048)
 
     def generate(prompts: Prompts, tokens_out: int) -> list[list[int]]:
@@ -111,17 +115,18 @@ def main() -> None:
 
     torch.set_num_threads(args.threads)
     model = load_transformers(args.model)
-    engines = {
-        "mull": mull_engine(args.model, args.threads),
-        "transformers generate": transformers_generate(model),
-        "transformers continuous": transformers_continuous(model),
-    }
+    mull = mull_engine(args.model, args.threads)
     draw = random.Random(0)
     vocab_size = min(model.config.vocab_size, 300)
     results: dict[str, Any] = {"machine": machine(), "versions": versions("torch", "transformers"), "streams": {}}
     print(results["machine"], results["versions"], f"threads {args.threads}", sep="\n")
     for streams in map(int, args.streams.split(",")):
         prompts = [[draw.randrange(vocab_size) for _ in range(args.prompt)] for _ in range(streams)]
+        engines = {
+            "mull": mull,
+            "transformers generate": transformers_generate(model),
+            "transformers continuous": transformers_continuous(model),
+        }
         rates = measure(engines, prompts, args.tokens, args.runs)
         results["streams"][streams] = rates
         for name, rate in rates.items():

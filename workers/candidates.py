@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from workers.layout import Span
-from workers.parallel import RankGroup
+from workers.rank_group import RankGroup
 
 ID_MASK = 2**32 - 1
 SIGNLESS = 2**31 - 1

@@ -19,8 +19,10 @@ from torch import Tensor
 
 from workers.config import ModelConfig, ShardSpec
 from workers.errors import CheckpointError
+from workers.kernels.cpu.library import native
+from workers.kernels.cpu.panels import PanelWeight, Tiling
 from workers.kernels.dequant import dequantize_into
-from workers.kernels.linear import empty_weight
+from workers.kernels.linear import Weight, empty_weight
 from workers.layout import Span
 from workers.safetensors_header import SCALE_SUFFIX, StoredTensor, check_checkpoint
 from workers.weights import TensorSlice, param_shapes, rank_slices
@@ -28,12 +30,13 @@ from workers.weights import TensorSlice, param_shapes, rank_slices
 Progress = Callable[[int, int], None]
 """Called with bytes read so far and in all, in the thread that called `read`."""
 
-NUM_READERS = 4
-MIN_PIECE_BYTES = 64 * 2**10
+NUM_READERS = min(4, os.cpu_count() or 1)
+MIN_PIECE_BYTES = 16 * 2**10
 MAX_PIECE_BYTES = 4 * 2**20
 PIECES_PER_TENSOR = 16 * NUM_READERS
 """Pieces in flight take about a sixteenth of the largest tensor: a reader's heap keeps several of them after use."""
-TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F8_E4M3": torch.uint8}
+"""FP8 as its bits."""
 
 
 def no_progress(_read_bytes: int, _total_bytes: int) -> None:
@@ -65,15 +68,20 @@ class Checkpoint:
         *,
         device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
-    ) -> dict[str, Tensor]:
-        """This rank's fused parameters.
+    ) -> dict[str, Weight]:
+        """This rank's fused parameters: on a CPU with kernels for it, matrices keep their stored values, in panels.
 
         Raises LayoutError before any byte is read, CheckpointError where a file fails.
         """
         spec.layout.check(self.config)
         slices = list(rank_slices(self.config, spec))
         shapes = param_shapes(slices)
-        params = {name: _empty(name, shape, dtype, device) for name, shape in shapes.items()}
+        by_param = {name: [part for part in slices if part.param == name] for name in shapes}
+        has_panels = native() is not None and (device is None or device.type == "cpu") and dtype == torch.float32
+        params = {
+            name: self._empty(shape, by_param[name], dtype, device, has_panels=has_panels)
+            for name, shape in shapes.items()
+        }
         total = sum(self._num_bytes(part) for part in slices)
         piece_bytes = max(self._num_bytes(part) for part in slices) // PIECES_PER_TENSOR
         pieces = [piece for part in slices for piece in self._cut(part, piece_bytes)]
@@ -126,33 +134,77 @@ class Checkpoint:
             yield replace(part, rows=Span(start, stop), param_row=row)
             start = stop
 
-    def _load(self, piece: TensorSlice, params: dict[str, Tensor], files: dict[Path, OpenShard]) -> int:
+    def _load(self, piece: TensorSlice, params: dict[str, Weight], files: dict[Path, OpenShard]) -> int:
         """Read one piece into its parameter; returns the bytes read."""
-        param = params[piece.param]
-        target = param if piece.expert is None else param[piece.expert]
-        out = target[piece.param_row : piece.param_row + piece.rows.size]
-        stored = self.tensors[piece.name]
+        param, stored = params[piece.param], self.tensors[piece.name]
         raw = files[stored.file].read(piece.name, stored, piece.rows, piece.cols)
+        values = raw.view(TORCH_DTYPES[stored.dtype]).view(piece.rows.size, -1)
         if not self._is_fp8(piece):
-            out.copy_(raw.view(TORCH_DTYPES[stored.dtype]).view(out.shape))
+            _store(param, piece, values)
             return raw.numel()
         rows, cols = self._tiles(piece)
         scale = self.tensors[piece.name + SCALE_SUFFIX]
         raw_scale = files[scale.file].read(piece.name + SCALE_SUFFIX, scale, rows, cols)
         scale_rc = raw_scale.view(TORCH_DTYPES[scale.dtype]).view(rows.size, cols.size)
-        assert piece.cols is not None, "FP8 tensors are matrices"
-        block = self._block()
-        origin = (piece.rows.start - rows.start * block[0], piece.cols.start - cols.start * block[1])
-        bits = raw.view(out.shape).to(out.device)
-        dequantize_into(out, bits, scale_rc.to(out.device), block=block, origin=origin)
+        self._store_fp8(param, piece, values, scale_rc)
         return raw.numel() + raw_scale.numel()
 
+    def _store_fp8(self, param: Weight, piece: TensorSlice, codes: Tensor, scale_rc: Tensor) -> None:
+        assert piece.cols is not None, "FP8 tensors are matrices"
+        block = self._block()
+        origin = (piece.rows.start % block[0], piece.cols.start % block[1])
+        if isinstance(param, PanelWeight) and param.scale_etX is not None:
+            tile_of_row = (torch.arange(piece.rows.size) + origin[0]) // block[0]
+            param.store_rows(piece.expert or 0, piece.param_row, codes)
+            param.store_scales(piece.expert or 0, piece.param_row, scale_rc[tile_of_row])
+            return
+        is_panel = isinstance(param, PanelWeight)
+        out = torch.empty(codes.shape) if is_panel else _rows_of(param, piece)
+        dequantize_into(out, codes.to(out.device), scale_rc.to(out.device), block=block, origin=origin)
+        if is_panel:
+            _store(param, piece, out)
 
-def _empty(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None) -> Tensor:
-    """Vectors have no layout; of the embedding, rows are looked up."""
-    if len(shape) == 1 or name == "embed":
-        return torch.empty(shape, dtype=dtype, device=device)
-    return empty_weight(shape, dtype, device)
+    def _empty(
+        self,
+        shape: tuple[int, ...],
+        parts: list[TensorSlice],
+        dtype: torch.dtype,
+        device: torch.device | None,
+        *,
+        has_panels: bool,
+    ) -> Weight:
+        """Room for one parameter. Vectors have no layout; of an embedding that is no head, rows are looked up."""
+        stored = {self.tensors[part.name].dtype for part in parts}
+        is_table = parts[0].param == "embed" and not self.config.tie_word_embeddings
+        if len(shape) == 1 or is_table:
+            return torch.empty(shape, dtype=torch.bfloat16 if is_table and stored == {"BF16"} else dtype, device=device)
+        if not has_panels:
+            return empty_weight(shape, dtype, device)
+        tiling, panel_dtype = None, torch.bfloat16 if stored == {"BF16"} else torch.float32
+        if stored == {"F8_E4M3"}:
+            first_col, block_cols = _first_col(parts[0]), self._block()[1]
+            tiling, panel_dtype = Tiling(first=block_cols - first_col % block_cols, size=block_cols), torch.uint8
+        return PanelWeight.empty(shape, panel_dtype, tiling, is_paired=parts[0].param.endswith("gate_up"))
+
+
+def _first_col(part: TensorSlice) -> int:
+    assert part.cols is not None, "FP8 tensors are matrices"
+    return part.cols.start
+
+
+def _store(param: Weight, piece: TensorSlice, values_RC: Tensor) -> None:
+    """Put a piece's rows into place, in the parameter's own dtype."""
+    if isinstance(param, PanelWeight):
+        param.store_rows(piece.expert or 0, piece.param_row, values_RC.to(param.panels_ePI64.dtype))
+    else:
+        out = _rows_of(param, piece)
+        out.copy_(values_RC.view(out.shape))
+
+
+def _rows_of(param: Weight, piece: TensorSlice) -> Tensor:
+    assert isinstance(param, Tensor), "panels have no rows to write to"
+    target = param if piece.expert is None else param[piece.expert]
+    return target[piece.param_row : piece.param_row + piece.rows.size]
 
 
 class OpenShard:

@@ -21,3 +21,7 @@ class PlanError(MullError):
 
 class KVMemoryError(MullError):
     """The KV pool is too small for a single sequence; the message names both sizes."""
+
+
+class PeerLate(MullError):
+    """A rank of the same group was not heard of in time; the message names its place and the time."""

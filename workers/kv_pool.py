@@ -1,12 +1,11 @@
 """The bytes of the paged KV cache of one rank. Which sequence owns which block is the Router's business.
 
-G local kv heads, D head_dim, T tokens, X the 2G heads of K, then of V.
+X the 2G local heads of K, then of V, D head_dim. Layers write to it as they compute.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from workers.config import ModelConfig, ShardSpec
 from workers.errors import KVMemoryError
@@ -16,7 +15,7 @@ class KVPool:
     """Every layer's K and V in one tensor [X, num_blocks, block_size, D].
 
     Heads come first: gathered blocks of a sequence are then contiguous keys, as attention wants them. Finite from the
-    start: padding is read and masked.
+    start: where blocks are gathered, padding is read and masked.
     """
 
     def __init__(
@@ -30,10 +29,6 @@ class KVPool:
     ) -> None:
         shape = (2 * spec.kv_heads(config).size, num_blocks, block_size, config.head_dim)
         self.layers = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
-
-    def write(self, layer: int, cells_T: Tensor, kv_TXD: Tensor) -> None:
-        """Store new tokens; `cells_T` are block_id * block_size + offset."""
-        self.layers[layer].flatten(1, 2).index_copy_(1, cells_T, kv_TXD.transpose(0, 1))
 
 
 def block_bytes(config: ModelConfig, spec: ShardSpec, block_size: int, dtype: torch.dtype) -> int:

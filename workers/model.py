@@ -15,8 +15,8 @@ from workers.config import ModelConfig, ShardSpec
 from workers.experts.choice import DispatcherChoice
 from workers.experts.dispatch import Dispatcher
 from workers.experts.layer import ExpertLayer
-from workers.kernels.linear import linear
-from workers.kernels.norm import rms_norm
+from workers.kernels.linear import Weight, linear, vector
+from workers.kernels.norm import add_rms_norm, rms_norm
 from workers.kv_pool import KVPool
 from workers.layers.attention import Attention
 from workers.layers.embedding import Embedding
@@ -28,10 +28,11 @@ class DecoderLayer:
     """Attention, then a feed-forward layer, each added to the residual after a sum over ranks."""
 
     def __init__(
-        self, config: ModelConfig, spec: ShardSpec, layer: int, weights: dict[str, Tensor], parallel: ParallelState
+        self, config: ModelConfig, spec: ShardSpec, layer: int, weights: dict[str, Weight], parallel: ParallelState
     ) -> None:
         self.tp, self.eps = parallel.tp, config.rms_norm_eps
-        self.input_norm, self.post_norm = weights[f"layers.{layer}.input_norm"], weights[f"layers.{layer}.post_norm"]
+        self.input_norm = vector(weights, f"layers.{layer}.input_norm")
+        self.post_norm = vector(weights, f"layers.{layer}.post_norm")
         self.attention = Attention(config, spec, layer, weights)
         is_moe = config.is_moe_layer(layer)
         self.feed_forward = ExpertLayer(config, spec, layer, weights) if is_moe else DenseMLP(layer, weights)
@@ -43,16 +44,16 @@ class DecoderLayer:
 
     def last(self, x_TH: Tensor, batch: ForwardBatch, kv: KVPool, dispatcher: Dispatcher[Any]) -> Tensor:
         """As the last layer: the sampled rows alone, x_BH. Later steps need only the KV of the others."""
+        if not len(batch.sample_slots):
+            self.attention.store(rms_norm(x_TH, self.input_norm, self.eps), batch, kv)
+            self.assist(x_TH[:0], dispatcher)
+            return x_TH[:0]
         if batch.ends is None:
             return self(x_TH, batch, kv, dispatcher)
         normed_TH, rows_B = rms_norm(x_TH, self.input_norm, self.eps), batch.ends.rows_B
         self.attention.store(normed_TH, batch, kv)
-        x_BH = x_TH.index_select(0, rows_B)
-        if not len(rows_B):
-            self.assist(x_BH, dispatcher)
-            return x_BH
         attended_BH = self.attention.attend_ends(normed_TH.index_select(0, rows_B), batch.ends, kv)
-        return self._feed_forward(x_BH, attended_BH, dispatcher)
+        return self._feed_forward(x_TH.index_select(0, rows_B), attended_BH, dispatcher)
 
     def assist(self, x_0H: Tensor, dispatcher: Dispatcher[Any]) -> None:
         """Compute this rank's experts for the tokens of other groups: this one has none."""
@@ -60,8 +61,7 @@ class DecoderLayer:
             self.feed_forward(x_0H, dispatcher)
 
     def _feed_forward(self, x_TH: Tensor, attended_TH: Tensor, dispatcher: Dispatcher[Any]) -> Tensor:
-        x_TH += self.tp.all_reduce(attended_TH)
-        normed_TH = rms_norm(x_TH, self.post_norm, self.eps)
+        normed_TH = add_rms_norm(x_TH, self.tp.all_reduce(attended_TH), self.post_norm, self.eps)
         if isinstance(self.feed_forward, ExpertLayer):
             x_TH += self.feed_forward(normed_TH, dispatcher)
         else:
@@ -76,14 +76,14 @@ class Decoder:
         self,
         config: ModelConfig,
         spec: ShardSpec,
-        weights: dict[str, Tensor],
+        weights: dict[str, Weight],
         parallel: ParallelState,
         choice: DispatcherChoice,
     ) -> None:
         self.eps, self.choice = config.rms_norm_eps, choice
-        self.embedding = Embedding(weights["embed"], spec.vocab(config), parallel.tp)
+        self.norm = vector(weights, "norm")
+        self.embedding = Embedding(weights["embed"], spec.vocab(config), parallel.tp, self.norm.dtype)
         self.layers = [DecoderLayer(config, spec, i, weights, parallel) for i in range(config.num_layers)]
-        self.norm = weights["norm"]
         self.head_vH = weights["embed"] if config.tie_word_embeddings else weights["lm_head"]
 
     @property

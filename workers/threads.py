@@ -8,9 +8,9 @@ and 87 ms on two of two cores that were also training a model.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from workers.config import ModelConfig
+from workers.kernels.linear import Weight
 
 SERIAL_FLOPS = 1e8
 """Up to about 2 ms on one core: on a quiet machine two threads then gain 2 to 6 % at 8 and 32 streams."""
@@ -19,7 +19,7 @@ SERIAL_FLOPS = 1e8
 class ThreadChooser:
     """Sets torch's thread count before each step: one for small steps, all of the rank's for large ones."""
 
-    def __init__(self, model: ModelConfig, weights: dict[str, Tensor], num_threads: int) -> None:
+    def __init__(self, model: ModelConfig, weights: dict[str, Weight], num_threads: int) -> None:
         self.num_threads = num_threads
         self.flops_per_token = 2 * sum(_active_elements(model, name, weight) for name, weight in weights.items())
 
@@ -34,7 +34,7 @@ class ThreadChooser:
             torch.set_num_threads(threads)
 
 
-def _active_elements(model: ModelConfig, name: str, weight: Tensor) -> float:
+def _active_elements(model: ModelConfig, name: str, weight: Weight) -> float:
     """Elements that one token is multiplied with."""
     if name == "embed" and not model.tie_word_embeddings:
         return 0

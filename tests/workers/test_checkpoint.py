@@ -14,6 +14,7 @@ from tests.checkpoints import DENSE, MOE, dequantize, read_tensors, write_checkp
 from workers.checkpoint import Checkpoint
 from workers.config import ParallelLayout, ShardSpec
 from workers.errors import LayoutError
+from workers.kernels.cpu.panels import dense
 
 LARGE = DENSE | {"hidden_size": 1024, "intermediate_size": 3072, "vocab_size": 8192, "num_hidden_layers": 3}
 LAYOUTS = [(1, 0), (2, 0), (2, 1)]
@@ -62,15 +63,17 @@ def test_the_fused_parameters_are_the_dequantised_tensors(
     heads, kv = slice(rank * 512 // tp, (rank + 1) * 512 // tp), slice(rank * 256 // tp, (rank + 1) * 256 // tp)
     attention = "model.layers.1.self_attn"
     qkv = [plain[f"{attention}.q_proj.weight"][heads], *(plain[f"{attention}.{x}_proj.weight"][kv] for x in "kv")]
-    torch.testing.assert_close(params["layers.1.qkv"], torch.cat(qkv), rtol=0, atol=0)
-    torch.testing.assert_close(params["layers.1.o"], plain[f"{attention}.o_proj.weight"][:, heads], rtol=0, atol=0)
+    torch.testing.assert_close(dense(params["layers.1.qkv"]), torch.cat(qkv), rtol=0, atol=0)
+    torch.testing.assert_close(
+        dense(params["layers.1.o"]), plain[f"{attention}.o_proj.weight"][:, heads], rtol=0, atol=0
+    )
     ffn = slice((3 * rank // tp) * 128, (3 * (rank + 1) // tp) * 128)
     gate_up = torch.cat([plain[f"model.layers.1.mlp.{name}_proj.weight"][ffn] for name in ("gate", "up")])
-    torch.testing.assert_close(params["layers.1.gate_up"], gate_up, rtol=0, atol=0)
+    torch.testing.assert_close(dense(params["layers.1.gate_up"]), gate_up, rtol=0, atol=0)
     down = plain["model.layers.1.mlp.down_proj.weight"][:, ffn]
-    torch.testing.assert_close(params["layers.1.down"], down, rtol=0, atol=0)
+    torch.testing.assert_close(dense(params["layers.1.down"]), down, rtol=0, atol=0)
     vocab = slice(301 * rank // tp, 301 * (rank + 1) // tp)
-    torch.testing.assert_close(params["embed"], plain["model.embed_tokens.weight"][vocab], rtol=0, atol=0)
+    torch.testing.assert_close(dense(params["embed"]), plain["model.embed_tokens.weight"][vocab], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("tp", "rank"), LAYOUTS)
@@ -82,7 +85,7 @@ def test_a_rank_holds_its_whole_experts(moe_fp8: Path, tp: int, rank: int) -> No
     for expert in range(first, last):
         name = f"model.layers.0.mlp.experts.{expert}.up_proj.weight"
         want = dequantize(stored[name], stored[f"{name}_scale_inv"])
-        assert torch.equal(params["layers.0.experts.gate_up"][expert - first, 128:], want)
+        assert torch.equal(dense(params["layers.0.experts.gate_up"])[expert - first, 128:], want)
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["fp8", "bf16"])
@@ -151,4 +154,4 @@ def test_other_float_checkpoints_load(tmp_path: Path, dtype: torch.dtype) -> Non
         file.unlink()
     save_file(tensors, directory / "model.safetensors")
     params = Checkpoint.open(directory).read(spec_of(1, 0))
-    assert torch.equal(params["embed"], tensors["model.embed_tokens.weight"].float())
+    assert torch.equal(dense(params["embed"]), tensors["model.embed_tokens.weight"].float())

@@ -20,7 +20,8 @@ from workers.experts.dispatch import AllToAllDispatcher, Dispatcher, GatherScatt
 from workers.experts.rows import RoutedRows
 from workers.kernels import reference
 from workers.kernels.moe import apply_experts
-from workers.parallel import ParallelState, RankGroup
+from workers.parallel import ParallelState
+from workers.rank_group import RankGroup
 
 HIDDEN, FFN, NUM_EXPERTS, NUM_CHOSEN = 128, 256, 8, 3
 MODEL: ModelConfig = replace(
@@ -185,6 +186,6 @@ def test_the_choice_is_local_without_groups_gathers_small_steps_and_sends_large_
         return type(getattr(dispatcher, "inner", dispatcher)).__name__
 
     assert chosen(ParallelLayout(tp=4), [8192]) == LocalDispatcher.__name__
-    assert chosen(ParallelLayout(dp=4), [64, 0, 1, 128]) == GatherScatterDispatcher.__name__
-    assert chosen(ParallelLayout(dp=4), [1, 0, 1, 129]) == AllToAllDispatcher.__name__
-    assert chosen(ParallelLayout(tp=2, dp=2), [1, 256]) == GatherScatterDispatcher.__name__
+    assert chosen(ParallelLayout(dp=4), [9, 0, 1, 64]) == GatherScatterDispatcher.__name__
+    assert chosen(ParallelLayout(dp=4), [1, 0, 1, 65]) == AllToAllDispatcher.__name__
+    assert chosen(ParallelLayout(tp=2, dp=2), [1, 128]) == GatherScatterDispatcher.__name__

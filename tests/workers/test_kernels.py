@@ -3,26 +3,52 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from workers.kernels import reference
-from workers.kernels.decode_attention import decode_attention
+from workers.kernels.cpu.library import BUILDS, CHOICE_VARIABLE, native
+from workers.kernels.cpu.panels import PanelWeight, Tiling, dense
+from workers.kernels.decode_attention import PagedKeys, decode_attention
 from workers.kernels.dequant import dequantize_into
-from workers.kernels.gate import choose_experts, choose_experts_normalized
-from workers.kernels.linear import empty_weight, linear
+from workers.kernels.gate import choose_experts
+from workers.kernels.linear import empty_weight, linear, rows_of, swiglu_linear
 from workers.kernels.moe import apply_experts
-from workers.kernels.norm import rms_norm
+from workers.kernels.norm import add_rms_norm, rms_norm
 from workers.kernels.paged import read_blocks
 from workers.kernels.prefill_attention import chunk_attention, prompt_attention
-from workers.kernels.rope import rotate_into
+from workers.kernels.qk_norm_rope import qk_norm_rope_store
 from workers.kernels.swiglu import swiglu
 
 SEEDS = st.integers(0, 2**31)
+RUNNABLE = BUILDS.get(torch.backends.cpu.get_cpu_capability(), ())
+
+
+def chosen(build: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    if build != "torch" and build not in RUNNABLE:
+        pytest.skip(f"this CPU runs {RUNNABLE or 'neither AVX2 nor AVX-512'}, not {build}")
+    monkeypatch.setenv(CHOICE_VARIABLE, build)
+    native.cache_clear()
+    assert (native() is None) == (build == "torch"), f"{build} kernels were not compiled; install mull with a compiler"
+    yield build
+    native.cache_clear()
+
+
+@pytest.fixture(params=["avx512", "avx2", "torch"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Every implementation that this machine can run."""
+    yield from chosen(request.param, monkeypatch)
+
+
+@pytest.fixture(params=["avx512", "avx2"])
+def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The compiled ones, for what only they read."""
+    yield from chosen(request.param, monkeypatch)
 
 
 def close(got: Tensor, want: Tensor) -> None:
@@ -72,23 +98,141 @@ def test_linear_equals_its_reference(shape: tuple[int, int, int]) -> None:
     close(linear(x, empty_weight((size_out, size_in), x.dtype, x.device).copy_(weight)), reference.linear(x, weight))
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (5, 3, 7), (2, 256)])
-def test_rms_norm_equals_its_reference(shape: tuple[int, ...]) -> None:
+def stored(seed: int, kind: str, *shape: int) -> Tensor:
+    """Random values as a checkpoint stores them; of e4m3 every code but NaN."""
+    if kind == "e4m3":
+        codes = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+        return torch.where(codes & 0x7F == 0x7F, torch.tensor(0x7E, dtype=torch.uint8), codes)
+    return normal(seed, *shape).to({"bf16": torch.bfloat16, "fp32": torch.float32}[kind])
+
+
+def panel_weight(seed: int, kind: str, shape: tuple[int, ...], tiling: Tiling, *, is_paired: bool) -> PanelWeight:
+    """A weight [O, I] or [e, O, I] in panels, with a scale of its own for every row and tile."""
+    values = stored(seed, kind, *shape)
+    weight = PanelWeight.empty(shape, values.dtype, tiling if kind == "e4m3" else None, is_paired=is_paired)
+    num_experts, (num_rows, num_inputs) = (1 if len(shape) == 2 else shape[0]), shape[-2:]
+    for expert, values_OI in enumerate(values.view(num_experts, num_rows, num_inputs)):
+        middle = num_rows // 2  # in two pieces, as a reader stores them
+        for start, stop in ((0, middle), (middle, num_rows)):
+            weight.store_rows(expert, start, values_OI[start:stop])
+            if kind == "e4m3":
+                scale_Rt = normal(seed + 1, stop - start, tiling.count(num_inputs)).abs().mul_(0.01)
+                weight.store_scales(expert, start, scale_Rt.to(torch.bfloat16))
+    return weight
+
+
+def accurate(got: Tensor, want_fp64: Tensor) -> None:
+    """To fp32 rounding, measured by the largest result: e4m3 spans six orders of magnitude."""
+    assert (got - want_fp64).abs().max() <= 3e-6 * want_fp64.abs().max()
+
+
+KINDS = pytest.mark.parametrize("kind", ["e4m3", "bf16", "fp32"])
+
+
+@pytest.mark.usefixtures("compiled")
+@KINDS
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    num_rows=st.sampled_from([1, 2, 6, 7, 13, 97, 200]),
+    size_in=st.sampled_from([1, 70, 128, 130, 400]),
+    size_out=st.sampled_from([1, 63, 64, 65, 200]),
+    tiling=st.builds(Tiling, first=st.sampled_from([1, 100, 128]), size=st.sampled_from([128, 160])),
+    seed=SEEDS,
+)
+def test_panels_multiply_like_the_weight_they_stand_for(
+    kind: str, num_rows: int, size_in: int, size_out: int, tiling: Tiling, seed: int
+) -> None:
+    weight = panel_weight(seed, kind, (size_out, size_in), tiling, is_paired=False)
+    x = normal(seed, num_rows, size_in)
+    accurate(linear(x, weight), x.double() @ dense(weight).double().T)
+
+
+@pytest.mark.usefixtures("compiled")
+@KINDS
+@pytest.mark.parametrize(("start", "stop"), [(0, 64), (64, 130), (10, 33), (70, 200)])
+def test_rows_of_panels_are_rows_of_the_weight(kind: str, start: int, stop: int) -> None:
+    weight = panel_weight(0, kind, (200, 150), Tiling(first=22, size=128), is_paired=False)
+    x = normal(1, 5, 150)
+    assert torch.equal(dense(rows_of(weight, start, stop)), dense(weight)[start:stop])
+    assert torch.equal(linear(x, rows_of(weight, start, stop)), linear(x, weight)[:, start:stop])
+
+
+@pytest.mark.usefixtures("compiled")
+@KINDS
+@pytest.mark.parametrize("num_rows", [1, 9, 100])
+@pytest.mark.parametrize("half", [1, 31, 96, 130])
+def test_paired_panels_apply_the_activation(kind: str, num_rows: int, half: int) -> None:
+    weight = panel_weight(half, kind, (2 * half, 140), Tiling(first=128, size=128), is_paired=True)
+    x = normal(1, num_rows, 140) * 0.02
+    gate, up = (x.double() @ dense(weight).double().T).chunk(2, dim=1)
+    got = swiglu_linear(x, weight)
+    torch.testing.assert_close(got.double(), gate / (1 + torch.exp(-gate)) * up, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("compiled")
+@KINDS
+def test_a_row_has_the_same_bits_whatever_stands_beside_it(kind: str) -> None:
+    weight = panel_weight(0, kind, (130, 300), Tiling(first=100, size=128), is_paired=False)
+    x = normal(1, 150, 300)
+    together = linear(x, weight)
+    for rows in (slice(0, 1), slice(3, 9), slice(40, 53), slice(10, 140)):
+        assert torch.equal(linear(x[rows], weight), together[rows])
+
+
+@pytest.mark.usefixtures("compiled")
+def test_every_e4m3_code_is_read_as_torch_reads_it() -> None:
+    codes = torch.arange(256, dtype=torch.uint8).view(256, 1)
+    weight = PanelWeight.empty((256, 1), torch.uint8, Tiling(first=128, size=128), is_paired=False)
+    weight.store_rows(0, 0, codes)
+    weight.store_scales(0, 0, torch.ones(256, 1))
+    want = codes.view(torch.float8_e4m3fn).float()
+    for num_rows in (1, 20):
+        got = linear(torch.ones(num_rows, 1), weight)
+        torch.testing.assert_close(got, want.T.expand(num_rows, -1), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(dense(weight), want, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("shape", [(1, 1), (5, 7), (40, 256)])
+def test_rms_norm_equals_its_reference(shape: tuple[int, int]) -> None:
     x, weight = normal(0, *shape), normal(1, shape[-1])
     close(rms_norm(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6))
     close(rms_norm(torch.zeros(shape), weight, 1e-6), torch.zeros(shape))
 
 
-@pytest.mark.parametrize(("num_tokens", "num_heads", "head_dim"), [(1, 1, 2), (5, 3, 6), (7, 6, 128)])
-def test_rotation_equals_its_reference(num_tokens: int, num_heads: int, head_dim: int) -> None:
-    angles = normal(1, num_tokens, 1, head_dim // 2).repeat(1, 1, 2)
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("shape", [(1, 1), (5, 7), (40, 256)])
+def test_the_sum_and_its_norm_equal_their_reference(shape: tuple[int, int]) -> None:
+    x, delta, weight = normal(0, *shape), normal(1, *shape), normal(2, shape[-1])
+    total = x + delta
+    close(add_rms_norm(x, delta, weight, 1e-6), reference.rms_norm(total, weight, 1e-6))
+    assert torch.equal(x, total)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize(
+    ("num_tokens", "num_q_heads", "num_kv_heads", "head_dim"),
+    [(1, 1, 1, 2), (5, 4, 2, 6), (33, 4, 1, 128), (3, 2, 0, 64)],
+)
+def test_norm_rotation_and_kv_write_equal_their_reference(
+    num_tokens: int, num_q_heads: int, num_kv_heads: int, head_dim: int
+) -> None:
+    angles = normal(1, num_tokens, head_dim // 2).repeat(1, 2)
     signed_sin = angles.sin()
     signed_sin[..., : head_dim // 2] *= -1
-    x = normal(0, num_tokens, num_heads, head_dim)
-    got, want = torch.empty_like(x), torch.empty_like(x)
-    rotate_into(got, x, angles.cos(), signed_sin)
-    reference.rotate_into(want, x, angles.cos(), signed_sin)
-    close(got, want)
+    rotations = torch.stack([angles.cos(), signed_sin], dim=1)
+    heads = normal(0, num_tokens, num_q_heads + 2 * num_kv_heads, head_dim)
+    norms = normal(2, num_q_heads + num_kv_heads, head_dim)
+    pool = normal(3, 2 * num_kv_heads, 20, 4, head_dim) if num_kv_heads else None
+    cells = torch.randperm(80)[:num_tokens] if num_kv_heads else None
+    want, want_pool = heads.clone(), None if pool is None else pool.clone()
+
+    qk_norm_rope_store(heads, norms, 1e-6, rotations, pool, cells)
+
+    reference.qk_norm_rope_store(want, norms, 1e-6, rotations, want_pool, cells)
+    close(heads, want)
+    if pool is not None and want_pool is not None:
+        close(pool, want_pool)
 
 
 @pytest.mark.parametrize("shape", [(1, 2), (5, 14), (3, 256)])
@@ -97,26 +241,47 @@ def test_swiglu_equals_its_reference(shape: tuple[int, int]) -> None:
     close(swiglu(x), reference.swiglu(x))
 
 
-@pytest.mark.parametrize("name", ["choose_experts", "choose_experts_normalized"])
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("is_normalized", [True, False], ids=["of the chosen", "of all"])
 @pytest.mark.parametrize(("num_tokens", "num_experts", "top_k"), [(1, 1, 1), (7, 5, 2), (33, 128, 8)])
-def test_expert_choice_equals_its_reference(name: str, num_tokens: int, num_experts: int, top_k: int) -> None:
-    kernel = {"choose_experts": choose_experts, "choose_experts_normalized": choose_experts_normalized}[name]
+def test_expert_choice_equals_its_reference(is_normalized: bool, num_tokens: int, num_experts: int, top_k: int) -> None:
     logits = normal(0, num_tokens, num_experts)
-    ids, weights = kernel(logits, top_k)
-    want_ids, want_weights = getattr(reference, name)(logits, top_k)
+    ids, weights = choose_experts(logits, top_k, is_normalized=is_normalized)
+    want_ids, want_weights = reference.choose_experts(logits, top_k, is_normalized=is_normalized)
     assert torch.equal(ids, want_ids)
     close(weights, want_weights)
+
+
+@pytest.mark.usefixtures("compiled")
+def test_of_equal_experts_the_first_are_chosen() -> None:
+    ids, _ = choose_experts(torch.tensor([[1.0, 2.0, 2.0, 1.0, 2.0]]), 4, is_normalized=True)
+    assert ids.tolist() == [[1, 2, 4, 0]]
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 19])
 @pytest.mark.parametrize(("first", "num_local"), [(0, 5), (0, 2), (2, 3), (4, 1)])
 def test_experts_equal_their_reference_on_any_part_of_them(num_tokens: int, first: int, num_local: int) -> None:
     hidden, ffn, top_k = 24, 10, 2
-    ids, weights = choose_experts(normal(0, num_tokens, 5), top_k)
+    ids, weights = choose_experts(normal(0, num_tokens, 5), top_k, is_normalized=False)
     x, gate_up = normal(1, num_tokens, hidden), normal(2, num_local, 2 * ffn, hidden)
     down = normal(3, num_local, hidden, ffn)
     got = apply_experts(x, ids, weights, gate_up, down, first)
     close(got, reference.apply_experts(x, ids, weights, gate_up, down, first))
+
+
+@pytest.mark.usefixtures("compiled")
+@KINDS
+@pytest.mark.parametrize("num_tokens", [1, 2, 19, 300])
+@pytest.mark.parametrize(("first", "num_local"), [(0, 5), (2, 3), (4, 1)])
+def test_experts_in_panels_equal_their_reference(kind: str, num_tokens: int, first: int, num_local: int) -> None:
+    hidden, ffn, top_k, tiling = 150, 70, 2, Tiling(first=128, size=128)
+    ids, weights = choose_experts(normal(0, num_tokens, 5), top_k, is_normalized=False)
+    x = normal(1, num_tokens, hidden) * 0.01
+    gate_up = panel_weight(2, kind, (num_local, 2 * ffn, hidden), tiling, is_paired=True)
+    down = panel_weight(3, kind, (num_local, hidden, ffn), tiling, is_paired=False)
+    got = apply_experts(x, ids, weights, gate_up, down, first)
+    want = reference.apply_experts(x, ids, weights, dense(gate_up), dense(down), first)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * float(want.abs().max()))
 
 
 def test_tokens_without_local_experts_add_nothing() -> None:
@@ -131,28 +296,25 @@ def test_blocks_read_equal_their_reference(blocks: Tensor | slice) -> None:
     assert torch.equal(read_blocks(pool, blocks), reference.read_blocks(pool, blocks))
 
 
-@settings(max_examples=25, deadline=None)
+@pytest.mark.usefixtures("kernels")
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=5),
     num_kv_heads=st.integers(1, 3),
-    group=st.integers(1, 4),
+    group=st.integers(1, 7),
     block_size=st.sampled_from([1, 4, 16]),
+    head_dim=st.sampled_from([2, 8, 24, 72, 128]),
     seed=SEEDS,
 )
 def test_decode_attention_equals_its_reference(
-    lengths: list[int], num_kv_heads: int, group: int, block_size: int, seed: int
+    lengths: list[int], num_kv_heads: int, group: int, block_size: int, head_dim: int, seed: int
 ) -> None:
-    num_keys = max(lengths)
-    num_blocks = -(-num_keys // block_size)
-    pool = normal(seed, 2 * num_kv_heads, 50, block_size, 8)
-    q = normal(seed + 1, len(lengths), num_kv_heads * group, 8)
-    blocks = torch.randint(0, 50, (len(lengths) * num_blocks,), generator=torch.Generator().manual_seed(seed))
-    mask = torch.zeros(len(lengths), 1, num_keys)
-    for row, length in enumerate(lengths):
-        mask[row, :, length:] = -math.inf
-    for some_mask in (mask, None):
-        got = decode_attention(q, pool, blocks, num_keys, some_mask)
-        close(got, reference.decode_attention(q, pool, blocks, num_keys, some_mask))
+    pool = normal(seed, 2 * num_kv_heads, 50, block_size, head_dim)
+    q = normal(seed + 1, len(lengths), num_kv_heads * group, head_dim)
+    shape, generator = (len(lengths), -(-max(lengths) // block_size)), torch.Generator().manual_seed(seed)
+    tables = torch.randint(0, 50, shape, generator=generator)
+    keys = PagedKeys(tables, torch.tensor(lengths), max(lengths))
+    close(decode_attention(q, pool, keys), reference.decode_attention(q, pool, keys))
 
 
 @settings(max_examples=25, deadline=None)

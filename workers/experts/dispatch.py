@@ -18,7 +18,7 @@ from torch import Tensor
 
 from workers.experts.rows import RoutedRows, RowPacker
 from workers.layout import split_evenly
-from workers.parallel import RankGroup, sum_in_order
+from workers.rank_group import RankGroup, sum_in_order
 
 Handle = TypeVar("Handle")
 

@@ -15,8 +15,8 @@ from workers.config import ModelConfig, ShardSpec
 from workers.experts.dispatch import Dispatcher
 from workers.experts.rows import RoutedRows
 from workers.experts.slots import ReplicaTable, SlotLoads
-from workers.kernels.gate import choose_experts, choose_experts_normalized
-from workers.kernels.linear import linear
+from workers.kernels.gate import choose_experts
+from workers.kernels.linear import Weight, linear, parts_of
 from workers.kernels.moe import apply_experts
 from workers.placement_map import initial_placement
 
@@ -24,22 +24,23 @@ from workers.placement_map import initial_placement
 class ExpertLayer:
     """Holds the gate and this rank's experts of one layer."""
 
-    def __init__(self, config: ModelConfig, spec: ShardSpec, layer: int, weights: dict[str, Tensor]) -> None:
+    def __init__(self, config: ModelConfig, spec: ShardSpec, layer: int, weights: dict[str, Weight]) -> None:
         self.gate_EH = weights[f"layers.{layer}.gate"]
         self.gate_up_eXH = weights[f"layers.{layer}.experts.gate_up"]
         self.down_eHF = weights[f"layers.{layer}.experts.down"]
         self.num_experts, self.num_chosen = config.num_experts, config.num_experts_per_token
-        self.choose = choose_experts_normalized if config.norm_topk_prob else choose_experts
+        self.is_normalized = config.norm_topk_prob
         self.local_slots = spec.expert_slots(config)
         self.is_alone = spec.layout.ep == 1
         """Nothing can be rebalanced, so nothing is counted."""
-        self.loads = SlotLoads(self.local_slots, self.gate_EH.device)
+        self.device = parts_of(self.gate_EH)[0].device
+        self.loads = SlotLoads(self.local_slots, self.device)
         self.place(initial_placement(config.num_experts, spec.redundant_experts, spec.layout.ep))
 
     def place(self, placement: list[int]) -> None:
         """Route by another placement from now on; the weights have been moved."""
         self.placement = placement
-        self.table = ReplicaTable(placement, self.num_experts, self.gate_EH.device)
+        self.table = ReplicaTable(placement, self.num_experts, self.device)
 
     def __call__(self, x_TH: Tensor, dispatcher: Dispatcher[Any]) -> Tensor:
         """[T, H]: each token's experts, summed over all ranks. Every rank takes part, with tokens or without."""
@@ -49,7 +50,8 @@ class ExpertLayer:
     def _route(self, x_TH: Tensor) -> RoutedRows:
         if not len(x_TH):
             return RoutedRows.none(x_TH, self.num_chosen)
-        topk_ids_TK, weights_TK = self.choose(linear(x_TH, self.gate_EH), self.num_chosen)
+        logits_TE = linear(x_TH, self.gate_EH)
+        topk_ids_TK, weights_TK = choose_experts(logits_TE, self.num_chosen, is_normalized=self.is_normalized)
         return RoutedRows(x_TH, self.table.slots(topk_ids_TK), weights_TK)
 
     def _apply(self, rows: RoutedRows) -> Tensor:

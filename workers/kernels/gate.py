@@ -5,14 +5,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from workers.kernels.cpu.library import native
 
-def choose_experts(logits_TE: Tensor, num_chosen: int) -> tuple[Tensor, Tensor]:
-    """(topk_ids_TK, weights_TK): softmax over all experts, then the likeliest."""
-    weights_TK, topk_ids_TK = torch.softmax(logits_TE, dim=-1, dtype=torch.float32).topk(num_chosen, dim=-1)
+
+def choose_experts(logits_TE: Tensor, num_chosen: int, *, is_normalized: bool) -> tuple[Tensor, Tensor]:
+    """(topk_ids_TK, weights_TK), likeliest first, of equals the lowest id.
+
+    Weights are a softmax over all experts, or, normalized, over the chosen ones, so that they sum to one.
+    """
+    library = native() if logits_TE.device.type == "cpu" else None
+    if library is not None:
+        num_tokens, num_experts = logits_TE.shape
+        topk_ids_TK = torch.empty(num_tokens, num_chosen, dtype=torch.int64)
+        weights_TK = torch.empty(num_tokens, num_chosen)
+        library.mull_choose_experts(
+            *(logits_TE.data_ptr(), logits_TE.stride(0), num_tokens, num_experts, num_chosen, is_normalized),
+            *(topk_ids_TK.data_ptr(), weights_TK.data_ptr()),
+        )
+        return topk_ids_TK, weights_TK
+    if is_normalized:
+        top_TK, topk_ids_TK = logits_TE.topk(num_chosen, dim=-1)
+        weights_TK = torch.softmax(top_TK, dim=-1, dtype=torch.float32)
+    else:
+        weights_TK, topk_ids_TK = torch.softmax(logits_TE, dim=-1, dtype=torch.float32).topk(num_chosen, dim=-1)
     return topk_ids_TK, weights_TK.to(logits_TE.dtype)
-
-
-def choose_experts_normalized(logits_TE: Tensor, num_chosen: int) -> tuple[Tensor, Tensor]:
-    """The same with weights that sum to one: a softmax over the chosen logits alone."""
-    top_TK, topk_ids_TK = logits_TE.topk(num_chosen, dim=-1)
-    return topk_ids_TK, torch.softmax(top_TK, dim=-1, dtype=torch.float32).to(logits_TE.dtype)

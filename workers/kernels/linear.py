@@ -5,14 +5,57 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from workers.kernels.cpu.library import native
+from workers.kernels.cpu.panels import PanelWeight
+from workers.kernels.swiglu import swiglu
 
-def linear(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
-    """x_TI @ weight_OI.T, in the weights' dtype: fp32 on a CPU, bf16 on a GPU."""
+Weight = Tensor | PanelWeight
+
+
+def linear(x_TI: Tensor, weight_OI: Weight) -> Tensor:
+    """x_TI @ weight_OI.T, in fp32 on a CPU, in bf16 on a GPU."""
+    if isinstance(weight_OI, PanelWeight):
+        return _panel_linear(x_TI, weight_OI, weight_OI.first_row + weight_OI.num_rows)[:, weight_OI.first_row :]
     return torch.mm(x_TI, weight_OI.t())
 
 
+def swiglu_linear(x_TI: Tensor, gate_up_XI: Weight) -> Tensor:
+    """silu(x @ gate.T) * (x @ up.T), [T, X / 2]; the gate's rows are the first half."""
+    if isinstance(gate_up_XI, PanelWeight) and gate_up_XI.is_paired:
+        return _panel_linear(x_TI, gate_up_XI, gate_up_XI.num_rows // 2)
+    return swiglu(linear(x_TI, gate_up_XI))
+
+
+def vector(weights: dict[str, Weight], name: str) -> Tensor:
+    """A parameter that is no matrix."""
+    weight = weights[name]
+    assert isinstance(weight, Tensor), f"{name} is a vector"
+    return weight
+
+
+def parts_of(weight: Weight) -> tuple[Tensor, ...]:
+    """The tensors that a weight is made of; those of an expert parameter are stacked over experts."""
+    return weight.tensors() if isinstance(weight, PanelWeight) else (weight,)
+
+
+def rows_of(weight_OI: Weight, start: int, stop: int) -> Weight:
+    """Rows [start, stop) of a weight, sharing its values."""
+    return weight_OI.rows(start, stop) if isinstance(weight_OI, PanelWeight) else weight_OI[start:stop]
+
+
+def _panel_linear(x_TI: Tensor, weight: PanelWeight, num_outputs: int) -> Tensor:
+    library = native()
+    assert library is not None, "panels exist only where there are kernels to read them"
+    if x_TI.stride(1) != 1:
+        x_TI = x_TI.contiguous()
+    num_rows = x_TI.shape[0]
+    out_TO = torch.empty(num_rows, num_outputs)
+    library.mull_linear(x_TI.data_ptr(), x_TI.stride(0), num_rows, weight.address, out_TO.data_ptr(), num_outputs)
+    return out_TO
+
+
 def empty_weight(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None) -> Tensor:
-    """A weight [..., out, in] whose columns are contiguous.
+    """A weight [*stack, out, in] whose columns are contiguous.
 
     For the few rows of a decode step a CPU multiplies by it in 60 to 80 % of the time that contiguous rows take.
     """

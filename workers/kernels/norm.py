@@ -1,17 +1,35 @@
-"""Root-mean-square norm over the last dimension."""
+"""Root-mean-square norm over the last dimension, alone and behind the residual's sum."""
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from workers.kernels.cpu.library import native
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x²) + eps) * weight; `weight` broadcasts against x from the right."""
-    size = x.shape[-1]
-    if x.device.type == "cpu":
-        # One fused reduction and few products take 60 % of the time of torch's own rms_norm in a decode step.
-        norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        return (x * torch.addcmul(torch.full((), eps), norm, norm, value=1 / size).rsqrt_()).mul_(weight)
-    return F.rms_norm(x, (size,), None, eps) * weight
+
+def rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x²) + eps) * weight."""
+    library = native() if x_TH.device.type == "cpu" else None
+    if library is None:
+        return F.rms_norm(x_TH, (x_TH.shape[-1],), weight_H, eps)
+    num_rows, size = x_TH.shape
+    out_TH = x_TH.new_empty(num_rows, size)
+    library.mull_rms_norm(x_TH.data_ptr(), x_TH.stride(0), num_rows, size, weight_H.data_ptr(), eps, out_TH.data_ptr())
+    return out_TH
+
+
+def add_rms_norm(x_TH: Tensor, delta_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+    """Add `delta_TH` to `x_TH` in place and return the sum's norm."""
+    library = native() if x_TH.device.type == "cpu" else None
+    if library is None:
+        x_TH += delta_TH
+        return rms_norm(x_TH, weight_H, eps)
+    assert x_TH.is_contiguous(), "the residual is a whole tensor, changed in place"
+    delta_TH = delta_TH.contiguous()
+    num_rows, size = x_TH.shape
+    out_TH = x_TH.new_empty(num_rows, size)
+    library.mull_add_rms_norm(
+        x_TH.data_ptr(), delta_TH.data_ptr(), num_rows, size, weight_H.data_ptr(), eps, out_TH.data_ptr()
+    )
+    return out_TH

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from workers.kernels.decode_attention import PagedKeys
+
 
 def dequantize_into(
     out_RC: Tensor, bits_RC: Tensor, scale_rc: Tensor, *, block: tuple[int, int], origin: tuple[int, int]
@@ -26,11 +28,24 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x / torch.sqrt(x.square().mean(-1, keepdim=True) + eps) * weight
 
 
-def rotate_into(out_TND: Tensor, x_TND: Tensor, cos_T1D: Tensor, signed_sin_T1D: Tensor) -> None:
-    half = x_TND.shape[-1] // 2
-    first, second = x_TND[..., :half], x_TND[..., half:]
-    cos, sin = cos_T1D[..., half:], signed_sin_T1D[..., half:]
-    out_TND.copy_(torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1))
+def qk_norm_rope_store(
+    heads_TXD: Tensor,
+    norms_YD: Tensor,
+    eps: float,
+    rotations_T2D: Tensor,
+    pool: Tensor | None,
+    cells_T: Tensor | None,
+) -> None:
+    half = heads_TXD.shape[-1] // 2
+    for token in range(len(heads_TXD)):
+        cos, sin = rotations_T2D[token, 0, half:], rotations_T2D[token, 1, half:]
+        for head, norm in enumerate(norms_YD):
+            normed = rms_norm(heads_TXD[token, head], norm, eps)
+            first, second = normed[:half], normed[half:]
+            heads_TXD[token, head] = torch.cat([first * cos - second * sin, second * cos + first * sin])
+        if pool is not None and cells_T is not None:
+            block, offset = divmod(int(cells_T[token]), pool.shape[2])
+            pool[:, block, offset] = heads_TXD[token, -len(pool) :]
 
 
 def swiglu(gate_up_TX: Tensor) -> Tensor:
@@ -39,15 +54,11 @@ def swiglu(gate_up_TX: Tensor) -> Tensor:
     return gate / (1 + torch.exp(-gate)) * up
 
 
-def choose_experts(logits_TE: Tensor, num_chosen: int) -> tuple[Tensor, Tensor]:
+def choose_experts(logits_TE: Tensor, num_chosen: int, *, is_normalized: bool) -> tuple[Tensor, Tensor]:
     probs = logits_TE.exp() / logits_TE.exp().sum(-1, keepdim=True)
     ids = probs.argsort(dim=-1, descending=True)[:, :num_chosen]
-    return ids, probs.gather(1, ids)
-
-
-def choose_experts_normalized(logits_TE: Tensor, num_chosen: int) -> tuple[Tensor, Tensor]:
-    ids, weights = choose_experts(logits_TE, num_chosen)
-    return ids, weights / weights.sum(-1, keepdim=True)
+    weights = probs.gather(1, ids)
+    return ids, weights / weights.sum(-1, keepdim=True) if is_normalized else weights
 
 
 def apply_experts(
@@ -68,11 +79,10 @@ def read_blocks(pool: Tensor, blocks: Tensor | slice) -> Tensor:
     return torch.stack([pool[:, block] for block in ids], dim=1)
 
 
-def decode_attention(q_BND: Tensor, pool: Tensor, block_ids: Tensor, num_keys: int, mask_B1S: Tensor | None) -> Tensor:
-    num_seqs = q_BND.shape[0]
-    mask = torch.zeros(num_seqs, 1, num_keys) if mask_B1S is None else mask_B1S
-    tables = block_ids.view(num_seqs, -1)
-    rows = [_attend(q_BND[i : i + 1], _sequence(pool, tables[i], num_keys), mask[i]) for i in range(num_seqs)]
+def decode_attention(q_BND: Tensor, pool: Tensor, keys: PagedKeys) -> Tensor:
+    rows = []
+    for q_ND, table, num_keys in zip(q_BND, keys.tables_BM, keys.num_keys_B.tolist(), strict=True):
+        rows.append(_attend(q_ND[None], _sequence(pool, table, num_keys), torch.zeros(1, num_keys)))
     return torch.cat(rows)
 
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from workers.kernels.linear import linear
-from workers.kernels.swiglu import swiglu
+from workers.kernels.linear import Weight, linear, swiglu_linear
 
 
 class DenseMLP:
     """Holds gate, up and down of one layer. Its output is this rank's part of a sum over ranks."""
 
-    def __init__(self, layer: int, weights: dict[str, Tensor]) -> None:
+    def __init__(self, layer: int, weights: dict[str, Weight]) -> None:
         self.gate_up, self.down = weights[f"layers.{layer}.gate_up"], weights[f"layers.{layer}.down"]
 
     def __call__(self, x_TH: Tensor) -> Tensor:
-        return linear(swiglu(linear(x_TH, self.gate_up)), self.down)
+        return linear(swiglu_linear(x_TH, self.gate_up), self.down)

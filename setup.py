@@ -1,0 +1,32 @@
+"""Compiles the CPU kernels; everything else about the package is in pyproject.toml.
+
+One library per instruction set, so that no function of the one can be linked into the other. They need a C++17
+compiler with OpenMP and nothing else. Where there is none the package installs without them, and torch computes.
+"""
+
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+SOURCE_DIR = Path("workers/kernels/cpu/native")
+INSTRUCTION_SETS = {
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
+}
+# GCC 12's own intrinsics look uninitialised to it.
+FLAGS = ["-std=c++17", "-O3", "-fopenmp", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+
+setup(
+    ext_modules=[
+        Extension(
+            f"workers.kernels.cpu.native_{name}",
+            sources=sorted(str(file) for file in SOURCE_DIR.glob("*.cpp")),
+            depends=sorted(str(file) for file in SOURCE_DIR.glob("*.h")),
+            extra_compile_args=[*FLAGS, *flags],
+            extra_link_args=["-fopenmp"],
+            language="c++",
+            optional=True,
+        )
+        for name, flags in INSTRUCTION_SETS.items()
+    ]
+)

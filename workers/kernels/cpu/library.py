@@ -1,0 +1,63 @@
+"""Finds the compiled kernels for this machine's CPU and declares their functions.
+
+Plain C functions on pointers, called through ctypes: no dependency on a torch version, neither to build nor to run.
+They use the OpenMP runtime that torch has loaded, and its number of threads. Where nothing was compiled, or the CPU is
+too old, the kernels fall back to torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import os
+from pathlib import Path
+
+import torch
+
+log = logging.getLogger(__name__)
+
+CHOICE_VARIABLE = "MULL_CPU_KERNELS"
+"""avx512 or avx2 takes these kernels, torch none of them; unset, the best that the CPU can run."""
+BUILDS = {"AVX512": ("avx512", "avx2"), "AVX2": ("avx2",)}
+"""By the capability that torch reports."""
+
+_pointer, _int, _float, _flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int32
+SIGNATURES = {
+    "mull_linear": (_pointer, _int, _int, _pointer, _pointer, _int),
+    "mull_pack": (_pointer, _int, _int, _int, _int, _int, _pointer),
+    "mull_experts": (_pointer, _int, _int, _pointer, _pointer, _int, _pointer, _pointer, _int, _pointer),
+    "mull_rms_norm": (_pointer, _int, _int, _int, _pointer, _float, _pointer),
+    "mull_add_rms_norm": (_pointer, _pointer, _int, _int, _pointer, _float, _pointer),
+    "mull_rotate_and_store": (
+        *(_pointer, _int, _int, _int, _int, _int),
+        *(_pointer, _float, _pointer, _pointer, _int, _pointer),
+    ),
+    "mull_choose_experts": (_pointer, _int, _int, _int, _int, _flag, _pointer, _pointer),
+    "mull_decode_attention": (
+        *(_pointer, _int, _int, _int, _int, _int),
+        *(_pointer, _int, _int, _pointer, _int, _pointer, _pointer),
+    ),
+    "mull_host_all_reduce": (_pointer, _pointer, _int),
+    "mull_host_all_gather": (_pointer, _pointer, _int, _pointer),
+}
+"""Argument types. Functions of a group return the rank that was late, the others nothing."""
+
+
+@functools.cache
+def native() -> ctypes.CDLL | None:
+    """The library for this CPU, or None: then torch computes, and the log says why."""
+    choice = os.environ.get(CHOICE_VARIABLE, "")
+    builds = (choice,) if choice else BUILDS.get(torch.backends.cpu.get_cpu_capability(), ())
+    for build in builds:
+        for file in Path(__file__).parent.glob(f"native_{build}.*.so"):
+            return _declared(ctypes.CDLL(str(file)))
+    log.warning("CPU kernels: none for this machine (%s); torch computes, several times slower", builds or "no AVX2")
+    return None
+
+
+def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
+    for name, types in SIGNATURES.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = types, _flag if "host" in name else None
+    return library

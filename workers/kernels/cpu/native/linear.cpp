@@ -1,0 +1,41 @@
+// x @ weight.T, and how a weight gets into panels.
+#include "matmul.h"
+#include "threads.h"
+
+using namespace mull;
+
+extern "C" void mull_linear(const float* x, std::int64_t x_stride, std::int64_t num_rows, const Weight* weight,
+                            float* out, std::int64_t out_stride) {
+    const std::int64_t chunks = (num_rows + CHUNK_ROWS - 1) / CHUNK_ROWS;
+    parallel_for(weight->num_panels * chunks, [&](std::int64_t item) {
+        const std::int64_t panel = item / chunks, chunk = item % chunks;
+        const std::int64_t start = num_rows * chunk / chunks, stop = num_rows * (chunk + 1) / chunks;
+        const int rows = static_cast<int>(stop - start);
+        const float* row_of[CHUNK_ROWS];
+        for (int r = 0; r < rows; ++r) row_of[r] = x + (start + r) * x_stride;
+        Accumulator sums;
+        multiply_panel_of(*weight, 0, panel, rows, row_of, sums);
+        for (int r = 0; r < rows; ++r) write_outputs(*weight, panel, sums.rows[r], out + (start + r) * out_stride);
+    });
+}
+
+// Rows [first_row, first_row + num_rows) of a weight, each of `in` items of `item_bytes`, into its panels.
+// `pair_rows` is the number of gate rows of a paired weight, 0 of others.
+extern "C" void mull_pack(const std::uint8_t* rows, std::int64_t num_rows, std::int64_t in, std::int64_t item_bytes,
+                          std::int64_t first_row, std::int64_t pair_rows, std::uint8_t* panels) {
+    constexpr std::int64_t BLOCK = 64;  // inputs at a time: a square of both sides stays in the cache
+    for (std::int64_t start = 0; start < in; start += BLOCK) {
+        const std::int64_t stop = std::min(in, start + BLOCK);
+        for (std::int64_t r = 0; r < num_rows; ++r) {
+            const std::int64_t row = first_row + r;
+            const std::int64_t width = pair_rows ? PAIR : PANEL;
+            const bool is_up = pair_rows && row >= pair_rows;
+            const std::int64_t within = is_up ? row - pair_rows : row;
+            const std::int64_t lane = within % width + (is_up ? PAIR : 0);
+            std::uint8_t* to = panels + ((within / width * in + start) * PANEL + lane) * item_bytes;
+            const std::uint8_t* from = rows + (r * in + start) * item_bytes;
+            for (std::int64_t k = start; k < stop; ++k, to += PANEL * item_bytes, from += item_bytes)
+                for (std::int64_t byte = 0; byte < item_bytes; ++byte) to[byte] = from[byte];
+        }
+    }
+}

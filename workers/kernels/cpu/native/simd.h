@@ -1,0 +1,140 @@
+// One vector of floats, in AVX-512 or AVX2: the compiler's flags decide. All kernels are written on it once.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace mull {
+
+#if defined(__AVX512F__)
+
+struct Floats {
+    static constexpr int width = 16;
+    __m512 v;
+
+    static Floats zero() { return {_mm512_setzero_ps()}; }
+    static Floats broadcast(float value) { return {_mm512_set1_ps(value)}; }
+    static Floats load(const float* from) { return {_mm512_loadu_ps(from)}; }
+    static Floats load(const float* from, int count) { return {_mm512_maskz_loadu_ps(first(count), from)}; }
+    void store(float* to) const { _mm512_storeu_ps(to, v); }
+    void store(float* to, int count) const { _mm512_mask_storeu_ps(to, first(count), v); }
+    float sum() const { return _mm512_reduce_add_ps(v); }
+    float max() const { return _mm512_reduce_max_ps(v); }
+
+private:
+    static __mmask16 first(int count) { return static_cast<__mmask16>((1u << count) - 1); }
+};
+
+inline Floats operator+(Floats a, Floats b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Floats operator-(Floats a, Floats b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline Floats operator*(Floats a, Floats b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline Floats operator/(Floats a, Floats b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline Floats max(Floats a, Floats b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline Floats min(Floats a, Floats b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline Floats multiply_add(Floats a, Floats b, Floats c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline Floats round(Floats a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+// a * 2**n, for whole n.
+inline Floats scale_by_power(Floats a, Floats n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+
+// e4m3 codes as floats, 2**8 too small: moved into the bits of an fp16, whose exponent bias is larger by 8. Subnormals
+// come out right; the codes of NaN are put in by hand, since fp16 has its own.
+inline Floats widen(const std::uint8_t* codes) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
+    const __m256i shifted = _mm256_slli_epi16(_mm256_cvtepi8_epi16(bytes), 7);
+    const __m256i halves = _mm256_and_si256(shifted, _mm256_set1_epi16(static_cast<short>(0xBFFF)));
+    const __m256i magnitude = _mm256_set1_epi16(0x3F80);
+    const __mmask16 is_nan = _mm256_cmpeq_epi16_mask(_mm256_and_si256(halves, magnitude), magnitude);
+    return {_mm512_cvtph_ps(_mm256_mask_mov_epi16(halves, is_nan, _mm256_set1_epi16(0x7E00)))};
+}
+
+struct Bf16 { std::uint16_t bits; };
+
+inline Floats widen(const Bf16* codes) {
+    const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16))};
+}
+
+#else
+
+struct Floats {
+    static constexpr int width = 8;
+    __m256 v;
+
+    static Floats zero() { return {_mm256_setzero_ps()}; }
+    static Floats broadcast(float value) { return {_mm256_set1_ps(value)}; }
+    static Floats load(const float* from) { return {_mm256_loadu_ps(from)}; }
+    static Floats load(const float* from, int count) { return {_mm256_maskload_ps(from, first(count))}; }
+    void store(float* to) const { _mm256_storeu_ps(to, v); }
+    void store(float* to, int count) const { _mm256_maskstore_ps(to, first(count), v); }
+
+    float sum() const {
+        const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+        const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+        return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+    }
+    float max() const {
+        const __m128 four = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+        const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+        return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+    }
+
+private:
+    static __m256i first(int count) {
+        return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+    }
+};
+
+inline Floats operator+(Floats a, Floats b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline Floats operator-(Floats a, Floats b) { return {_mm256_sub_ps(a.v, b.v)}; }
+inline Floats operator*(Floats a, Floats b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline Floats operator/(Floats a, Floats b) { return {_mm256_div_ps(a.v, b.v)}; }
+inline Floats max(Floats a, Floats b) { return {_mm256_max_ps(a.v, b.v)}; }
+inline Floats min(Floats a, Floats b) { return {_mm256_min_ps(a.v, b.v)}; }
+inline Floats multiply_add(Floats a, Floats b, Floats c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline Floats round(Floats a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+// a * 2**n, for whole n in [-126, 127].
+inline Floats scale_by_power(Floats a, Floats n) {
+    const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
+    return a * Floats{_mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23))};
+}
+
+// As above, eight at a time.
+inline Floats widen(const std::uint8_t* codes) {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes));
+    const __m128i shifted = _mm_slli_epi16(_mm_cvtepi8_epi16(bytes), 7);
+    const __m128i halves = _mm_and_si128(shifted, _mm_set1_epi16(static_cast<short>(0xBFFF)));
+    const __m128i magnitude = _mm_set1_epi16(0x3F80);
+    const __m128i is_nan = _mm_cmpeq_epi16(_mm_and_si128(halves, magnitude), magnitude);
+    return {_mm256_cvtph_ps(_mm_blendv_epi8(halves, _mm_set1_epi16(0x7E00), is_nan))};
+}
+
+struct Bf16 { std::uint16_t bits; };
+
+inline Floats widen(const Bf16* codes) {
+    const __m128i words = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(words), 16))};
+}
+
+#endif
+
+inline Floats widen(const float* values) { return Floats::load(values); }
+
+// e**x to one or two units in the last place. Below the normal numbers it stays at the smallest.
+inline Floats exp(Floats x) {
+    const auto constant = [](float value) { return Floats::broadcast(value); };
+    x = min(max(x, constant(-87.33f)), constant(88.37f));
+    const Floats n = round(x * constant(1.44269504f));
+    const Floats r = multiply_add(n, constant(2.12194440e-4f), multiply_add(n, constant(-0.693359375f), x));
+    Floats p = constant(1.9875691500e-4f);
+    p = multiply_add(p, r, constant(1.3981999507e-3f));
+    p = multiply_add(p, r, constant(8.3334519073e-3f));
+    p = multiply_add(p, r, constant(4.1665795894e-2f));
+    p = multiply_add(p, r, constant(1.6666665459e-1f));
+    p = multiply_add(p, r, constant(5.0000001201e-1f));
+    p = multiply_add(p, r * r, r + constant(1.0f));
+    return scale_by_power(p, n);
+}
+
+}  // namespace mull

@@ -1,0 +1,82 @@
+"""Ranks that communicate. At size 1 every collective is a no-op.
+
+Nobody else calls torch.distributed but for `parallel`, which makes the groups. Every wait is bounded by the timeout
+given when the ranks met, and ends in an error. W ranks of a group.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+ONE_ROUND_BYTES = 64 * 2**10
+"""Up to this size a sum takes one round of messages, in which every rank gets all of every other's tensor."""
+
+
+class RankGroup:
+    """Ranks that communicate, in a fixed order: all of a copy, or those of one attention group."""
+
+    def __init__(self, index: int, size: int, group: dist.ProcessGroup | None) -> None:
+        self.index = index
+        """This process's place in the group."""
+        self.size = size
+        self.process_group = group
+
+    @classmethod
+    def alone(cls) -> RankGroup:
+        return cls(0, 1, None)
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Sum over ranks, in place, added in rank order: the bits depend on no size, topology or library.
+
+        Of two there is but one order. Of more, small tensors are gathered and added; of larger ones each rank adds a
+        part, and the sums are gathered, which moves no more bytes than a ring does.
+        """
+        if self.size == 1 or not x.numel():
+            return x
+        if self.size == 2:
+            dist.all_reduce(x, group=self.process_group)
+            return x
+        if x.nbytes <= ONE_ROUND_BYTES:
+            return x.copy_(sum_in_order(self.all_gather(x)))
+        width = -(-x.numel() // self.size)
+        parts_Wn = torch.nn.functional.pad(x.reshape(-1), (0, self.size * width - x.numel())).view(self.size, width)
+        mine_n = sum_in_order(self.all_to_all(parts_Wn, [1] * self.size, [1] * self.size))
+        return x.copy_(self.all_gather(mine_n).view(-1)[: x.numel()].view(x.shape))
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """[W, *x.shape]: every rank's tensor, in rank order; all have one shape."""
+        if self.size == 1:
+            return x.unsqueeze(0)
+        gathered = x.new_empty(self.size * x.numel())
+        dist.all_gather_into_tensor(gathered, x.contiguous().view(-1), group=self.process_group)
+        return gathered.view(self.size, *x.shape)
+
+    def all_to_all(self, rows: Tensor, send_counts: list[int], receive_counts: list[int]) -> Tensor:
+        """The next send_counts[w] rows go to rank w. Returns receive_counts[w] rows of each rank w, in rank order."""
+        if self.size == 1:
+            return rows
+        received = rows.new_empty(sum(receive_counts), *rows.shape[1:])
+        dist.all_to_all_single(received, rows.contiguous(), receive_counts, send_counts, group=self.process_group)
+        return received
+
+    def exchange_counts(self, send_counts_W: Tensor) -> list[int]:
+        """What each rank will send to this one: send_counts_W[w] is what this one will send to rank w."""
+        return [int(n) for n in self.all_to_all(send_counts_W, [1] * self.size, [1] * self.size).tolist()]
+
+    def minimum(self, value: int, device: torch.device) -> int:
+        """The smallest of the ranks' values."""
+        if self.size == 1:
+            return value
+        agreed = torch.tensor([value], dtype=torch.int64, device=device)
+        dist.all_reduce(agreed, op=dist.ReduceOp.MIN, group=self.process_group)
+        return int(agreed.item())
+
+
+def sum_in_order(parts: Tensor) -> Tensor:
+    """Sum over dim 0, one after another, in the place of the first: torch's own sum may pair them otherwise."""
+    total, *others = parts.unbind()
+    for part in others:
+        total += part
+    return total
