@@ -16,25 +16,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
-
+from bench.make_checkpoint import SHAPES, write_checkpoint
 from bench.report import Spread, machine, versions, write
 from workers.checkpoint import Checkpoint
-from workers.config import ModelConfig, ParallelLayout, ShardSpec
-from workers.safetensors_header import INDEX_NAME, SCALE_SUFFIX
-from workers.weights import whole_model
+from workers.config import ParallelLayout, ShardSpec
 
 POCKET = Path(__file__).parents[1] / "deploy" / "models" / "pocket"
-SHAPES: dict[str, dict[str, int]] = {
-    "0.1b": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 12, "vocab_size": 65536},
-    "0.6b": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "vocab_size": 151936},
-}
-SHARD_BYTES = 256 * 2**20
 
 
 def main() -> None:
@@ -52,7 +42,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="mull-load-") as scratch:
         model = options.model
         if options.random is not None:
-            model = write_random_checkpoint(Path(scratch), SHAPES[options.random])
+            model = write_checkpoint(Path(scratch), options.random)
         report = measure(model, options.random or model.name, options.tp, options.runs)
     print_report(report)
     write(options.out, report)
@@ -133,46 +123,6 @@ def seconds_of_dd(model: Path, num_bytes: int) -> float:
         subprocess.run(["dd", f"if={file}", "of=/dev/null", *arguments], check=True)
         num_bytes -= count
     return time.perf_counter() - start
-
-
-def write_random_checkpoint(directory: Path, shape: dict[str, int]) -> Path:
-    """A dense FP8 checkpoint of random weights, in shards of 256 MiB."""
-    quantization = {
-        "quant_method": "fp8",
-        "fmt": "e4m3",
-        "activation_scheme": "dynamic",
-        "weight_block_size": [128, 128],
-    }
-    config = shape | {"architectures": ["Qwen3ForCausalLM"], "num_attention_heads": 16, "num_key_value_heads": 8}
-    config |= {"head_dim": 128, "max_position_embeddings": 32768, "tie_word_embeddings": True}
-    (directory / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
-    weight_map: dict[str, str] = {}
-    shard: dict[str, torch.Tensor] = {}
-    for name, tensor in random_tensors(ModelConfig.from_dir(directory)):
-        shard[name] = tensor
-        if sum(held.nbytes for held in shard.values()) > SHARD_BYTES:
-            weight_map |= write_shard(directory, shard, len(weight_map))
-            shard = {}
-    weight_map |= write_shard(directory, shard, len(weight_map))
-    (directory / INDEX_NAME).write_text(json.dumps({"weight_map": weight_map}))
-    return directory
-
-
-def random_tensors(config: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
-    for part in whole_model(config):
-        if not part.is_linear:
-            yield part.name, torch.randn(part.shape).to(torch.bfloat16)
-            continue
-        bits = torch.randint(0, 0x7F, part.shape, dtype=torch.uint8)
-        yield part.name, bits.view(torch.float8_e4m3fn)
-        tiles = [-(-size // 128) for size in part.shape]
-        yield part.name + SCALE_SUFFIX, torch.rand(tiles).to(torch.bfloat16)
-
-
-def write_shard(directory: Path, shard: dict[str, torch.Tensor], index: int) -> dict[str, str]:
-    file = f"model-{index:05d}.safetensors"
-    save_file(shard, directory / file)
-    return dict.fromkeys(shard, file)
 
 
 def print_report(report: dict[str, Any]) -> None:

@@ -6,8 +6,6 @@ given when the ranks met, and ends in an error. W ranks of a group.
 
 from __future__ import annotations
 
-from itertools import accumulate
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -32,12 +30,15 @@ class RankGroup:
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum over ranks, in place, added in rank order: the bits depend on no size, topology or library.
 
-        Small tensors and pairs of ranks gather and add; others scatter parts, add, and gather the sums, which moves no
-        more bytes than a ring does.
+        Of two there is but one order. Of more, small tensors are gathered and added; of larger ones each rank adds a
+        part, and the sums are gathered, which moves no more bytes than a ring does.
         """
         if self.size == 1 or not x.numel():
             return x
-        if self.size == 2 or x.nbytes <= ONE_ROUND_BYTES:
+        if self.size == 2:
+            dist.all_reduce(x, group=self.process_group)
+            return x
+        if x.nbytes <= ONE_ROUND_BYTES:
             return x.copy_(sum_in_order(self.all_gather(x)))
         width = -(-x.numel() // self.size)
         parts_Wn = torch.nn.functional.pad(x.reshape(-1), (0, self.size * width - x.numel())).view(self.size, width)
@@ -74,6 +75,8 @@ class RankGroup:
 
 
 def sum_in_order(parts: Tensor) -> Tensor:
-    """Sum over dim 0, one after another: torch's own sum may pair them otherwise."""
-    *_, total = accumulate(parts.unbind(), torch.add)
+    """Sum over dim 0, one after another, in the place of the first: torch's own sum may pair them otherwise."""
+    total, *others = parts.unbind()
+    for part in others:
+        total += part
     return total

@@ -7,7 +7,9 @@ device. Knows no socket, request or client.
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
+import psutil
 import torch
 
 from workers.allocator import keep_freed_memory
@@ -44,6 +46,7 @@ class ModelRunner:
         self.device, dtype = _device(config)
         checkpoint = Checkpoint.open(config.model_dir)
         self.model = checkpoint.config
+        _check_memory(checkpoint, config.spec, self.device)
         weights = checkpoint.read(config.spec, progress, device=self.device, dtype=dtype)
         self.threads = ThreadChooser(self.model, weights, config.num_threads or torch.get_num_threads())
         if self.device.type == "cpu":
@@ -160,8 +163,29 @@ def _exchange(model: ModelConfig, config: RunnerConfig, parallel: ParallelState)
     return CandidateExchange(parallel.tp, parts)
 
 
-def _default_kv_bytes(device: torch.device) -> int:
+def _check_memory(checkpoint: Checkpoint, spec: ShardSpec, device: torch.device) -> None:
+    """Raises LayoutError where not even the stored bytes of this rank's weights fit; unpacked ones take no less."""
+    spec.layout.check(checkpoint.config)
+    free_bytes = _free_bytes(device)
+    needed_bytes = checkpoint.slice_bytes(spec)
+    if needed_bytes <= free_bytes:
+        return
+    redundant = ""
+    if spec.redundant_experts:
+        extra_bytes = needed_bytes - checkpoint.slice_bytes(replace(spec, redundant_experts=0))
+        redundant = f" ({extra_bytes / 1e9:.3g} of them for {spec.redundant_experts} redundant experts)"
+    raise LayoutError(
+        f"rank {spec.rank} of {spec.layout} needs {needed_bytes / 1e9:.3g} GB for its weights{redundant}, "
+        f"{free_bytes / 1e9:.3g} are free; use more ranks or fewer redundant experts"
+    )
+
+
+def _free_bytes(device: torch.device) -> int:
     if device.type == "cpu":
-        return CPU_KV_BYTES
+        return psutil.virtual_memory().available
     free_bytes, _ = torch.cuda.mem_get_info(device)
-    return int(free_bytes * GPU_MEMORY_SHARE)
+    return free_bytes
+
+
+def _default_kv_bytes(device: torch.device) -> int:
+    return CPU_KV_BYTES if device.type == "cpu" else int(_free_bytes(device) * GPU_MEMORY_SHARE)

@@ -186,6 +186,6 @@ def test_the_choice_is_local_without_groups_gathers_small_steps_and_sends_large_
         return type(getattr(dispatcher, "inner", dispatcher)).__name__
 
     assert chosen(ParallelLayout(tp=4), [8192]) == LocalDispatcher.__name__
-    assert chosen(ParallelLayout(dp=4), [64, 0, 1, 128]) == GatherScatterDispatcher.__name__
-    assert chosen(ParallelLayout(dp=4), [1, 0, 1, 129]) == AllToAllDispatcher.__name__
-    assert chosen(ParallelLayout(tp=2, dp=2), [1, 256]) == GatherScatterDispatcher.__name__
+    assert chosen(ParallelLayout(dp=4), [9, 0, 1, 64]) == GatherScatterDispatcher.__name__
+    assert chosen(ParallelLayout(dp=4), [1, 0, 1, 65]) == AllToAllDispatcher.__name__
+    assert chosen(ParallelLayout(tp=2, dp=2), [1, 128]) == GatherScatterDispatcher.__name__

@@ -18,6 +18,7 @@ from tests.workers.engine import (
     whole_prompts,
 )
 from tests.workers.ranks import RankProcesses
+from workers import runner as runner_module
 from workers.checkpoint import Checkpoint
 from workers.config import ModelConfig, ParallelLayout, RunnerConfig
 from workers.errors import KVMemoryError, LayoutError, PlanError
@@ -166,6 +167,14 @@ BREACHES: dict[str, tuple[list[StepPlan], str]] = {
         [whole_prompts([[1, 2]]), StepPlan(step=2, decodes=[0, 0])],
         "step 2 computes a slot twice",
     ),
+    "other tokens than its group has": (
+        [StepPlan(step=1, group_tokens=[2])],
+        r"step 1 computes 0 tokens in group 0 of 1, its group_tokens are \[2\]",
+    ),
+    "groups that are not there": (
+        [StepPlan(step=1, group_tokens=[0, 2])],
+        r"step 1 computes 0 tokens in group 0 of 1, its group_tokens are \[0, 2\]",
+    ),
     "over the token budget": (
         [StepPlan(step=1, prefills=[Prefill(0, 0, [1] * 3000, True)])],
         "3000 tokens, the rank was started for 2048",
@@ -199,3 +208,14 @@ def test_a_layout_that_cannot_split_is_refused_before_loading(dense_fp8: Path) -
     problem = "4 attention heads are not divisible by 3; the nearest that work: tp=1·dp=3, tp=2, tp=1·dp=2, tp=2·dp=2"
     with pytest.raises(LayoutError, match=problem):
         ModelRunner(config, ParallelState(0, config.layout, RankGroup(0, 3, None), RankGroup(0, 3, None)))
+
+
+def test_weights_beyond_memory_are_refused_with_what_redundant_experts_take(
+    moe_fp8: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner_module, "_free_bytes", lambda _device: 10**6)
+    needs = (
+        r"rank 0 of tp=1 needs 0.00\d+ GB for its weights \(0.00\d+ of them for 9 redundant experts\), 0.001 are free"
+    )
+    with pytest.raises(LayoutError, match=needs):
+        load(moe_fp8, redundant_experts=9)

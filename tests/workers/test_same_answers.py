@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,6 +16,7 @@ from tests.workers.engine import (
     decode_steps,
     in_step,
     load,
+    open_slot,
     random_prompts,
     run,
     run_on_layout,
@@ -25,7 +25,7 @@ from tests.workers.engine import (
 from tests.workers.ranks import RankProcesses
 from workers.config import ModelConfig, ParallelLayout
 from workers.placement_map import slots_per_rank
-from workers.step import PlacementUpdate, SamplingParams, StepPlan
+from workers.step import PlacementUpdate, Prefill, SamplingParams, StepPlan
 
 POCKET = Path(__file__).parents[2] / "deploy" / "models" / "pocket"
 NUM_TOKENS = 8
@@ -43,8 +43,6 @@ class Spread:
     redundant: int = 0
     rebalance_before: tuple[int, ...] = ()
     """Steps before which all experts get other places."""
-    rows: str = "exact"
-    changes: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         redundant = f" redundant={self.redundant}" if self.redundant else ""
@@ -101,7 +99,7 @@ def alone(directory: Path) -> dict[int, list[int]]:
 
 def answers(ranks: RankProcesses, directory: Path, spread: Spread) -> dict[int, list[int]]:
     layout, orders = spread.layout, orders_of(spread, ModelConfig.from_dir(directory))
-    changes = spread.changes | {"redundant_experts": spread.redundant}
+    changes = {"redundant_experts": spread.redundant}
     rans: Sequence[Ran] = ranks.run(run_on_layout, directory, layout, orders, changes)
     tokens: dict[int, list[int]] = {}
     for rank, ran in enumerate(rans):
@@ -173,3 +171,33 @@ def test_experts_in_halves_change_no_token_on_four_ranks(
     spread: Spread, four_ranks: RankProcesses, checkpoints: dict[str, Path]
 ) -> None:
     check(["moe"], spread, four_ranks, checkpoints)
+
+
+LONG = random_prompts([110, 100, 90, 5], 300, seed=12)
+"""More tokens in a step than are gathered: they are sent to the ranks that need them."""
+
+
+def chunked(prompt: list[int], cut: int) -> list[StepPlan]:
+    """The first chunk samples nothing."""
+    opened = open_slot(0)
+    first = StepPlan(step=1, open=[opened], prefills=[Prefill(0, 0, prompt[:cut], False)])
+    second = StepPlan(step=2, prefills=[Prefill(0, cut, prompt[cut:], True)])
+    return [first, second, *decode_steps([0], NUM_TOKENS - 1)]
+
+
+@pytest.mark.parametrize("layout", [ParallelLayout(dp=4), ParallelLayout(tp=2, dp=2)], ids=str)
+def test_long_prompts_in_chunks_beside_decodes_of_other_groups_answer_as_alone(
+    layout: ParallelLayout, four_ranks: RankProcesses, checkpoints: dict[str, Path]
+) -> None:
+    # given: a long prompt in chunks in each group but the last, which decodes meanwhile
+    prompts = LONG[: layout.dp - 1] + LONG[-1:]
+    chunks = [chunked(prompt, cut=len(prompt) - 7) for prompt in prompts[:-1]]
+    orders: list[list[StepPlan]] = in_step([*chunks, [whole_prompts(prompts[-1:]), *decode_steps([0], 7)]])
+    for name in ("pocket", "moe"):
+        # when
+        rans: Sequence[Ran] = four_ranks.run(run_on_layout, checkpoints[name], layout, orders, {})
+        # then
+        for group, prompt in enumerate(prompts):
+            got = [step for step in rans[group * layout.tp].tokens if step]
+            want = run(load(checkpoints[name]), [whole_prompts([prompt]), *decode_steps([0], len(got) - 1)]).tokens
+            assert got == want, f"{name}, group {group}"

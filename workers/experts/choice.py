@@ -17,8 +17,12 @@ from workers.experts.dispatch import (
 from workers.experts.rows import ExactRows, Fp8Rows, RowPacker
 from workers.parallel import ParallelState
 
-MAX_GATHERED_ROWS = 128
-"""Rows of the fullest rank up to which all are gathered: a decode's size."""
+MAX_GATHERED_ROWS = 64
+"""Rows of the fullest rank up to which all are gathered: a decode's size.
+
+Over gloo on one machine gathering is faster up to 32 rows where groups are even, and sending from 64 where they are
+not (bench/dispatch.py).
+"""
 
 RowFormat = Literal["exact", "fp8"]
 
@@ -39,8 +43,8 @@ class DispatcherChoice:
       has many more tokens than the others, as nothing is padded.
 
     For 235B (K 8, hidden 4096; bf16 rows: P 8256, Q 8192) D is 4.6 of 7 at ep 8, 6.1 of 15 at ep 16, 7.0 of 31 at
-    ep 32: gathering costs 1.5, 2.5 and 4.4 times the bytes. At 128 rows and ep 8 that is 14.7 MB against 9.7, which a
-    node's links move in the time that the counts take to come back.
+    ep 32: gathering costs 1.5, 2.5 and 4.4 times the bytes. At 64 rows and ep 8 that is 7.4 MB against 4.8, which a
+    node's links move in less time than the counts take to come back.
     """
 
     def __init__(

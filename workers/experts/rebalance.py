@@ -38,7 +38,7 @@ class PlacedExperts:
         for layer, placement in zip(self.layers, update.layers, strict=True):
             moves = moves_between(layer.placement, placement, layer.local_slots.size)
             if moves:
-                exchange = _Exchange(moves, layer.local_slots, self.spec, self.world)
+                exchange = WeightMoves(moves, layer.local_slots, self.spec, self.world)
                 for stack in (*parts_of(layer.gate_up_eXH), *parts_of(layer.down_eHF)):
                     exchange.move(stack)
             layer.place(placement)
@@ -56,7 +56,7 @@ class PlacedExperts:
                 raise PlanError(f"placement {update.version}, MoE layer {index}: {problem}")
 
 
-class _Exchange:
+class WeightMoves:
     """One layer's moves as this rank sees them; ranks with the same part of every expert talk to each other."""
 
     def __init__(self, moves: list[Move], local: Span, spec: ShardSpec, world: RankGroup) -> None:
@@ -74,12 +74,14 @@ class _Exchange:
 
     def move(self, stack: Tensor) -> None:
         """Send and receive in place; what is sent is copied first, as its slot may get another expert."""
-        sent = stack[torch.tensor(self.sources, dtype=torch.int64, device=stack.device)]
         shape, dtype = stack.shape[1:], stack.dtype
-        as_bytes = sent.contiguous().flatten(1).view(torch.uint8)
+        sent = torch.empty(len(self.sources), *shape, dtype=dtype, device=stack.device)
+        for row, slot in zip(sent, self.sources, strict=True):  # not by index: FP8 tensors cannot be indexed
+            row.copy_(stack[slot])
+        as_bytes = sent.flatten(1).view(torch.uint8)
         received = self.world.all_to_all(as_bytes, self.send_counts, self.receive_counts)
-        targets = torch.tensor(self.targets, dtype=torch.int64, device=stack.device)
-        stack[targets] = received.view(dtype).view(len(self.targets), *shape)
+        for row_bytes, slot in zip(received, self.targets, strict=True):
+            stack[slot].copy_(row_bytes.view(dtype).view(shape))
 
 
 def _rank_of(slot: int, slots_per_rank: int, spec: ShardSpec) -> int:

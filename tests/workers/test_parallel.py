@@ -1,0 +1,66 @@
+"""Collectives over real processes: sums in rank order, and waits that end."""
+
+from __future__ import annotations
+
+import time
+from functools import reduce
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.workers.ranks import RankProcesses
+from workers.errors import PeerLate
+from workers.layout import ParallelLayout
+from workers.parallel import ParallelState
+from workers.rank_group import ONE_ROUND_BYTES
+
+SIZES = [0, 1, 7, ONE_ROUND_BYTES // 4, ONE_ROUND_BYTES // 4 + 1, 100_003]
+
+
+def part_of(rank: int, size: int) -> Tensor:
+    """Of very different magnitudes, so that every order of adding gives another sum."""
+    return torch.randn(size, generator=torch.Generator().manual_seed(rank)) * 10.0**rank
+
+
+def sums(parallel: ParallelState) -> list[Tensor]:
+    return [parallel.world.all_reduce(part_of(parallel.rank, size)) for size in SIZES]
+
+
+def sums_of_groups(parallel: ParallelState, layout: ParallelLayout) -> list[Tensor]:
+    tp = parallel.regrouped(layout, 60.0).tp
+    return [tp.all_reduce(part_of(parallel.rank, size)) for size in SIZES]
+
+
+def test_sums_are_added_in_rank_order_whatever_their_size(four_ranks: RankProcesses) -> None:
+    for got in four_ranks.run(sums):
+        for size, total in zip(SIZES, got, strict=True):
+            assert torch.equal(total, reduce(torch.add, [part_of(rank, size) for rank in range(4)])), size
+
+
+def test_a_group_sums_its_own_ranks_alone(four_ranks: RankProcesses) -> None:
+    for rank, got in enumerate(four_ranks.run(sums_of_groups, ParallelLayout(tp=2, dp=2))):
+        first = rank // 2 * 2
+        for size, total in zip(SIZES, got, strict=True):
+            assert torch.equal(total, part_of(first, size) + part_of(first + 1, size))
+
+
+def wait_for_a_rank_that_does_not_come(parallel: ParallelState) -> float:
+    tp = parallel.regrouped(ParallelLayout(tp=2, dp=2), timeout_s=1.0).tp
+    if parallel.rank == 3:
+        return 0.0
+    start = time.monotonic()
+    try:
+        tp.all_reduce(torch.ones(4))
+    except (RuntimeError, PeerLate):
+        return time.monotonic() - start
+    return 0.0
+
+
+def test_a_wait_for_a_missing_rank_ends_at_the_timeout() -> None:
+    ranks = RankProcesses(4)
+    try:
+        waited_s = ranks.run(wait_for_a_rank_that_does_not_come)
+    finally:
+        ranks.stop()
+    assert waited_s == pytest.approx([0.0, 0.0, 1.0, 0.0], abs=0.9)
