@@ -22,7 +22,7 @@ from cluster.router.shards import GroupBounds, RankGroup
 from workers.config import RunnerConfig
 from workers.layout import ParallelLayout
 from workers.shard import Progress, ShardConfig, main
-from workers.step import StepPlan, StepResult
+from workers.step import PlacementUpdate, StepPlan, StepResult
 
 
 class NullRunner:
@@ -35,6 +35,9 @@ class NullRunner:
     def __init__(self, config: ShardConfig, progress: Progress) -> None:
         del progress
         self._rank = config.runner.rank
+
+    def place(self, update: PlacementUpdate) -> None:
+        del update
 
     def execute(self, plan: StepPlan) -> StepResult:
         return StepResult(plan.step, self._rank, [7] * len(plan.decodes) if self._rank == 0 else [])
@@ -57,16 +60,16 @@ async def measure(tp: int, num_steps: int, slots: list[int]) -> None:
 
 async def _round_trip(group: RankGroup, step: int, slots: list[int]) -> float:
     started_s = time.perf_counter()
-    group.send(StepPlan(step, decodes=slots))
+    group.send([StepPlan(step, decodes=slots)])
     await group.receive()
     return time.perf_counter() - started_s
 
 
 async def _one_ahead(group: RankGroup, first: int, num_steps: int, slots: list[int]) -> float:
     started_s = time.perf_counter()
-    group.send(StepPlan(first, decodes=slots))
+    group.send([StepPlan(first, decodes=slots)])
     for step in range(first + 1, first + num_steps):
-        group.send(StepPlan(step, decodes=slots))
+        group.send([StepPlan(step, decodes=slots)])
         await group.receive()
     await group.receive()
     return (time.perf_counter() - started_s) / num_steps

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from cluster.config import ClusterConfig
+from cluster.config import ClusterConfig, EngineConfig
 from cluster.errors import ConfigError, MullError
 from cluster.flags import add_chat_flags, add_serve_flags, chat_options, config_from_flags
 from cluster.interrupts import Interrupts
@@ -53,9 +53,10 @@ def _serve(args: argparse.Namespace) -> int:
     with LocalCluster(config, interrupts) as cluster:
         addresses = cluster.start()
         _load(cluster)
+        _print_ranks(cluster)
         print(
             f"ready · grpc {addresses.grpc} · metrics {addresses.metrics} · "
-            f"model {config.model.name} · tp {config.engine.tp} · Ctrl-C drains",
+            f"model {config.model.name} · {_layout_words(config.engine)} · Ctrl-C drains",
             flush=True,
         )
         interrupts.wait(every_s=1.0, check=cluster.check)
@@ -73,7 +74,7 @@ def _demo(args: argparse.Namespace) -> int:
     from cluster.chat import chat
     from cluster.local import LocalCluster
 
-    print(f"starting Ray, a Gateway, a Router and {config.engine.tp} shard workers", flush=True)
+    print(f"starting Ray, a Gateway, a Router and {config.engine.layout.world_size} shard workers", flush=True)
     interrupts = Interrupts()
     with LocalCluster(config, interrupts) as cluster:
         addresses = cluster.start()
@@ -98,6 +99,11 @@ def _status(args: argparse.Namespace) -> int:
     return _call(lambda: status(args.address, as_json=args.json))
 
 
+def _layout_words(engine: EngineConfig) -> str:
+    more = {"dp": engine.dp, "expert-tp": engine.expert_tp}
+    return f"tp {engine.tp}" + "".join(f" · {name} {size}" for name, size in more.items() if size > 1)
+
+
 def _call(request: Callable[[], int]) -> int:
     import grpc
 
@@ -120,15 +126,25 @@ def _load(cluster: LocalCluster) -> None:
         cluster.wait_until_ready(lambda loaded, total: bar.update(task, completed=loaded, total=total or None))
 
 
+def _print_ranks(cluster: LocalCluster) -> None:
+    from rich.console import Console
+
+    from cluster.status import rank_table
+
+    for router in cluster.info().routers:
+        Console(stderr=True).print(rank_table(router))
+
+
 def _check_model(config: ClusterConfig) -> None:
-    """Refuse a directory that cannot be served, or a tp that cannot split it, before any process is started."""
+    """Refuse a directory that cannot be served, or a layout that cannot split it, before any process is started."""
+    from cluster.capacity import check_redundant_experts
     from cluster.gateway.served_model import ServedModel
     from workers.config import ModelConfig
-    from workers.layout import ParallelLayout
     from workers.safetensors_header import check_checkpoint
 
     model = ModelConfig.from_dir(config.model.path)
-    ParallelLayout(tp=config.engine.tp).check(model)
+    config.engine.layout.check(model)
+    check_redundant_experts(config, model)
     check_checkpoint(config.model.path, model)
     asked, context = config.engine.max_model_len, model.max_position_embeddings
     if asked is not None and asked > context:

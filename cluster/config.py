@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cluster.errors import ConfigError
+from workers.layout import ParallelLayout
 
 
 class _Part(BaseModel):
@@ -26,20 +27,43 @@ class EngineConfig(_Part):
     """One copy of the model: its ranks and what a step may hold."""
 
     tp: int = Field(1, ge=1)
+    """Ranks of an attention group: they split heads, dense layers and the vocabulary."""
+    dp: int = Field(1, ge=1)
+    """Attention groups, each with its own sequences and KV."""
+    expert_tp: int = Field(1, ge=1)
+    """Ranks that split each expert; the experts are spread over tp * dp / expert_tp places."""
+    redundant_experts: int = Field(0, ge=0)
+    """Room in every layer for replicas of hot experts, over all ranks."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads_per_rank: int | None = Field(None, ge=1)
     """CPU threads of a rank; None shares the machine's cores among its ranks."""
     max_model_len: int | None = Field(None, ge=2)
     """Longest prompt plus output, in tokens; None takes the checkpoint's."""
     max_num_seqs: int = Field(64, ge=1)
-    """Slots: sequences that run at once."""
+    """Slots of an attention group: sequences that run at once."""
     max_num_batched_tokens: int = Field(512, ge=1)
-    """The token budget of one step; at least `max_num_seqs`."""
+    """The token budget of one step of an attention group; at least `max_num_seqs`."""
     block_size: int = Field(32, ge=1)
     """Tokens per KV block."""
     kv_memory_bytes: int | None = Field(None, ge=1)
     """KV pool of one rank; None sizes it from free memory on a GPU and takes 256 MiB on a CPU."""
     enable_prefix_cache: bool = True
+
+    @property
+    def layout(self) -> ParallelLayout:
+        """The ranks of a copy."""
+        return ParallelLayout(tp=self.tp, dp=self.dp, expert_tp=self.expert_tp)
+
+    @model_validator(mode="after")
+    def _experts_are_split_by_whole_groups(self) -> Self:
+        world = self.tp * self.dp
+        if world % self.expert_tp:
+            fits = [size for size in range(1, world + 1) if world % size == 0]
+            raise ValueError(
+                f"expert_tp {self.expert_tp} does not divide tp {self.tp} * dp {self.dp} = {world} ranks; "
+                f"use one of {', '.join(map(str, fits))}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _all_can_decode_at_once(self) -> Self:
@@ -59,6 +83,12 @@ class RouterConfig(_Part):
     start_timeout_s: float = Field(600.0, gt=0)
     step_timeout_s: float = Field(60.0, gt=0)
     """A step that takes longer names the late rank, which then counts as lost."""
+    ray_address: str | None = None
+    """host:port of a Ray cluster to run in, on all its nodes; None starts one on this machine alone."""
+    rebalance_interval_steps: int = Field(1000, ge=0)
+    """Steps between two looks at the experts' loads; 0: experts stay where they are."""
+    rebalance_threshold: float = Field(1.2, ge=1)
+    """Largest over mean load of ranks from which on experts are moved."""
 
 
 class GatewayConfig(_Part):

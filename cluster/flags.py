@@ -28,12 +28,15 @@ _SAMPLING_FLAGS: dict[str, tuple[type, str]] = {
 
 _CONFIG_FLAGS: dict[str, dict[str, tuple[type, str]]] = {
     "engine": {
-        "tp": (int, "ranks that split the model"),
+        "tp": (int, "ranks of an attention group: they split heads and dense layers"),
+        "dp": (int, "attention groups, each with its own sequences and KV"),
+        "expert_tp": (int, "ranks that split each expert; it divides tp * dp"),
+        "redundant_experts": (int, "room in every layer for replicas of hot experts"),
         "device": (str, "auto, cpu or cuda"),
         "threads_per_rank": (int, "CPU threads of a rank; default: the cores, shared"),
         "max_model_len": (int, "longest prompt plus output in tokens; default: the checkpoint's"),
-        "max_num_seqs": (int, "sequences that run at once"),
-        "max_num_batched_tokens": (int, "token budget of one step"),
+        "max_num_seqs": (int, "sequences of an attention group that run at once"),
+        "max_num_batched_tokens": (int, "token budget of one step of an attention group"),
         "block_size": (int, "tokens per KV block"),
         "kv_memory_bytes": (int, "KV pool of one rank"),
     },
@@ -41,6 +44,8 @@ _CONFIG_FLAGS: dict[str, dict[str, tuple[type, str]]] = {
         "max_waiting": (int, "requests that may wait; one more is refused"),
         "start_timeout_s": (float, "seconds to load and warm up"),
         "step_timeout_s": (float, "seconds after which a rank counts as lost"),
+        "ray_address": (str, "Ray cluster to run in, as host:port; default: one of its own on this machine"),
+        "rebalance_interval_steps": (int, "steps between two looks at the experts' loads; 0: never"),
     },
     "gateway": {
         "host": (str, "address to listen on"),

@@ -53,6 +53,7 @@ class LocalCluster:
         self._channel: grpc.Channel | None = None
         self._guard: subprocess.Popen[bytes] | None = None
         self._ray_was_started = False
+        self._app_was_started = False
         self._last_answer_s = time.monotonic()
 
     def __enter__(self) -> LocalCluster:
@@ -69,9 +70,12 @@ class LocalCluster:
         self._ray_was_started = True
         _start_ray(self._config)
         self._interrupts.install()
-        self._guard = _guard_children()
+        if self._config.router.ray_address is None:
+            self._guard = _guard_children()
         _check_gpus(self._config)
+        _check_nodes(self._config)
         self._interrupts.check()
+        self._app_was_started = True
         self._gateway = _run_app(self._config)
         self._interrupts.check()
         gateway = self._config.gateway
@@ -149,11 +153,26 @@ class LocalCluster:
             import ray
 
             children = psutil.Process().children(recursive=True)
+            if self._app_was_started and self._config.router.ray_address is not None:
+                _delete_app()
             # The gateway has drained: nothing is left that Serve would have to shut down gracefully.
             ray.shutdown()
             _end(children)
         self._gateway = self._channel = self._guard = None
-        self._ray_was_started = False
+        self._ray_was_started = self._app_was_started = False
+
+
+def _delete_app() -> None:
+    """The Ray cluster is not ours and stays; what runs in it for us must not."""
+    from ray import serve
+    from ray.exceptions import RayError
+
+    from cluster.app import APP_NAME
+
+    try:
+        serve.delete(APP_NAME)
+    except (RuntimeError, RayError) as error:
+        raise EngineError(f"the app could not be deleted from the Ray cluster ({_last_line(error)})") from error
 
 
 def _end(processes: list[psutil.Process]) -> None:
@@ -192,10 +211,29 @@ def _free_port(flag: str, host: str, port: int) -> int:
 def _check_gpus(config: ClusterConfig) -> None:
     import ray
 
+    engine, needed = config.engine, config.engine.layout.world_size
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]  # Ray has no types there
     found = int(resources.get("GPU", 0))
-    if config.engine.device == "cuda" and found < config.engine.tp:
-        raise ConfigError(f"--device cuda needs {config.engine.tp} GPUs for --tp {config.engine.tp}, found {found}")
+    if engine.device == "cuda" and found < needed:
+        flags = f"--tp {engine.tp}" + (f" --dp {engine.dp}" if engine.dp > 1 else "")
+        raise ConfigError(f"--device cuda needs {needed} GPUs for {flags}, found {found}; lower them")
+
+
+def _check_nodes(config: ClusterConfig) -> None:
+    """A Ray cluster of someone else's may be too small, and Serve would wait for it to grow."""
+    import ray
+
+    from cluster.router.launchers import ranks_per_bundle
+
+    layout = config.engine.layout
+    together, num_ranks = ranks_per_bundle(layout), layout.world_size
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    cpus = [int(resources.get("CPU", 0)) for resources in alive]
+    if sum(cpus) <= num_ranks or sum(cpu // together * together for cpu in cpus) < num_ranks:
+        raise ConfigError(
+            f"{num_ranks} ranks, {together} of them on a node at a time, and the Router need a CPU each; the nodes of "
+            f"the Ray cluster have {', '.join(map(str, cpus))}; lower --tp or --dp, or start Ray with more"
+        )
 
 
 def _run_app(config: ClusterConfig) -> Any:
@@ -241,12 +279,18 @@ def _start_ray(config: ClusterConfig) -> None:
 def _init_ray(config: ClusterConfig) -> None:
     import ray
 
+    if (address := config.router.ray_address) is not None:
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except ConnectionError as error:
+            raise ConfigError(f"--ray-address {address}: {_last_line(error)}; run `ray start` on its nodes") from error
+        return
     ray.init(
         address="local",
         # Nothing of it is for other machines.
         _node_ip_address="127.0.0.1",
         # Logical: what the app asks for, so that Serve never waits for cores that a small machine lacks.
-        num_cpus=config.engine.tp + 4,
+        num_cpus=config.engine.layout.world_size + 4,
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,

@@ -27,11 +27,17 @@ _ROUTER_GAUGES = (
     ("mull_requests_waiting", "Requests that wait for a slot, as the Router says.", "num_waiting"),
     ("mull_kv_blocks", "KV blocks of the Router.", "num_blocks"),
     ("mull_kv_free_blocks", "KV blocks that are free.", "num_free_blocks"),
+    (
+        "mull_expert_imbalance_ratio",
+        "Largest over mean load of the ranks' experts, as last reported; 0 where there is nothing to balance.",
+        "expert_imbalance",
+    ),
 )
 _ROUTER_COUNTERS = (
     ("mull_engine_steps_total", "Steps of the Router's ranks.", "num_steps_total"),
     ("mull_engine_restarts_total", "Times the Router's ranks were started again.", "num_restarts_total"),
     ("mull_preemptions_total", "Requests that lost their slot for a while.", "num_preempted_total"),
+    ("mull_expert_rebalances_total", "Times that experts were placed anew.", "num_rebalances_total"),
     ("mull_prefix_query_tokens_total", "Prompt tokens looked up in the prefix cache.", "prefix_query_tokens_total"),
     ("mull_prefix_hit_tokens_total", "Prompt tokens found in the prefix cache.", "prefix_hit_tokens_total"),
 )

@@ -41,6 +41,11 @@ def _plain(info: pb.GetServerInfoResponse) -> dict[str, Any]:
                 "ready": router.ready,
                 "reason": router.reason,
                 "tp": router.tensor_parallel_size,
+                "dp": router.data_parallel_size,
+                "expert_tp": router.expert_tensor_parallel_size,
+                "redundant_experts": router.redundant_experts,
+                "expert_imbalance": round(router.expert_imbalance, 3),
+                "num_rebalances_total": router.num_rebalances_total,
                 "max_model_len": router.max_model_len,
                 "num_blocks": router.num_blocks,
                 "num_free_blocks": router.num_free_blocks,
@@ -58,12 +63,17 @@ def _plain(info: pb.GetServerInfoResponse) -> dict[str, Any]:
 def _plain_rank(rank: router_pb2.RankInfo, router: router_pb2.DescribeResponse) -> dict[str, Any]:
     return {
         "rank": rank.rank,
+        "group": rank.group,
         "host": rank.host,
         "pid": rank.pid,
         "device": rank.device,
         "model": router.model,
         "weight_bytes": rank.weight_bytes,
+        "num_heads": rank.num_heads,
+        "num_kv_heads": rank.num_kv_heads,
+        "num_experts": rank.num_experts,
         "kv_bytes": rank.kv_bytes,
+        "kv_tokens": rank.kv_tokens,
         "load_s": round(rank.load_seconds, 2),
     }
 
@@ -77,25 +87,49 @@ def _print_tables(info: pb.GetServerInfoResponse, address: str) -> None:
     for router in info.routers:
         used = router.num_blocks - router.num_free_blocks
         console.print(
-            f"[bold]{router.model}[/] · tp {router.tensor_parallel_size} · context {router.max_model_len:,} tokens · "
+            f"[bold]{router.model}[/] · {layout_words(router)} · context {router.max_model_len:,} tokens · "
             f"running {router.num_running} · waiting {router.num_waiting} · "
             f"KV {used:,} of {router.num_blocks:,} blocks of {router.block_size} tokens in use"
         )
-        console.print(_rank_table(router))
+        console.print(rank_table(router))
 
 
-def _rank_table(router: router_pb2.DescribeResponse) -> Table:
-    table = Table("rank", "host", "pid", "device", "weights MiB", "KV MiB", "loaded in s")
-    for column in (0, 2, 4, 5, 6):
-        table.columns[column].justify = "right"
+def layout_words(router: router_pb2.DescribeResponse) -> str:
+    """The layout in a few words, without what is as in the simplest one."""
+    words = [f"tp {router.tensor_parallel_size}"]
+    if router.data_parallel_size > 1:
+        words.append(f"dp {router.data_parallel_size}")
+    if router.expert_tensor_parallel_size > 1:
+        words.append(f"expert-tp {router.expert_tensor_parallel_size}")
+    if router.redundant_experts:
+        words.append(f"{router.redundant_experts} redundant experts")
+    if router.num_rebalances_total:
+        words.append(f"experts placed {router.num_rebalances_total}×, imbalance {router.expert_imbalance:.2f}")
+    return " · ".join(words)
+
+
+def rank_table(router: router_pb2.DescribeResponse) -> Table:
+    """The layout, a line per rank. Heads are query and KV heads; experts those of each layer that has any."""
+    names = "rank", "group", "host", "pid", "device", "heads", "experts", "weights", "KV", "KV tokens"
+    table = Table(*names, box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    for name, column in zip(names, table.columns, strict=True):
+        column.justify = "left" if name in ("host", "device") else "right"
     for rank in router.ranks:
         table.add_row(
             str(rank.rank),
+            str(rank.group),
             rank.host,
             str(rank.pid),
             rank.device,
-            f"{rank.weight_bytes / 2**20:.1f}",
-            f"{rank.kv_bytes / 2**20:.1f}",
-            f"{rank.load_seconds:.2f}",
+            f"{rank.num_heads}/{rank.num_kv_heads}",
+            str(rank.num_experts),
+            _size(rank.weight_bytes),
+            _size(rank.kv_bytes),
+            f"{rank.kv_tokens:,}",
         )
     return table
+
+
+def _size(num_bytes: int) -> str:
+    unit, name = (2**30, "GiB") if num_bytes >= 2**30 else (2**20, "MiB")
+    return f"{num_bytes / unit:.1f} {name}"

@@ -56,11 +56,21 @@ class FakeSlot:
 
 
 class FakeRanks:
-    """All ranks of a copy at once; `execute` gives rank 0's result."""
+    """All ranks of one attention group at once; `execute` gives the result of the first of them."""
 
     def __init__(
-        self, *, num_blocks: int, block_size: int, max_num_seqs: int, max_num_batched_tokens: int, vocab_size: int = 50
+        self,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        vocab_size: int = 50,
+        group: int = 0,
+        rank: int = 0,
     ) -> None:
+        self.group = group
+        self.rank = rank
         self.block_size = block_size
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -90,11 +100,16 @@ class FakeRanks:
             self._decode(slot)
         # Sampling comes after all writes, as in one forward pass of a batch.
         token_ids = [self._sample(slot) for slot in plan.sampling_slots]
-        return StepResult(plan.step, 0, token_ids, self._logprobs(plan.sampling_slots, token_ids))
+        return StepResult(plan.step, self.rank, token_ids, self._logprobs(plan.sampling_slots, token_ids))
 
     def _check(self, plan: StepPlan) -> None:
         expect(plan.step == self.next_step, f"step {plan.step} came, {self.next_step} was due")
-        expect(plan.num_tokens > 0, f"step {plan.step} computes nothing")
+        group_tokens = plan.group_tokens or [plan.num_tokens]
+        expect(any(group_tokens), f"step {plan.step} computes nothing")
+        expect(
+            group_tokens[self.group] == plan.num_tokens,
+            f"group {self.group} computes {plan.num_tokens} tokens in step {plan.step}, it says {group_tokens}",
+        )
         expect(
             plan.num_tokens <= self.max_num_batched_tokens,
             f"{plan.num_tokens} tokens in a step, the budget is {self.max_num_batched_tokens}",

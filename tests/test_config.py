@@ -44,6 +44,12 @@ def test_the_file_wins_over_a_commands_fallbacks(tmp_path: Path) -> None:
     assert (config.engine.tp, config.gateway.grpc_port) == (4, 0)
 
 
+def test_a_layout_comes_from_its_three_flags() -> None:
+    engine = config_of("--tp", "2", "--dp", "4", "--expert-tp", "2", "--redundant-experts", "8").engine
+
+    assert (engine.layout.world_size, engine.layout.ep, engine.redundant_experts) == (8, 4, 8)
+
+
 def test_a_model_is_named_after_its_directory() -> None:
     assert config_of("--model", "/models/Qwen3-4B-Thinking-2507-FP8/").model.name == "Qwen3-4B-Thinking-2507-FP8"
     assert config_of("--model", "/models/x", "--served-model-name", "thinker").model.name == "thinker"
@@ -53,6 +59,9 @@ def test_a_model_is_named_after_its_directory() -> None:
     ("values", "words"),
     [
         ({"engine": {"tp": 0}}, "engine.tp"),
+        ({"engine": {"dp": 0}}, "engine.dp"),
+        ({"engine": {"tp": 2, "dp": 2, "expert_tp": 3}}, "expert_tp 3 does not divide tp 2 * dp 2 = 4 ranks"),
+        ({"engine": {"redundant_experts": -1}}, "engine.redundant_experts"),
         ({"engine": {"typo": 1}}, "engine.typo"),
         ({"engine": {"max_num_seqs": 64, "max_num_batched_tokens": 32}}, "max_num_batched_tokens 32"),
         ({"gateway": {"grpc_port": 70000}}, "gateway.grpc_port"),

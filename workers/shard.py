@@ -27,6 +27,7 @@ import zmq
 
 from workers.config import RunnerConfig
 from workers.errors import MullError
+from workers.network import interface_towards
 from workers.step import (
     FromRank,
     PlacementUpdate,
@@ -99,6 +100,8 @@ def load_runner(config: ShardConfig, progress: Progress) -> Runner:
 
     if config.store_host is None or config.store_port is None:
         return ModelRunner(config.runner, ParallelState.single(), progress=progress)
+    if (interface := interface_towards(config.store_host)) is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     parallel = ParallelState.connect(
         config.runner.rank,
         config.runner.layout,
@@ -200,11 +203,13 @@ def _ready(config: RunnerConfig, runner: Runner, load_s: float) -> RankReady:
 
 
 def _serve_plans(link: RouterSocket, runner: Runner) -> None:
+    """Everything strictly in order: a plan's experts lie where the last placement before it has put them."""
     while not isinstance(order := link.receive(), Shutdown):
-        if isinstance(order, PlacementUpdate):
-            runner.place(order)
-        else:
-            link.send(runner.execute(order))
+        match order:
+            case StepPlan():
+                link.send(runner.execute(order))
+            case PlacementUpdate():
+                runner.place(order)
 
 
 def _one_line(error: Exception) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import ray
 from ray import serve
 
 from cluster.config import ClusterConfig
@@ -62,12 +63,13 @@ def _address_from(router: Any) -> RouterAddress:
 
 
 def gateway_deployment(config: ClusterConfig, router: serve.Application) -> serve.Application:
-    """One gateway per node, on the ports that the config fixes."""
+    """One gateway per node, on the ports that the config fixes; in a cluster of several nodes on this one."""
+    here = {f"node:{ray.util.get_node_ip_address()}": 0.001} if config.router.ray_address else {}  # type: ignore[no-untyped-call]
     deployment: Any = serve.deployment(
         name=NAME,
         num_replicas=1,
         max_replicas_per_node=1,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0, "resources": here},
         health_check_period_s=HEALTH_PERIOD_S,
         graceful_shutdown_timeout_s=config.gateway.drain_s + SHUTDOWN_MARGIN_S,
         # Clients' streams do not come through Serve: `__del__` waits for them.

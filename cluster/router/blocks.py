@@ -27,8 +27,17 @@ def chain_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
     return blake2b(array("Q", token_ids).tobytes(), digest_size=32, key=parent).digest()
 
 
+def chain_hashes(parent: bytes, token_ids: Sequence[int], block_size: int) -> list[bytes]:
+    """The names of the full blocks of these tokens, which follow the block named `parent`."""
+    hashes = []
+    for start in range(0, len(token_ids) - block_size + 1, block_size):
+        parent = chain_hash(parent, token_ids[start : start + block_size])
+        hashes.append(parent)
+    return hashes
+
+
 class BlockAllocator:
-    """The blocks of one copy: who uses how many, and which prefix each holds."""
+    """The blocks of one attention group: who uses how many, and which prefix each holds."""
 
     def __init__(self, num_blocks: int, block_size: int, enable_prefix_cache: bool = True) -> None:
         self.num_blocks = num_blocks

@@ -13,8 +13,10 @@ from ray import serve
 
 from cluster.config import ClusterConfig, EngineConfig
 from cluster.errors import EngineError
+from cluster.router.balancer import ModelExperts, RebalancePolicy
 from cluster.router.engine import GroupFactory
-from cluster.router.launchers import NORMAL_PRIORITY, Launcher, RayLauncher
+from cluster.router.launchers import NORMAL_PRIORITY, Launcher, RayLauncher, ranks_per_bundle
+from cluster.router.layout_table import rank_roles
 from cluster.router.router import Router, RouterStats
 from cluster.router.scheduler import SchedulerConfig
 from cluster.router.shards import GroupBounds, RankGroup
@@ -22,7 +24,6 @@ from cluster.router.wire import ModelInfo
 from cluster.text.phases import THINK_END
 from cluster.text.tokenizer import read_encoder
 from workers.config import ModelConfig, RunnerConfig
-from workers.layout import ParallelLayout
 
 Device = Literal["cpu", "cuda"]
 
@@ -40,7 +41,7 @@ def resolve_device(engine: EngineConfig) -> Device:
         return engine.device
     resources: dict[str, float] = ray.cluster_resources() if ray.is_initialized() else {}  # type: ignore[no-untyped-call]
     num_gpus = resources.get("GPU", 0)
-    return "cuda" if num_gpus >= engine.tp else "cpu"
+    return "cuda" if num_gpus >= engine.layout.world_size else "cpu"
 
 
 def model_info(config: ClusterConfig) -> ModelInfo:
@@ -52,26 +53,35 @@ def model_info(config: ClusterConfig) -> ModelInfo:
         vocab_size=model.vocab_size,
         max_model_len=config.engine.max_model_len or model.max_position_embeddings,
         think_end_id=read_encoder(path / "tokenizer.json").token_to_id(THINK_END),
+        experts=_experts(model, config.engine.redundant_experts),
     )
+
+
+def _experts(model: ModelConfig, num_redundant: int) -> ModelExperts | None:
+    num_layers = sum(model.is_moe_layer(layer) for layer in range(model.num_layers))
+    if not num_layers:
+        return None
+    return ModelExperts(num_experts=model.num_experts, num_layers=num_layers, num_redundant=num_redundant)
 
 
 def runner_configs(config: ClusterConfig, max_model_len: int, device: Device) -> list[RunnerConfig]:
     """One per rank."""
-    engine = config.engine
+    engine, world = config.engine, config.engine.layout.world_size
     return [
         RunnerConfig(
             model_dir=str(config.model.path),
             rank=rank,
-            layout=ParallelLayout(tp=engine.tp),
+            layout=engine.layout,
+            redundant_experts=engine.redundant_experts,
             device=device,
-            num_threads=engine.threads_per_rank or max(1, (os.cpu_count() or 1) // engine.tp),
+            num_threads=engine.threads_per_rank or max(1, (os.cpu_count() or 1) // world),
             max_model_len=max_model_len,
             max_num_seqs=engine.max_num_seqs,
             max_num_batched_tokens=engine.max_num_batched_tokens,
             block_size=engine.block_size,
             kv_memory_bytes=engine.kv_memory_bytes,
         )
-        for rank in range(engine.tp)
+        for rank in range(world)
     ]
 
 
@@ -92,7 +102,15 @@ def make_router(config: ClusterConfig, device: Device, launcher: Launcher) -> Ro
         max_waiting=config.router.max_waiting,
     )
     make_group = group_factory(config, model.max_model_len, device, launcher)
-    return Router(model, scheduler, make_group, enable_prefix_cache=config.engine.enable_prefix_cache)
+    engine, router = config.engine, config.router
+    return Router(
+        model,
+        scheduler,
+        make_group,
+        enable_prefix_cache=engine.enable_prefix_cache,
+        roles=rank_roles(ModelConfig.from_dir(config.model.path), engine.layout, engine.redundant_experts),
+        rebalance=RebalancePolicy(interval_steps=router.rebalance_interval_steps, threshold=router.rebalance_threshold),
+    )
 
 
 class RouterDeployment:
@@ -123,14 +141,15 @@ class RouterDeployment:
 
 
 def router_deployment(config: ClusterConfig) -> serve.Application:
-    """One Router with a bundle for itself and one for each rank."""
-    device = resolve_device(config.engine)
-    rank_bundle: dict[str, float] = {"CPU": 1, "GPU": 1} if device == "cuda" else {"CPU": 1}
+    """One Router with a bundle for itself and one for each set of ranks that must share a node."""
+    device, layout = resolve_device(config.engine), config.engine.layout
+    size = ranks_per_bundle(layout)
+    bundle: dict[str, float] = {"CPU": size, "GPU": size} if device == "cuda" else {"CPU": size}
     deployment: Any = serve.deployment(
         name=NAME,
         num_replicas=1,
         ray_actor_options={"num_cpus": 1, "runtime_env": NORMAL_PRIORITY},
-        placement_group_bundles=[{"CPU": 1}, *[rank_bundle] * config.engine.tp],
+        placement_group_bundles=[{"CPU": 1}, *[bundle] * (layout.world_size // size)],
         placement_group_strategy="PACK",
         health_check_period_s=HEALTH_PERIOD_S,
         graceful_shutdown_timeout_s=SHUTDOWN_TIMEOUT_S,

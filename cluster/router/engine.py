@@ -1,4 +1,4 @@
-"""One copy at work: its scheduler, its group of ranks, and the loop that moves plans and results between them.
+"""One copy at work: its scheduler, its ranks and their experts, and the loop that moves plans and results.
 
 Hops 5, 6 and 10. Knows keys and tokens, not gateways or gRPC. What happens when a rank is lost happens in `_supervise`.
 """
@@ -11,16 +11,26 @@ from collections.abc import Callable, Hashable
 from typing import NoReturn
 
 from cluster.errors import EngineError, MullError, NotReady
+from cluster.router.balanced_steps import BalancedSteps
+from cluster.router.balancer import ExpertBalancer
 from cluster.router.blocks import BlockAllocator
-from cluster.router.scheduler import Scheduler, SchedulerConfig, SchedulerStats
+from cluster.router.copy_scheduler import CopyScheduler
+from cluster.router.scheduler import SchedulerConfig, SchedulerStats
 from cluster.router.sequence import SequenceRequest, SequenceUpdate
-from cluster.router.shards import GroupInfo, OnProgress, ShardGroup
+from cluster.router.shards import GroupInfo, OnProgress, ShardGroup, Steps
 from cluster.router.supervision import EngineState, RestartPolicy, Supervisor
 from workers.step import RankLoading
 
 log = logging.getLogger(__name__)
 
 GroupFactory = Callable[[OnProgress], ShardGroup]
+BalancerFactory = Callable[[GroupInfo], ExpertBalancer | None]
+"""None: there is nothing to balance."""
+
+
+def no_balancer(info: GroupInfo) -> None:
+    """For a model without experts, or with all of them in one place."""
+    del info
 
 
 class Engine:
@@ -38,6 +48,7 @@ class Engine:
         on_lost: Callable[[str], None],
         enable_prefix_cache: bool = True,
         restarts: RestartPolicy | None = None,
+        make_balancer: BalancerFactory = no_balancer,
     ) -> None:
         self._config = config
         self._make_group = make_group
@@ -45,7 +56,10 @@ class Engine:
         self._on_lost = on_lost
         self._enable_prefix_cache = enable_prefix_cache
         self._supervisor = Supervisor(restarts or RestartPolicy())
-        self._scheduler: Scheduler | None = None
+        self._make_balancer = make_balancer
+        self._scheduler: CopyScheduler | None = None
+        self.balancer: ExpertBalancer | None = None
+        """Where the experts of the present ranks lie; None: nothing to balance, or no ranks."""
         self._wake = asyncio.Event()
         self._settled = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -132,24 +146,34 @@ class Engine:
         """One group from its start to its loss; returns why it was lost."""
         try:
             scheduler = self._open(await group.start())
-            await self._step_forever(group, scheduler)
+            if self.balancer is None:
+                await self._step_forever(group, scheduler)
+            steps = BalancedSteps(group, self.balancer)
+            try:
+                await self._step_forever(steps, scheduler)
+            finally:
+                await steps.stop()
         except MullError as error:
             return str(error)
         except Exception as error:  # the boundary of the engine: sequences must be told whatever it was
             log.exception("the engine failed")
             return _fault(error)
 
-    def _open(self, info: GroupInfo) -> Scheduler:
-        blocks = BlockAllocator(info.num_blocks, info.block_size, self._enable_prefix_cache)
-        self._scheduler = Scheduler(self._config, blocks)
+    def _open(self, info: GroupInfo) -> CopyScheduler:
+        cached = self._enable_prefix_cache
+        pools = [BlockAllocator(info.num_blocks, info.block_size, cached) for _ in range(info.layout.dp)]
+        self._scheduler = CopyScheduler(self._config, pools)
+        self.balancer = self._make_balancer(info)
         self.info = info
         self._supervisor.started()
         self._settled.set()
-        log.info("engine ready: %d ranks, %d blocks of %d tokens", len(info.ranks), info.num_blocks, info.block_size)
+        blocks = "%d ranks in %d groups, each with %d blocks of %d tokens"
+        log.info("engine ready: " + blocks, len(info.ranks), len(pools), info.num_blocks, info.block_size)
         return self._scheduler
 
     def _close(self) -> None:
         self._scheduler = None
+        self.balancer = None
         self.info = None
 
     def _lose(self, reason: str) -> float | None:
@@ -164,19 +188,20 @@ class Engine:
     def _on_progress(self, progress: RankLoading) -> None:
         self.loading[progress.rank] = progress
 
-    async def _step_forever(self, group: ShardGroup, scheduler: Scheduler) -> NoReturn:
+    async def _step_forever(self, group: Steps, scheduler: CopyScheduler) -> NoReturn:
         while True:
-            while (plan := scheduler.schedule()) is not None:
-                group.send(plan)
+            while (plans := scheduler.schedule()) is not None:
+                group.send(plans)
             if scheduler.num_in_flight == 0:
                 await self._wait_for_work(group)
                 continue
-            result = await group.receive()
+            results = await group.receive()
             self.num_steps_total += 1
             self._supervisor.stepped()
-            self._on_updates(scheduler.apply(result))
+            # The first rank of each group names its tokens.
+            self._on_updates(scheduler.apply(results[:: len(results) // scheduler.num_groups]))
 
-    async def _wait_for_work(self, group: ShardGroup) -> None:
+    async def _wait_for_work(self, group: Steps) -> None:
         """Idle: until something was submitted or cancelled. Raises RankLost where the group is lost meanwhile."""
         lost = asyncio.ensure_future(group.receive())
         work = asyncio.ensure_future(self._wake.wait())

@@ -6,9 +6,10 @@ Hop 6, the Router's side, pure: events go in, facts come out; no clock, socket o
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cluster.errors import EngineError, RankLost
+from workers.layout import ParallelLayout
 from workers.step import StepResult
 
 
@@ -16,15 +17,14 @@ from workers.step import StepResult
 class _OpenStep:
     step: int
     missing: set[int]
-    named: StepResult | None = None
-    """Rank 0's answer, which has the tokens."""
+    answers: dict[int, StepResult] = field(default_factory=dict)
 
 
 class StepGather:
     """A step is complete when every rank has answered it. Steps complete in the order in which they were sent."""
 
-    def __init__(self, world: int) -> None:
-        self._world = world
+    def __init__(self, layout: ParallelLayout) -> None:
+        self._world = layout.world_size
         self._open: deque[_OpenStep] = deque()
 
     @property
@@ -37,11 +37,11 @@ class StepGather:
         return sorted(self._open[0].missing) if self._open else []
 
     def sent(self, step: int) -> None:
-        """A plan has gone out to every rank."""
+        """The plans of a step have gone out to every rank."""
         self._open.append(_OpenStep(step, set(range(self._world))))
 
-    def answered(self, result: StepResult) -> StepResult | None:
-        """Take one rank's answer. Gives rank 0's when this was the last one its step waited for.
+    def answered(self, result: StepResult) -> list[StepResult] | None:
+        """Take one rank's answer. Gives all ranks' when this was the last one its step waited for, in rank order.
 
         Raises EngineError when the rank answered anything but its oldest open step: its order is broken.
         """
@@ -50,10 +50,12 @@ class StepGather:
             wanted = "nothing" if expected is None else f"step {expected.step}"
             raise EngineError(f"rank {result.rank} answered step {result.step}, expected {wanted}")
         expected.missing.remove(result.rank)
-        if result.rank == 0:
-            expected.named = result
+        expected.answers[result.rank] = result
+        if expected.missing:
+            return None
         # Ranks answer in order, so only the oldest step can have become complete.
-        return self._open.popleft().named if not expected.missing else None
+        answers = self._open.popleft().answers
+        return [answers[rank] for rank in range(self._world)]
 
 
 class Casualties:

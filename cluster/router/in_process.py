@@ -1,6 +1,6 @@
 """InProcessGroup: one rank in a thread of this process, for tests, benches and machines with little memory.
 
-Hop 6 without a socket. The same interface as `shards.RankGroup`; only tp = 1, and a hung step can only be reported.
+Hop 6 without a socket. The same interface as `shards.RankGroup`; only one rank, and a hung step can only be reported.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cluster.errors import EngineError, MullError, RankLost
 from cluster.router.shards import GroupBounds, GroupInfo, OnProgress
 from workers.config import RunnerConfig
 from workers.shard import Runner, RunnerFactory, ShardConfig, load_runner
-from workers.step import RankLoading, RankReady, StepPlan, StepResult
+from workers.step import PlacementUpdate, RankLoading, RankReady, StepPlan, StepResult
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +32,9 @@ class InProcessGroup:
         on_progress: OnProgress,
         build_runner: RunnerFactory = load_runner,
     ) -> None:
-        if config.layout.tp != 1:
-            raise EngineError(f"an in-process group has one rank, the layout has tp {config.layout.tp}; use processes")
+        if config.layout.world_size != 1:
+            world = config.layout.world_size
+            raise EngineError(f"an in-process group has one rank, the layout has {world}; use processes")
         self._config = config
         self._bounds = bounds
         self._on_progress = on_progress
@@ -47,7 +48,8 @@ class InProcessGroup:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self._bounds.start_timeout_s):
-                return GroupInfo([await loop.run_in_executor(self._thread, self._load, loop)])
+                rank = await loop.run_in_executor(self._thread, self._load, loop)
+                return GroupInfo(self._config.layout, [rank])
         except TimeoutError:
             raise RankLost(f"rank 0 was not ready within {self._bounds.start_timeout_s:g} s", rank=0) from None
         except MullError as error:
@@ -71,12 +73,16 @@ class InProcessGroup:
             load_s=time.monotonic() - started_at,
         )
 
-    def send(self, plan: StepPlan) -> None:
+    def send(self, plans: list[StepPlan]) -> None:
         assert self._runner is not None, "send before start"
+        (plan,) = plans
         self._steps.append(self._thread.submit(self._runner.execute, plan))
         self._sent.set()
 
-    async def receive(self) -> StepResult:
+    def place(self, update: PlacementUpdate) -> None:
+        raise EngineError(f"placement {update.version} came to a group of one rank, which has all experts already")
+
+    async def receive(self) -> list[StepResult]:
         while not self._steps:
             self._sent.clear()
             await self._sent.wait()
@@ -90,7 +96,7 @@ class InProcessGroup:
             log.exception("rank 0 failed")
             raise RankLost(f"rank 0 failed: {type(error).__name__}: {error}", rank=0) from error
         self._steps.popleft()
-        return result
+        return [result]
 
     async def stop(self) -> None:
         """Does not wait for a step that runs: the thread ends after it."""

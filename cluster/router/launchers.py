@@ -10,7 +10,6 @@ import asyncio
 import logging
 import os
 import signal
-import socket
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -18,6 +17,7 @@ from typing import Any, Protocol
 import msgspec
 
 from cluster.errors import EngineError
+from workers.layout import ParallelLayout
 from workers.shard import ShardActor, ShardConfig
 
 log = logging.getLogger(__name__)
@@ -99,14 +99,23 @@ class ProcessHandle:
 
 
 def _environment(config: ShardConfig) -> Mapping[str, str]:
-    """Each local rank sees its own GPU, and gloo's connections stay on this machine."""
+    """Each local rank sees its own GPU. Raises EngineError where there are fewer than ranks."""
     environment = dict(os.environ)
-    if any(name == "lo" for _, name in socket.if_nameindex()):
-        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if config.runner.device == "cuda":
         visible = [device for device in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
-        environment["CUDA_VISIBLE_DEVICES"] = visible[config.runner.rank] if visible else str(config.runner.rank)
+        rank, world = config.runner.rank, config.runner.layout.world_size
+        if visible and len(visible) < world:
+            raise EngineError(
+                f"{world} ranks need a GPU each, CUDA_VISIBLE_DEVICES names {len(visible)}; lower tp or dp"
+            )
+        environment["CUDA_VISIBLE_DEVICES"] = visible[rank] if visible else str(rank)
     return environment
+
+
+def ranks_per_bundle(layout: ParallelLayout) -> int:
+    """Ranks that must share a node: those of an attention group, which meet twice in every layer, where there are
+    several groups to be spread; a single group may be larger than a node."""
+    return layout.tp if layout.dp > 1 else 1
 
 
 class RayLauncher:
@@ -128,7 +137,7 @@ class RayLauncher:
         group = get_current_placement_group()
         if group is None:
             raise EngineError("ranks start in the placement group of the Router's replica, and there is none")
-        bundle = 1 + config.runner.rank
+        bundle = 1 + config.runner.rank // ranks_per_bundle(config.runner.layout)
         actor: Any = (
             ray.remote(self._actor_class)
             .options(

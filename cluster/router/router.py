@@ -9,20 +9,25 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import grpc
 
 from cluster.errors import EngineError, NotReady, Overloaded, RequestError
+from cluster.router.balancer import ExpertBalancer, RebalancePolicy, make_balancer
 from cluster.router.engine import Engine, GroupFactory
+from cluster.router.layout_table import RankRole, table_lines
 from cluster.router.scheduler import SchedulerConfig, SchedulerStats
 from cluster.router.sequence import SequenceUpdate
 from cluster.router.servicer import RouterServicer
 from cluster.router.session import MAX_UNREAD, Session
+from cluster.router.shards import GroupInfo
 from cluster.router.supervision import EngineState, RestartPolicy
 from cluster.router.wire import ModelInfo, RequestKey, to_request
 from mull.v1 import router_pb2 as pb
 from mull.v1 import router_pb2_grpc
+from workers.layout import ParallelLayout
 from workers.step import RankLoading, RankReady
 
 log = logging.getLogger(__name__)
@@ -46,6 +51,8 @@ class RouterStats:
     state: EngineState
     reason: str
     loading: list[RankLoading]
+    layout: ParallelLayout | None
+    """None while no group takes plans."""
     ranks: list[RankReady]
     scheduler: SchedulerStats | None
     """None while no group takes plans."""
@@ -54,6 +61,9 @@ class RouterStats:
     """Items that gateways have not read yet."""
     num_steps_total: int
     num_restarts_total: int
+    expert_imbalance: float | None
+    """Largest over mean load of ranks; None: nothing to balance."""
+    num_rebalances_total: int
 
 
 class Router:
@@ -68,8 +78,13 @@ class Router:
         enable_prefix_cache: bool = True,
         restarts: RestartPolicy | None = None,
         max_unread: int = MAX_UNREAD,
+        roles: Sequence[RankRole] = (),
+        rebalance: RebalancePolicy | None = None,
     ) -> None:
+        """`roles`: what each rank does, for those who ask."""
         self._model = model
+        self._roles = roles
+        self._rebalance = rebalance or RebalancePolicy()
         self._max_unread = max_unread
         self._engine = Engine(
             config,
@@ -78,6 +93,7 @@ class Router:
             on_lost=self._end_all,
             enable_prefix_cache=enable_prefix_cache,
             restarts=restarts,
+            make_balancer=self._make_balancer,
         )
         self._sessions: dict[int, Session] = {}
         self._session_ids = itertools.count()
@@ -208,6 +224,12 @@ class Router:
                 session.end(key, pb.End.REASON_UNAVAILABLE, reason)
         self._ended.set()
 
+    def _make_balancer(self, info: GroupInfo) -> ExpertBalancer | None:
+        for line in table_lines(self._roles, info.ranks) if self._roles else ():
+            log.info("%s", line)
+        hosts = [rank.host for rank in info.ranks]
+        return make_balancer(self._model.experts, info.layout, hosts, self._rebalance)
+
     # What it looks like
 
     def stats(self) -> RouterStats:
@@ -216,12 +238,15 @@ class Router:
             state=engine.state,
             reason=engine.reason,
             loading=[engine.loading[rank] for rank in sorted(engine.loading)],
+            layout=engine.info.layout if engine.info else None,
             ranks=engine.info.ranks if engine.info else [],
             scheduler=engine.scheduler_stats,
             num_sessions=len(self._sessions),
             num_unread=sum(session.num_unread for session in self._sessions.values()),
             num_steps_total=engine.num_steps_total,
             num_restarts_total=engine.num_restarts_total,
+            expert_imbalance=engine.balancer.imbalance if engine.balancer else None,
+            num_rebalances_total=engine.balancer.num_rebalances_total if engine.balancer else 0,
         )
 
     def describe(self) -> pb.DescribeResponse:
@@ -231,15 +256,22 @@ class Router:
             ready=self.is_ready,
             reason=stats.reason,
             max_model_len=self._engine.context_limit or self._model.max_model_len,
-            tensor_parallel_size=len(stats.ranks),
             block_size=stats.ranks[0].block_size if stats.ranks else 0,
-            ranks=[_rank_info(rank) for rank in stats.ranks],
             loaded_bytes=sum(rank.read_bytes for rank in stats.loading),
             total_bytes=sum(rank.total_bytes for rank in stats.loading),
             failed=self.has_failed,
             num_steps_total=stats.num_steps_total,
             num_restarts_total=stats.num_restarts_total,
+            num_rebalances_total=stats.num_rebalances_total,
+            expert_imbalance=stats.expert_imbalance or 0.0,
+            ranks=self._rank_infos(stats),
         )
+        if stats.layout is not None:
+            response.tensor_parallel_size = stats.layout.tp
+            response.data_parallel_size = stats.layout.dp
+            response.expert_parallel_size = stats.layout.ep
+            response.expert_tensor_parallel_size = stats.layout.expert_tp
+            response.redundant_experts = self._model.experts.num_redundant if self._model.experts else 0
         if stats.scheduler is not None:
             response.num_blocks = stats.scheduler.num_blocks
             response.num_free_blocks = stats.scheduler.num_free_blocks
@@ -252,6 +284,14 @@ class Router:
             response.prefix_hit_tokens_total = stats.scheduler.prefix_hit_tokens_total
         return response
 
+    def _rank_infos(self, stats: RouterStats) -> list[pb.RankInfo]:
+        """What the ranks said of themselves, and what they are there for."""
+        infos = [_rank_info(rank) for rank in stats.ranks]
+        for info, role in zip(infos, self._roles, strict=False):
+            info.group, info.num_heads, info.num_kv_heads = role.group, role.num_heads, role.num_kv_heads
+            info.num_experts = role.num_experts
+        return infos
+
 
 def _rank_info(rank: RankReady) -> pb.RankInfo:
     return pb.RankInfo(
@@ -262,4 +302,5 @@ def _rank_info(rank: RankReady) -> pb.RankInfo:
         weight_bytes=rank.weight_bytes,
         kv_bytes=rank.kv_bytes,
         load_seconds=rank.load_s,
+        kv_tokens=rank.num_blocks * rank.block_size,
     )

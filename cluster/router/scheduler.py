@@ -11,7 +11,7 @@ can take the blocks of all others, and `context_limit` makes sure that the whole
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Hashable
+from collections.abc import Collection, Hashable, Iterable
 from dataclasses import dataclass
 
 from cluster.errors import ConfigError, EngineError, InvalidRequest, Overloaded, PromptTooLong
@@ -24,7 +24,7 @@ from workers.step import StepPlan, StepResult
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SchedulerConfig:
-    """Bounds of one copy's steps and queue."""
+    """Bounds of one attention group's steps, and of its copy's queue."""
 
     max_model_len: int
     """Longest prompt plus output, in tokens."""
@@ -33,7 +33,7 @@ class SchedulerConfig:
     max_num_batched_tokens: int
     """The token budget of one step; at least `max_num_seqs`, so that all can decode in one step."""
     max_waiting: int = 256
-    """Requests beyond `max_num_seqs` that may be unfinished."""
+    """Requests beyond all slots that may be unfinished."""
     max_in_flight: int = 2
     """Plans whose results are not back."""
 
@@ -65,7 +65,7 @@ class SchedulerStats:
 
 
 class Scheduler:
-    """Owns the sequences, slots and blocks of one copy."""
+    """Owns the sequences, slots and blocks of one attention group."""
 
     def __init__(self, config: SchedulerConfig, blocks: BlockAllocator) -> None:
         self._config = config
@@ -106,6 +106,16 @@ class Scheduler:
         return bool(self._sequences)
 
     @property
+    def num_unfinished(self) -> int:
+        return len(self._sequences)
+
+    @property
+    def num_backlog_tokens(self) -> int:
+        """Known tokens that no plan has computed yet: of those who wait, and of those who are still prefilling."""
+        prefilling = sum(seq.prefill_end - seq.num_computed for seq in self._slots.running if seq.is_prefilling)
+        return prefilling + sum(seq.num_known for seq in self._waiting)
+
+    @property
     def num_in_flight(self) -> int:
         return len(self._in_flight)
 
@@ -125,17 +135,36 @@ class Scheduler:
             prefix_hit_tokens_total=self._prefix_hit_tokens_total,
         )
 
-    def add(self, request: SequenceRequest) -> None:
-        """Queue a request. Raises InvalidRequest, PromptTooLong or Overloaded; nothing has changed then.
+    def add(self, request: SequenceRequest, block_hashes: Iterable[bytes] = ()) -> None:
+        """Queue a request. Raises what `check` raises, or Overloaded; nothing has changed then.
 
         A prompt that leaves no room for output is refused. A `max_tokens` that the context or the KV pool cannot hold
         is not: the sequence ends with LENGTH at `context_limit`, since to ask for "as much as fits" is the common case.
+        `block_hashes`: chain hashes of the first full blocks of its prompt, where the caller has them already.
         """
-        self._check(request)
+        self.check(request)
+        self._check_room()
         max_output = min(request.max_tokens, self.context_limit - len(request.prompt_ids))
         seq = Sequence.start(request, max_output=max_output)
+        seq.block_hashes += block_hashes
         self._sequences[request.key] = seq
         self._waiting.append(seq)
+
+    def check(self, request: SequenceRequest) -> None:
+        """Raises InvalidRequest or PromptTooLong where the request can never run here."""
+        if request.key in self._sequences:
+            raise InvalidRequest(f"key {request.key!r} belongs to an unfinished request; choose another", field="key")
+        if not request.prompt_ids:
+            raise InvalidRequest("the prompt has 0 tokens; it needs at least 1", field="prompt")
+        if request.max_tokens < 1:
+            raise InvalidRequest(f"max_tokens is {request.max_tokens}; it must be at least 1", field="max_tokens")
+        if len(request.prompt_ids) >= self.context_limit:
+            raise PromptTooLong(
+                f"the prompt has {len(request.prompt_ids)} tokens, prompt plus output may have {self.context_limit} "
+                f"(context {self._config.max_model_len}, KV pool {self._blocks.num_blocks} blocks of "
+                f"{self._blocks.block_size}); shorten it",
+                field="prompt",
+            )
 
     def cancel(self, key: Hashable) -> SequenceUpdate | None:
         """End a sequence now: its blocks are free on return. Gives its last update, or None where it has ended.
@@ -160,10 +189,14 @@ class Scheduler:
         self._draft_admissions(draft)
         if draft.is_empty:
             return None
-        return self._send(draft)
+        return self._send(draft, self._slots.take_closed())
+
+    def schedule_idle(self) -> StepPlan:
+        """A plan that computes nothing, so that this scheduler's numbers go on as those of others that do compute."""
+        return self._send(StepDraft(budget=0), close=[])
 
     def apply(self, result: StepResult) -> list[SequenceUpdate]:
-        """Take rank 0's result of the oldest plan in flight: at most one update per sequence.
+        """Take the group's result of the oldest plan in flight: at most one update per sequence.
 
         Raises EngineError when the result is of another step or has not one token per sampling slot.
         """
@@ -183,20 +216,7 @@ class Scheduler:
         updates += [SequenceUpdate(key, cached) for key, cached in cached_tokens.items()]
         return updates
 
-    def _check(self, request: SequenceRequest) -> None:
-        if request.key in self._sequences:
-            raise InvalidRequest(f"key {request.key!r} belongs to an unfinished request; choose another", field="key")
-        if not request.prompt_ids:
-            raise InvalidRequest("the prompt has 0 tokens; it needs at least 1", field="prompt")
-        if request.max_tokens < 1:
-            raise InvalidRequest(f"max_tokens is {request.max_tokens}; it must be at least 1", field="max_tokens")
-        if len(request.prompt_ids) >= self.context_limit:
-            raise PromptTooLong(
-                f"the prompt has {len(request.prompt_ids)} tokens, prompt plus output may have {self.context_limit} "
-                f"(context {self._config.max_model_len}, KV pool {self._blocks.num_blocks} blocks of "
-                f"{self._blocks.block_size}); shorten it",
-                field="prompt",
-            )
+    def _check_room(self) -> None:
         limit = self._config.max_num_seqs + self._config.max_waiting
         if len(self._sequences) >= limit:
             raise Overloaded(
@@ -251,14 +271,14 @@ class Scheduler:
             self._prefix_query_tokens_total += len(seq.request.prompt_ids)
             self._prefix_hit_tokens_total += seq.num_computed
 
-    def _send(self, draft: StepDraft) -> StepPlan:
+    def _send(self, draft: StepDraft, close: list[int]) -> StepPlan:
         """Number the draft and remember it until its result is back."""
         for seq in draft.prefilled:
             self._slots.publish_prompt(seq)
         step = self._next_step
         self._next_step += 1
         self._in_flight.append(draft.in_flight(step))
-        return draft.plan(step, self._slots.take_closed())
+        return draft.plan(step, close)
 
     def _take_in_flight(self, result: StepResult) -> StepInFlight:
         if not self._in_flight or self._in_flight[0].step != result.step:

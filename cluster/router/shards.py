@@ -1,7 +1,7 @@
 """ShardGroup: the ranks of one copy, started, stepped, watched and stopped together.
 
-Hop 6, the Router's side. Plans go to every rank, a step is complete when every rank has answered. Losing one rank loses
-the group. Knows nothing of sequences, gateways or what a plan means.
+Hop 6, the Router's side. A rank gets the plan of its attention group; a step is complete when every rank has answered.
+Losing one rank loses all. Knows nothing of sequences, gateways or what a plan means.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,8 +19,19 @@ from cluster.router.launchers import Launcher, RankHandle
 from cluster.router.rank_socket import RankSocket
 from cluster.router.rendezvous import Rendezvous
 from workers.config import RunnerConfig
+from workers.layout import ParallelLayout
 from workers.shard import ShardConfig
-from workers.step import FromRank, RankFailed, RankLoading, RankReady, Shutdown, StepPlan, StepResult, encode
+from workers.step import (
+    FromRank,
+    PlacementUpdate,
+    RankFailed,
+    RankLoading,
+    RankReady,
+    Shutdown,
+    StepPlan,
+    StepResult,
+    encode,
+)
 
 log = logging.getLogger(__name__)
 
@@ -29,13 +40,15 @@ OnProgress = Callable[[RankLoading], None]
 
 @dataclass(frozen=True)
 class GroupInfo:
-    """A group that can take plans."""
+    """Ranks that can take plans."""
 
+    layout: ParallelLayout
     ranks: list[RankReady]
+    """All of them, in order."""
 
     @property
     def num_blocks(self) -> int:
-        """KV blocks that every rank has."""
+        """KV blocks that every rank has: the pool of one attention group."""
         return min(rank.num_blocks for rank in self.ranks)
 
     @property
@@ -43,21 +56,28 @@ class GroupInfo:
         return self.ranks[0].block_size
 
 
-class ShardGroup(Protocol):
+class Steps(Protocol):
+    """Plans out, results in."""
+
+    def send(self, plans: list[StepPlan]) -> None:
+        """One step: a plan for each attention group, all of one number. Never waits; a loss shows in `receive`."""
+
+    async def receive(self) -> list[StepResult]:
+        """The results of the oldest outstanding step, when every rank has answered it; in rank order.
+
+        One caller at a time; may be cancelled. Raises RankLost naming the rank that died, failed, or
+        was late; also while no step is outstanding.
+        """
+
+
+class ShardGroup(Steps, Protocol):
     """One start, then steps, then one stop. Not usable again: a lost group is replaced by a new one."""
 
     async def start(self) -> GroupInfo:
         """Raises RankLost (with the rank's own words) when a rank fails or is late; everything is stopped by then."""
 
-    def send(self, plan: StepPlan) -> None:
-        """Never waits; a loss shows in `receive`."""
-
-    async def receive(self) -> StepResult:
-        """Rank 0's result of the oldest outstanding step, when every rank has answered it.
-
-        One caller at a time; may be cancelled. Raises RankLost naming the rank that died, failed, or
-        was late; also while no step is outstanding.
-        """
+    def place(self, update: PlacementUpdate) -> None:
+        """Tell every rank where experts lie from the next step on. Never waits; a loss shows in `receive`."""
 
     async def stop(self) -> None:
         """Bounded; may be called again."""
@@ -83,12 +103,13 @@ class RankGroup:
         self._runners = runners
         self._bounds = bounds
         self._on_progress = on_progress
-        self._gather = StepGather(len(runners))
+        self._layout = runners[0].layout
+        self._gather = StepGather(self._layout)
         self._casualties = Casualties()
         self._handles: list[RankHandle] = []
         self._watches: list[asyncio.Task[None]] = []
         self._ready: dict[int, RankReady] = {}
-        self._results: deque[StepResult] = deque()
+        self._results: deque[list[StepResult]] = deque()
         self._changed: asyncio.Future[None] | None = None
         self._lost: RankLost | None = None
         self._deadline: asyncio.TimerHandle | None = None
@@ -112,7 +133,7 @@ class RankGroup:
         except BaseException:
             await self.stop()
             raise
-        return GroupInfo([self._ready[rank] for rank in sorted(self._ready)])
+        return GroupInfo(self._layout, [self._ready[rank] for rank in sorted(self._ready)])
 
     async def _launch(self) -> RankSocket:
         socket = self._socket = RankSocket(self._launcher.host, self._on_message)
@@ -145,19 +166,28 @@ class RankGroup:
 
     # Steps
 
-    def send(self, plan: StepPlan) -> None:
-        if self._socket is None or self._lost:
+    def send(self, plans: list[StepPlan]) -> None:
+        if self._lost:
             return
-        data = encode(plan)
-        for rank in range(len(self._runners)):
-            if not self._socket.send(rank, data):
-                self._casualties.unreachable(rank)
-                self._settle()
-        self._gather.sent(plan.step)
+        for group, plan in enumerate(plans):
+            first = group * self._layout.tp
+            self._send_to(range(first, first + self._layout.tp), encode(plan))
+        self._gather.sent(plans[0].step)
         if self._deadline is None:
             self._set_deadline()
 
-    async def receive(self) -> StepResult:
+    def place(self, update: PlacementUpdate) -> None:
+        if not self._lost:
+            self._send_to(range(self._layout.world_size), encode(update))
+
+    def _send_to(self, ranks: Iterable[int], data: bytes) -> None:
+        assert self._socket is not None, "send before start"
+        for rank in ranks:
+            if not self._socket.send(rank, data):
+                self._casualties.unreachable(rank)
+                self._settle()
+
+    async def receive(self) -> list[StepResult]:
         while not self._results:
             await self._wait_for_change()
         return self._results.popleft()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from cluster.router.blocks import BlockAllocator, chain_hash, root_hash
+from cluster.router.blocks import BlockAllocator, chain_hashes, root_hash
 from cluster.router.sequence import Sequence
 
 
@@ -112,6 +112,4 @@ class SlotTable:
             return
         size, hashes = self.blocks.block_size, seq.block_hashes
         parent = hashes[-1] if hashes else root_hash(seq.request.cache_salt)
-        for start in range(len(hashes) * size, seq.num_known - size + 1, size):
-            parent = chain_hash(parent, seq.token_ids(start, start + size))
-            hashes.append(parent)
+        hashes += chain_hashes(parent, seq.token_ids(len(hashes) * size, seq.num_known), size)

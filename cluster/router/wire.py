@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import msgspec
 
 from cluster.errors import InvalidRequest
+from cluster.router.balancer import ModelExperts
 from cluster.router.sequence import FinishReason, SequenceRequest, SequenceUpdate
 from cluster.text.sampling_ranges import SAMPLING_RANGES
 from mull.v1 import router_pb2 as pb
@@ -33,6 +34,8 @@ class ModelInfo:
     """Longest prompt plus output, in tokens."""
     think_end_id: int | None
     """The token that ends the thoughts; None for a model that has none."""
+    experts: ModelExperts | None = None
+    """None: it has none."""
 
 
 @dataclass(frozen=True)

@@ -67,10 +67,10 @@ def starting(*flags: str) -> Iterator[subprocess.Popen[str]]:
 def serving(*flags: str) -> Iterator[Server]:
     """The same, ready."""
     with starting(*flags) as process:
-        yield _when_ready(process)
+        yield when_ready(process)
 
 
-def _when_ready(process: subprocess.Popen[str]) -> Server:
+def when_ready(process: subprocess.Popen[str]) -> Server:
     lines: list[str] = []
     ready: queue.Queue[str | None] = queue.Queue()
 

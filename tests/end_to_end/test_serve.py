@@ -185,6 +185,11 @@ def test_a_second_server_on_the_same_port_is_refused_with_one_line(server: Serve
         (("--model", "/nowhere"), "/nowhere"),
         (("--tp", "3"), "3"),
         (("--tp", "0"), "tp"),
+        (("--dp", "0"), "dp"),
+        (("--tp", "2", "--dp", "2", "--expert-tp", "3"), "expert_tp 3 does not divide tp 2 * dp 2 = 4 ranks"),
+        (("--tp", "4", "--dp", "4"), "8 experts are fewer than 16 ranks"),
+        (("--redundant-experts", "4"), "at most 0 replicas"),
+        (("--tp", "2", "--redundant-experts", "9"), "at most 8 replicas"),
         (("--config", "/nowhere.yaml"), "/nowhere.yaml"),
     ],
 )
@@ -194,6 +199,32 @@ def test_a_wrong_flag_ends_in_one_line_before_anything_starts(flags: tuple[str, 
     assert done.returncode in (1, 2)
     assert words in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="there are GPUs here")
+def test_more_ranks_than_gpus_are_refused_with_both_numbers() -> None:
+    done = mull("serve", "--device", "cuda", "--tp", "2", "--dp", "2", "--grpc-port", "0", "--metrics-port", "0")
+
+    assert done.returncode == 2
+    assert "needs 4 GPUs for --tp 2 --dp 2, found 0" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_attention_groups_answer_side_by_side_and_status_shows_the_layout() -> None:
+    with serving("--tp", "2", "--dp", "2", "--redundant-experts", "4", "--threads-per-rank", "1") as server:
+        with ThreadPoolExecutor(4) as threads:
+            asked = [("What is 347 + 285?", "632"), ("What is 12 + 30?", "42"), ("What is 99 + 11?", "110")]
+            flags = ("--address", server.address, "--temperature", "0")
+            answers = threads.map(lambda pair: mull("chat", pair[0], *flags).stdout, asked)
+            assert all(right in answer for answer, (_, right) in zip(answers, asked, strict=True))
+        state = json.loads(mull("status", "--address", server.address, "--json").stdout)
+        shown = mull("status", "--address", server.address).stdout
+
+    assert [rank["group"] for rank in state["ranks"]] == [0, 0, 1, 1]
+    assert {rank["num_experts"] for rank in state["ranks"]} == {3}
+    assert "tp 2 · dp 2 · 4 redundant experts" in shown
+    assert "KV tokens" in shown
+    assert any(line.startswith("ready") and "tp 2 · dp 2" in line for line in server.lines)
 
 
 def test_chat_without_a_server_says_so_in_one_line() -> None:

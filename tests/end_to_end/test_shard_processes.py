@@ -54,11 +54,11 @@ async def greedy_tokens(group: ShardGroup) -> list[int]:
     token_ids: list[int] = []
     await group.start()
     try:
-        group.send(plans[0])
+        group.send([plans[0]])
         for ahead in plans[1:]:
-            group.send(ahead)
-            token_ids += (await group.receive()).token_ids
-        return token_ids + (await group.receive()).token_ids
+            group.send([ahead])
+            token_ids += (await group.receive())[0].token_ids
+        return token_ids + (await group.receive())[0].token_ids
     finally:
         await group.stop()
 
@@ -81,7 +81,7 @@ async def test_a_rank_killed_in_the_group_is_blamed_and_not_the_one_that_missed_
     try:
         os.kill(info.ranks[1].pid, signal.SIGKILL)
         opened = OpenSlot(0, [1], 0, SamplingParams(temperature=0))
-        group.send(StepPlan(0, open=[opened], prefills=[Prefill(0, 0, PROMPT, sample=True)]))
+        group.send([StepPlan(0, open=[opened], prefills=[Prefill(0, 0, PROMPT, sample=True)])])
 
         with pytest.raises(RankLost, match="rank 1 was killed by SIGKILL"):
             await asyncio.wait_for(group.receive(), 20)

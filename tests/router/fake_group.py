@@ -1,27 +1,76 @@
-"""A ShardGroup without processes: FakeRanks behind the interface, and levers to hold steps back or lose a rank."""
+"""A ShardGroup without processes: FakeRanks behind the interface, and levers to hold steps back or lose a rank.
+
+Every attention group has two ranks, of which the first names tokens.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Sequence
+
+from msgspec.structs import replace
 
 from cluster.errors import RankLost
 from cluster.router.shards import GroupInfo, OnProgress
 from tests.fakes import FakeRanks
-from workers.step import RankLoading, RankReady, StepPlan, StepResult
+from workers.layout import ParallelLayout
+from workers.placement_map import EMPTY_SLOT, placement_problem
+from workers.step import PlacementUpdate, RankLoading, RankReady, StepPlan, StepResult
 
 BLOCK_SIZE = 4
+
+
+class FakeExperts:
+    """Counts tokens in physical slots; replicas share them evenly. `shares` are those of each layer's experts."""
+
+    def __init__(self, shares: list[list[float]], placement: list[int]) -> None:
+        self.shares = shares
+        self.placement = [placement] * len(shares)
+        self.versions: list[int] = []
+        self._counts = [[0.0] * len(placement) for _ in shares]
+
+    def count(self, num_tokens: int) -> None:
+        for shares, placement, counts in zip(self.shares, self.placement, self._counts, strict=True):
+            replicas = Counter(placement)
+            for slot, expert in enumerate(placement):
+                if expert != EMPTY_SLOT:
+                    counts[slot] += num_tokens * shares[expert] / replicas[expert]
+
+    def place(self, update: PlacementUpdate) -> None:
+        for shares, old, new in zip(self.shares, self.placement, update.layers, strict=True):
+            assert placement_problem(new, len(shares), len(old)) is None
+        self.versions.append(update.version)
+        self.placement = update.layers
+
+    def take(self, num_ranks: int) -> list[list[list[int]]]:
+        """Each rank's loads since the last call."""
+        size = len(self.placement[0]) // num_ranks
+        taken = [
+            [[round(count) for count in counts[rank * size : (rank + 1) * size]] for counts in self._counts]
+            for rank in range(num_ranks)
+        ]
+        self._counts = [[0.0] * len(counts) for counts in self._counts]
+        return taken
 
 
 class FakeShardGroup:
     """Executes a plan when its result is asked for; `hold` keeps results back until `release`."""
 
-    def __init__(self, ranks: FakeRanks, on_progress: OnProgress, start_error: str | None = None) -> None:
+    def __init__(
+        self,
+        ranks: Sequence[FakeRanks],
+        on_progress: OnProgress,
+        start_error: str | None = None,
+        experts: FakeExperts | None = None,
+    ) -> None:
         self.ranks = ranks
+        self.layout = ParallelLayout(tp=2, dp=len(ranks))
+        self.experts = experts
         self.num_stops = 0
         self._on_progress = on_progress
         self._start_error = start_error
-        self._plans: deque[StepPlan] = deque()
+        self._orders: deque[list[StepPlan] | PlacementUpdate] = deque()
         self._lost: str | None = None
         self._changed = asyncio.Event()
         self._flowing = asyncio.Event()
@@ -42,22 +91,44 @@ class FakeShardGroup:
         self._on_progress(RankLoading(0, 5, 10))
         if self._start_error is not None:
             raise RankLost(self._start_error, rank=0)
-        return GroupInfo([_ready(rank, len(self.ranks.memory), self.ranks.block_size) for rank in (0, 1)])
+        num_blocks, block_size = len(self.ranks[0].memory), self.ranks[0].block_size
+        return GroupInfo(self.layout, [_ready(rank, num_blocks, block_size) for rank in range(self.layout.world_size)])
 
-    def send(self, plan: StepPlan) -> None:
-        self._plans.append(plan)
+    def send(self, plans: list[StepPlan]) -> None:
+        self._orders.append(plans)
         self._changed.set()
 
-    async def receive(self) -> StepResult:
+    def place(self, update: PlacementUpdate) -> None:
+        self._orders.append(update)
+
+    async def receive(self) -> list[StepResult]:
         await asyncio.sleep(0)  # a real step takes at least a turn of the loop
         while True:
             await self._flowing.wait()
             if self._lost is not None:
                 raise RankLost(self._lost, rank=1)
-            if self._plans:
-                return self.ranks.execute(self._plans.popleft())
+            if self._orders:
+                order = self._orders.popleft()
+                if not isinstance(order, PlacementUpdate):
+                    return self._execute(order)
+                assert self.experts is not None, "a placement came to ranks without experts"
+                self.experts.place(order)
+                continue
             self._changed.clear()
             await self._changed.wait()
+
+    def _execute(self, plans: list[StepPlan]) -> list[StepResult]:
+        results = []
+        for group, (ranks, plan) in enumerate(zip(self.ranks, plans, strict=True)):
+            first = group * self.layout.tp
+            results += [replace(ranks.execute(plan), rank=first), StepResult(plan.step, first + 1)]
+        if self.experts is None:
+            return results
+        self.experts.count(sum(plan.num_tokens for plan in plans))
+        if not plans[0].report_loads:
+            return results
+        loads = self.experts.take(self.layout.world_size)
+        return [replace(result, expert_loads=loads[result.rank]) for result in results]
 
     async def stop(self) -> None:
         self.num_stops += 1

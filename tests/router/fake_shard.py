@@ -12,19 +12,21 @@ import threading
 
 from workers.errors import CheckpointError
 from workers.shard import Progress, ShardConfig, main
-from workers.step import StepPlan, StepResult
+from workers.step import PlacementUpdate, StepPlan, StepResult
 
 NUM_BLOCKS = 100
 
 
 class FakeRunner:
-    """Rank r has NUM_BLOCKS + r blocks; every token is 7."""
+    """Rank r has NUM_BLOCKS + r blocks; its tokens are 7s, its load is the placement."""
 
     weight_bytes = 1000
     kv_bytes = 2000
 
     def __init__(self, config: ShardConfig, progress: Progress) -> None:
         self._rank = config.runner.rank
+        self._names_tokens = config.runner.rank % config.runner.layout.tp == 0
+        self._placement = 0
         self.num_blocks = NUM_BLOCKS + self._rank
         scenario, _, rank = config.runner.model_dir.partition(":")
         self._scenario = scenario if rank == str(self._rank) else "good"
@@ -49,7 +51,12 @@ class FakeRunner:
             threading.Event().wait()
         if self._scenario == "skips":
             return StepResult(plan.step + 1, self._rank)
-        return StepResult(plan.step, self._rank, [7] * len(plan.sampling_slots) if self._rank == 0 else [])
+        loads = [[self._placement]] if plan.report_loads else []
+        token_ids = [7] * len(plan.sampling_slots) if self._names_tokens else []
+        return StepResult(plan.step, self._rank, token_ids, expert_loads=loads)
+
+    def place(self, update: PlacementUpdate) -> None:
+        self._placement = update.version
 
 
 if __name__ == "__main__":

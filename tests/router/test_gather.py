@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from cluster.errors import EngineError
 from cluster.router.gather import Casualties, StepGather
+from workers.layout import ParallelLayout
 from workers.step import StepResult
 
 
@@ -17,7 +18,7 @@ from workers.step import StepResult
 def test_steps_complete_in_order_whatever_the_order_of_the_ranks(
     world: int, num_steps: int, data: st.DataObject
 ) -> None:
-    gather = StepGather(world)
+    gather = StepGather(ParallelLayout(tp=world))
     for step in range(num_steps):
         gather.sent(step)
     answers = {rank: deque(range(num_steps)) for rank in range(world)}
@@ -25,17 +26,17 @@ def test_steps_complete_in_order_whatever_the_order_of_the_ranks(
 
     while any(answers.values()):
         rank = data.draw(st.sampled_from([rank for rank, steps in answers.items() if steps]))
-        result = gather.answered(StepResult(answers[rank].popleft(), rank, [rank]))
-        if result is not None:
-            assert result.rank == 0
-            completed.append(result.step)
+        results = gather.answered(StepResult(answers[rank].popleft(), rank, [rank]))
+        if results is not None:
+            assert [result.rank for result in results] == list(range(world))
+            completed.append(results[0].step)
 
     assert completed == list(range(num_steps))
     assert not gather.has_open_steps
 
 
 def test_the_late_ranks_are_those_that_the_oldest_step_waits_for() -> None:
-    gather = StepGather(3)
+    gather = StepGather(ParallelLayout(tp=1, dp=3))
     gather.sent(0)
     gather.sent(1)
 
@@ -47,7 +48,7 @@ def test_the_late_ranks_are_those_that_the_oldest_step_waits_for() -> None:
 
 @pytest.mark.parametrize(("step", "words"), [(1, "expected step 0"), (-1, "expected step 0")])
 def test_an_answer_out_of_order_is_an_error(step: int, words: str) -> None:
-    gather = StepGather(2)
+    gather = StepGather(ParallelLayout(tp=2))
     gather.sent(0)
     gather.sent(1)
 
@@ -57,7 +58,7 @@ def test_an_answer_out_of_order_is_an_error(step: int, words: str) -> None:
 
 def test_an_answer_to_nothing_is_an_error() -> None:
     with pytest.raises(EngineError, match="expected nothing"):
-        StepGather(1).answered(StepResult(0, 0))
+        StepGather(ParallelLayout()).answered(StepResult(0, 0))
 
 
 def test_a_rank_that_vanished_is_blamed_for_the_errors_of_the_others() -> None:

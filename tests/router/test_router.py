@@ -21,7 +21,7 @@ from cluster.router.wire import ModelInfo, to_request
 from mull.v1 import router_pb2 as pb
 from mull.v1.router_pb2_grpc import RouterServiceStub
 from tests.fakes import FakeRanks, generate_alone
-from tests.router.fake_group import BLOCK_SIZE, FakeShardGroup
+from tests.router.fake_group import BLOCK_SIZE, FakeExperts, FakeShardGroup
 
 CONFIG = SchedulerConfig(max_model_len=400, max_num_seqs=8, max_num_batched_tokens=64, max_waiting=40)
 MODEL = ModelInfo(name="fake", vocab_size=50, max_model_len=CONFIG.max_model_len, think_end_id=3)
@@ -36,17 +36,23 @@ class Groups:
 
     start_errors: list[str | None] = field(default_factory=list)
     made: list[FakeShardGroup] = field(default_factory=list)
+    dp: int = 1
+    experts: FakeExperts | None = None
 
     def __call__(self, on_progress: OnProgress) -> FakeShardGroup:
-        ranks = FakeRanks(
-            num_blocks=NUM_BLOCKS,
-            block_size=BLOCK_SIZE,
-            max_num_seqs=CONFIG.max_num_seqs,
-            max_num_batched_tokens=CONFIG.max_num_batched_tokens,
-            vocab_size=MODEL.vocab_size,
-        )
+        ranks = [
+            FakeRanks(
+                num_blocks=NUM_BLOCKS,
+                block_size=BLOCK_SIZE,
+                max_num_seqs=CONFIG.max_num_seqs,
+                max_num_batched_tokens=CONFIG.max_num_batched_tokens,
+                vocab_size=MODEL.vocab_size,
+                group=group,
+            )
+            for group in range(self.dp)
+        ]
         error = self.start_errors.pop(0) if self.start_errors else None
-        self.made.append(FakeShardGroup(ranks, on_progress, error))
+        self.made.append(FakeShardGroup(ranks, on_progress, error, self.experts))
         return self.made[-1]
 
 

@@ -26,24 +26,25 @@ from cluster.router.shards import GroupBounds, GroupInfo, RankGroup
 from workers.config import RunnerConfig
 from workers.layout import ParallelLayout
 from workers.shard import Progress, ShardConfig
-from workers.step import RankLoading, StepPlan, StepResult
+from workers.step import PlacementUpdate, RankLoading, StepPlan, StepResult
 
 FAKE_SHARD = str(Path(__file__).with_name("fake_shard.py"))
 BOUNDS = GroupBounds(start_timeout_s=30, step_timeout_s=20, stop_timeout_s=5)
 WAIT_S = 20.0
 
 
-def runners(scenario: str, tp: int) -> list[RunnerConfig]:
-    return [RunnerConfig(model_dir=scenario, rank=rank, layout=ParallelLayout(tp=tp)) for rank in range(tp)]
+def runners(scenario: str, tp: int, dp: int = 1) -> list[RunnerConfig]:
+    layout = ParallelLayout(tp=tp, dp=dp)
+    return [RunnerConfig(model_dir=scenario, rank=rank, layout=layout) for rank in range(layout.world_size)]
 
 
 class Started:
     """A group under test, what it told, and whether anything of it is left."""
 
-    def __init__(self, scenario: str, tp: int, bounds: GroupBounds) -> None:
+    def __init__(self, scenario: str, tp: int, bounds: GroupBounds, dp: int = 1) -> None:
         self.progress: list[RankLoading] = []
         launcher = ProcessLauncher([sys.executable, FAKE_SHARD])
-        self.group = RankGroup(launcher, runners(scenario, tp), bounds, self.progress.append)
+        self.group = RankGroup(launcher, runners(scenario, tp, dp), bounds, self.progress.append)
         self.info: GroupInfo | None = None
 
     async def start(self) -> GroupInfo:
@@ -51,8 +52,8 @@ class Started:
         return self.info
 
     async def step(self, step: int = 0) -> StepResult:
-        self.group.send(StepPlan(step, decodes=[1, 2]))
-        return await asyncio.wait_for(self.group.receive(), WAIT_S)
+        self.group.send([StepPlan(step, decodes=[1, 2])])
+        return (await asyncio.wait_for(self.group.receive(), WAIT_S))[0]
 
 
 Make = Callable[..., Awaitable[Started]]
@@ -62,8 +63,8 @@ Make = Callable[..., Awaitable[Started]]
 async def make() -> AsyncIterator[Make]:
     made: list[Started] = []
 
-    async def start(scenario: str = "good", *, tp: int = 2, bounds: GroupBounds = BOUNDS) -> Started:
-        made.append(Started(scenario, tp, bounds))
+    async def start(scenario: str = "good", *, tp: int = 2, dp: int = 1, bounds: GroupBounds = BOUNDS) -> Started:
+        made.append(Started(scenario, tp, bounds, dp))
         await made[-1].start()
         return made[-1]
 
@@ -96,12 +97,41 @@ async def test_a_group_tells_its_ranks_the_blocks_that_all_have_and_its_progress
 async def test_results_come_in_order_while_plans_are_sent_ahead(make: Make) -> None:
     started = await make()
 
-    started.group.send(StepPlan(0, decodes=[5, 6]))
+    started.group.send([StepPlan(0, decodes=[5, 6])])
     for step in range(1, 200):
-        started.group.send(StepPlan(step, decodes=[5, 6]))
-        result = await asyncio.wait_for(started.group.receive(), WAIT_S)
+        started.group.send([StepPlan(step, decodes=[5, 6])])
+        results = await asyncio.wait_for(started.group.receive(), WAIT_S)
 
-        assert (result.step, result.rank, result.token_ids) == (step - 1, 0, [7, 7])
+        assert [(result.step, result.rank) for result in results] == [(step - 1, 0), (step - 1, 1)]
+        assert [result.token_ids for result in results] == [[7, 7], []]
+
+
+async def test_each_attention_group_gets_its_own_plan_and_names_its_own_tokens(make: Make) -> None:
+    started = await make(tp=2, dp=2)
+
+    started.group.send([StepPlan(0, decodes=[1], group_tokens=[1, 3]), StepPlan(0, decodes=[1, 2, 3])])
+    results = await asyncio.wait_for(started.group.receive(), WAIT_S)
+
+    assert [result.rank for result in results] == [0, 1, 2, 3]
+    assert [result.token_ids for result in results] == [[7], [], [7, 7, 7], []]
+
+
+async def test_a_placement_reaches_every_rank_before_the_plan_that_follows_it(make: Make) -> None:
+    started = await make("tells-placements", tp=1, dp=2)
+
+    started.group.place(PlacementUpdate(5, [[1, 0]]))
+    started.group.send([StepPlan(0, report_loads=True), StepPlan(0, report_loads=True)])
+    results = await asyncio.wait_for(started.group.receive(), WAIT_S)
+
+    assert [result.expert_loads for result in results] == [[[5]], [[5]]]
+
+
+async def test_a_late_rank_of_another_group_is_named(make: Make) -> None:
+    started = await make("hangs:3", tp=2, dp=2, bounds=GroupBounds(step_timeout_s=0.5, stop_timeout_s=1))
+
+    started.group.send([StepPlan(0, decodes=[1]), StepPlan(0, decodes=[1])])
+    with pytest.raises(RankLost, match=r"rank 3 was late: no result within 0\.5 s"):
+        await asyncio.wait_for(started.group.receive(), WAIT_S)
 
 
 async def test_receive_may_be_cancelled_and_called_again(make: Make) -> None:
@@ -232,6 +262,9 @@ class EchoRunner:
         del config
         progress(1, 1)
 
+    def place(self, update: PlacementUpdate) -> None:
+        raise NotImplementedError
+
     def execute(self, plan: StepPlan) -> StepResult:
         if plan.prefills:
             raise ValueError("no prefill here")
@@ -244,8 +277,8 @@ async def test_one_rank_in_process_steps_in_order() -> None:
 
     info = await group.start()
     for step in range(3):
-        group.send(StepPlan(step, decodes=[1]))
-    results = [await group.receive() for _ in range(3)]
+        group.send([StepPlan(step, decodes=[1])])
+    results = [(await group.receive())[0] for _ in range(3)]
     await group.stop()
 
     assert info.num_blocks == 10

@@ -128,7 +128,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribeResponse(_message.Message):
-    __slots__ = ("model", "ready", "reason", "max_model_len", "tensor_parallel_size", "num_blocks", "num_free_blocks", "block_size", "num_running", "num_waiting", "ranks", "loaded_bytes", "total_bytes", "failed", "num_thinking", "num_answering", "num_steps_total", "num_restarts_total", "num_preempted_total", "prefix_query_tokens_total", "prefix_hit_tokens_total")
+    __slots__ = ("model", "ready", "reason", "max_model_len", "tensor_parallel_size", "num_blocks", "num_free_blocks", "block_size", "num_running", "num_waiting", "ranks", "loaded_bytes", "total_bytes", "failed", "num_thinking", "num_answering", "num_steps_total", "num_restarts_total", "num_preempted_total", "prefix_query_tokens_total", "prefix_hit_tokens_total", "data_parallel_size", "expert_parallel_size", "expert_tensor_parallel_size", "redundant_experts", "expert_imbalance", "num_rebalances_total")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
@@ -150,6 +150,12 @@ class DescribeResponse(_message.Message):
     NUM_PREEMPTED_TOTAL_FIELD_NUMBER: _ClassVar[int]
     PREFIX_QUERY_TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     PREFIX_HIT_TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    DATA_PARALLEL_SIZE_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_PARALLEL_SIZE_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_TENSOR_PARALLEL_SIZE_FIELD_NUMBER: _ClassVar[int]
+    REDUNDANT_EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_IMBALANCE_FIELD_NUMBER: _ClassVar[int]
+    NUM_REBALANCES_TOTAL_FIELD_NUMBER: _ClassVar[int]
     model: str
     ready: bool
     reason: str
@@ -171,10 +177,16 @@ class DescribeResponse(_message.Message):
     num_preempted_total: int
     prefix_query_tokens_total: int
     prefix_hit_tokens_total: int
-    def __init__(self, model: _Optional[str] = ..., ready: _Optional[bool] = ..., reason: _Optional[str] = ..., max_model_len: _Optional[int] = ..., tensor_parallel_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., ranks: _Optional[_Iterable[_Union[RankInfo, _Mapping]]] = ..., loaded_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., failed: _Optional[bool] = ..., num_thinking: _Optional[int] = ..., num_answering: _Optional[int] = ..., num_steps_total: _Optional[int] = ..., num_restarts_total: _Optional[int] = ..., num_preempted_total: _Optional[int] = ..., prefix_query_tokens_total: _Optional[int] = ..., prefix_hit_tokens_total: _Optional[int] = ...) -> None: ...
+    data_parallel_size: int
+    expert_parallel_size: int
+    expert_tensor_parallel_size: int
+    redundant_experts: int
+    expert_imbalance: float
+    num_rebalances_total: int
+    def __init__(self, model: _Optional[str] = ..., ready: _Optional[bool] = ..., reason: _Optional[str] = ..., max_model_len: _Optional[int] = ..., tensor_parallel_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., ranks: _Optional[_Iterable[_Union[RankInfo, _Mapping]]] = ..., loaded_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., failed: _Optional[bool] = ..., num_thinking: _Optional[int] = ..., num_answering: _Optional[int] = ..., num_steps_total: _Optional[int] = ..., num_restarts_total: _Optional[int] = ..., num_preempted_total: _Optional[int] = ..., prefix_query_tokens_total: _Optional[int] = ..., prefix_hit_tokens_total: _Optional[int] = ..., data_parallel_size: _Optional[int] = ..., expert_parallel_size: _Optional[int] = ..., expert_tensor_parallel_size: _Optional[int] = ..., redundant_experts: _Optional[int] = ..., expert_imbalance: _Optional[float] = ..., num_rebalances_total: _Optional[int] = ...) -> None: ...
 
 class RankInfo(_message.Message):
-    __slots__ = ("rank", "host", "pid", "device", "weight_bytes", "kv_bytes", "load_seconds")
+    __slots__ = ("rank", "host", "pid", "device", "weight_bytes", "kv_bytes", "load_seconds", "group", "num_heads", "num_kv_heads", "num_experts", "kv_tokens")
     RANK_FIELD_NUMBER: _ClassVar[int]
     HOST_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
@@ -182,6 +194,11 @@ class RankInfo(_message.Message):
     WEIGHT_BYTES_FIELD_NUMBER: _ClassVar[int]
     KV_BYTES_FIELD_NUMBER: _ClassVar[int]
     LOAD_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    NUM_HEADS_FIELD_NUMBER: _ClassVar[int]
+    NUM_KV_HEADS_FIELD_NUMBER: _ClassVar[int]
+    NUM_EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    KV_TOKENS_FIELD_NUMBER: _ClassVar[int]
     rank: int
     host: str
     pid: int
@@ -189,4 +206,9 @@ class RankInfo(_message.Message):
     weight_bytes: int
     kv_bytes: int
     load_seconds: float
-    def __init__(self, rank: _Optional[int] = ..., host: _Optional[str] = ..., pid: _Optional[int] = ..., device: _Optional[str] = ..., weight_bytes: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., load_seconds: _Optional[float] = ...) -> None: ...
+    group: int
+    num_heads: int
+    num_kv_heads: int
+    num_experts: int
+    kv_tokens: int
+    def __init__(self, rank: _Optional[int] = ..., host: _Optional[str] = ..., pid: _Optional[int] = ..., device: _Optional[str] = ..., weight_bytes: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., load_seconds: _Optional[float] = ..., group: _Optional[int] = ..., num_heads: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., num_experts: _Optional[int] = ..., kv_tokens: _Optional[int] = ...) -> None: ...

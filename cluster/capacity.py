@@ -1,0 +1,55 @@
+"""Whether a layout's redundant experts make sense and fit, before any process is started."""
+
+from __future__ import annotations
+
+import psutil
+
+from cluster.config import ClusterConfig
+from cluster.errors import ConfigError
+from workers.config import ModelConfig
+from workers.placement_map import slots_per_rank
+
+_GIB = 2**30
+
+
+def check_redundant_experts(config: ClusterConfig, model: ModelConfig) -> None:
+    """Raises ConfigError, with the numbers and what would do."""
+    engine, num_places = config.engine, config.engine.layout.ep
+    asked = engine.redundant_experts
+    if not asked:
+        return
+    if not model.has_moe_layers:
+        raise ConfigError(f"--redundant-experts {asked}: {config.model.name} has no experts; leave the flag out")
+    most = model.num_experts * (num_places - 1)
+    if asked > most:
+        raise ConfigError(
+            f"--redundant-experts {asked}: {model.num_experts} experts over {num_places} places have use for at most "
+            f"{most} replicas; lower it, or raise --tp or --dp"
+        )
+    if engine.device != "cuda":
+        _check_memory(config, model)
+
+
+def _check_memory(config: ClusterConfig, model: ModelConfig) -> None:
+    """Ranks on CPUs share this machine's memory. Counts weights as they are stored: no rank holds them in less."""
+    size = slots_per_rank(model.num_experts, config.engine.redundant_experts, config.engine.layout.ep)
+    num_slots = size * config.engine.layout.ep - model.num_experts
+    needed, stored = num_slots * expert_bytes(model), _checkpoint_bytes(config)
+    memory = psutil.virtual_memory().total
+    if stored + needed > memory:
+        fit = max(0, memory - stored) // expert_bytes(model)
+        raise ConfigError(
+            f"--redundant-experts {config.engine.redundant_experts} needs {needed / _GIB:.1f} GiB beside the model's "
+            f"{stored / _GIB:.1f} GiB, this machine has {memory / _GIB:.1f} GiB; at most {fit} fit"
+        )
+
+
+def expert_bytes(model: ModelConfig) -> int:
+    """One expert's weights in all layers, as the checkpoint stores them (without scales)."""
+    num_layers = sum(model.is_moe_layer(layer) for layer in range(model.num_layers))
+    itemsize = 1 if model.quantization is not None else 2
+    return num_layers * 3 * model.hidden_size * model.moe_intermediate_size * itemsize
+
+
+def _checkpoint_bytes(config: ClusterConfig) -> int:
+    return sum(file.stat().st_size for file in config.model.path.glob("*.safetensors"))

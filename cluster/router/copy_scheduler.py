@@ -1,0 +1,213 @@
+"""Plans the steps of a whole copy: one scheduler per attention group, all in step, and who of them gets a request.
+
+Hop 5. The groups have their own sequences, slots, KV and prefix caches, and meet in every layer with experts: so each
+step has a plan for every group, an empty one for a group without work. Pure, like the schedulers below it.
+
+Requests wait in one queue, in the order of arrival, and go to a group only when it can admit them in its next step. So
+no group is idle while requests wait for another, and within a group nobody overtakes: the head of the queue is bound
+to some group or nobody is.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, fields
+
+from msgspec.structs import replace
+
+from cluster.errors import InvalidRequest, Overloaded
+from cluster.router.blocks import BlockAllocator, chain_hashes, root_hash
+from cluster.router.scheduler import Scheduler, SchedulerConfig, SchedulerStats
+from cluster.router.sequence import FinishReason, SequenceRequest, SequenceUpdate
+from workers.step import StepPlan, StepResult
+
+LOAD_SLACK = 0.25
+"""How much fuller than the emptiest a group may be for the sake of a prefix that it has in its cache."""
+
+
+class CopyScheduler:
+    """Owns the schedulers of one copy's attention groups. Their pools are of one size: a request fits all or none."""
+
+    def __init__(self, config: SchedulerConfig, pools: Sequence[BlockAllocator]) -> None:
+        self._config = config
+        self._groups = [_Group(index, config, blocks) for index, blocks in enumerate(pools)]
+        self._group_of: dict[Hashable, _Group] = {}
+        # OrderedDict and not dict: popping the oldest entry of a dict walks over all holes left by earlier pops.
+        self._queue: OrderedDict[Hashable, SequenceRequest] = OrderedDict()
+
+    @property
+    def context_limit(self) -> int:
+        """Longest prompt plus output that can run, in tokens."""
+        return self._groups[0].scheduler.context_limit
+
+    @property
+    def num_groups(self) -> int:
+        return len(self._groups)
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self._queue) + len(self._group_of)
+
+    @property
+    def has_unfinished(self) -> bool:
+        return self.num_unfinished > 0
+
+    @property
+    def num_in_flight(self) -> int:
+        """Steps whose results are not back; the same in every group."""
+        return self._groups[0].scheduler.num_in_flight
+
+    @property
+    def stats(self) -> SchedulerStats:
+        """The groups' figures, summed; who has no group yet waits."""
+        stats = [group.scheduler.stats for group in self._groups]
+        summed = {name: sum(getattr(one, name) for one in stats) for name in _STATS}
+        summed["num_waiting"] += len(self._queue)
+        return SchedulerStats(**summed)
+
+    def add(self, request: SequenceRequest) -> None:
+        """Queue a request. Raises InvalidRequest, PromptTooLong or Overloaded; nothing has changed then."""
+        if request.key in self._queue or request.key in self._group_of:
+            raise InvalidRequest(f"key {request.key!r} belongs to an unfinished request; choose another", field="key")
+        self._groups[0].scheduler.check(request)
+        limit = self.num_groups * self._config.max_num_seqs + self._config.max_waiting
+        if self.num_unfinished >= limit:
+            stats = self.stats
+            raise Overloaded(
+                f"{stats.num_running} requests run and {stats.num_waiting} wait, the limit is {limit}; try again later"
+            )
+        self._queue[request.key] = request
+
+    def cancel(self, key: Hashable) -> SequenceUpdate | None:
+        """End a sequence now: its blocks are free on return. Gives its last update, or None where it has ended."""
+        if self._queue.pop(key, None) is not None:
+            return SequenceUpdate(key, finish=FinishReason.CANCELLED)
+        group = self._group_of.pop(key, None)
+        return group.scheduler.cancel(key) if group is not None else None
+
+    def schedule(self) -> list[StepPlan] | None:
+        """The next step: one plan per group, all of one number, at least one of them with a token to compute.
+
+        None: nothing to send now, or enough plans are out.
+        """
+        if self.num_in_flight >= self._config.max_in_flight:
+            return None
+        self._assign()
+        drafts = [group.scheduler.schedule() for group in self._groups]
+        if all(plan is None for plan in drafts):
+            return None
+        plans = [
+            group.scheduler.schedule_idle() if plan is None else plan
+            for group, plan in zip(self._groups, drafts, strict=True)
+        ]
+        if len(plans) == 1:
+            return plans
+        group_tokens = [plan.num_tokens for plan in plans]
+        return [replace(plan, group_tokens=group_tokens) for plan in plans]
+
+    def apply(self, results: Sequence[StepResult]) -> list[SequenceUpdate]:
+        """Take each group's result of the oldest step in flight: at most one update per sequence.
+
+        Raises EngineError when a result is of another step or has not one token per sampling slot.
+        """
+        updates = [
+            update
+            for group, result in zip(self._groups, results, strict=True)
+            for update in group.scheduler.apply(result)
+        ]
+        for update in updates:
+            if update.finish is not None:
+                del self._group_of[update.key]
+        return updates
+
+    def _assign(self) -> None:
+        """Give the queue's head to a group as long as one can admit it now."""
+        groups = self._groups
+        if self._queue:
+            for group in groups:
+                group.count_backlog()
+        while self._queue and (groups := [group for group in groups if group.has_room]):
+            key, request = self._queue.popitem(last=False)
+            hashes = groups[0].hash_blocks(request)
+            fit = _best_fit(groups, request, hashes)
+            fit.group.take(request, hashes, fit.num_uncached)
+            self._group_of[key] = fit.group
+
+
+_STATS = [field.name for field in fields(SchedulerStats)]
+
+
+class _Group:
+    """One attention group, and how full it is."""
+
+    def __init__(self, index: int, config: SchedulerConfig, blocks: BlockAllocator) -> None:
+        self.index = index
+        self.scheduler = Scheduler(config, blocks)
+        self._config = config
+        self._blocks = blocks
+        self._num_backlog_tokens = 0
+
+    @property
+    def load(self) -> float:
+        """The scarcer of slots and blocks, as the share that is taken."""
+        slots = self.scheduler.num_unfinished / self._config.max_num_seqs
+        return max(slots, 1 - self._blocks.num_free / self._blocks.num_blocks)
+
+    @property
+    def has_room(self) -> bool:
+        """It has a slot for one more, and its next step has tokens left for it."""
+        has_slot = self.scheduler.num_unfinished < self._config.max_num_seqs
+        return has_slot and self._num_backlog_tokens < self._config.max_num_batched_tokens
+
+    def count_backlog(self) -> None:
+        """Note how many known tokens no plan has computed yet; `take` adds to it."""
+        self._num_backlog_tokens = self.scheduler.num_backlog_tokens
+
+    def hash_blocks(self, request: SequenceRequest) -> list[bytes]:
+        """The names of the prompt's full blocks: the same in every group."""
+        blocks = self._blocks
+        if not blocks.enable_prefix_cache:
+            return []
+        return chain_hashes(root_hash(request.cache_salt), request.prompt_ids, blocks.block_size)
+
+    def fit(self, request: SequenceRequest, hashes: list[bytes]) -> _Fit:
+        blocks = self._blocks
+        cached = blocks.match(hashes)
+        num_prompt = len(request.prompt_ids)
+        num_wanted = blocks.num_blocks_for(num_prompt) - len(cached) + blocks.num_idle(cached)
+        num_uncached = num_prompt - len(cached) * blocks.block_size
+        return _Fit(
+            group=self,
+            num_uncached=num_uncached,
+            num_tokens_ahead=self._num_backlog_tokens + num_uncached,
+            lacks_blocks=blocks.num_free < num_wanted + self.scheduler.num_unfinished,
+        )
+
+    def take(self, request: SequenceRequest, hashes: list[bytes], num_uncached: int) -> None:
+        self._num_backlog_tokens += num_uncached
+        self.scheduler.add(request, hashes)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Fit:
+    """How a request would find a group."""
+
+    group: _Group
+    num_uncached: int
+    """Tokens of the prompt that the group's prefix cache has not."""
+    num_tokens_ahead: int
+    """Tokens to compute until its first token, those of others included."""
+    lacks_blocks: bool
+
+    @property
+    def rank(self) -> tuple[bool, int, float, int]:
+        """The least is the best: it can run at once, its first token comes soonest, the group is emptiest."""
+        return (self.lacks_blocks, self.num_tokens_ahead, self.group.load, self.group.index)
+
+
+def _best_fit(groups: Sequence[_Group], request: SequenceRequest, hashes: list[bytes]) -> _Fit:
+    """The same for the same state, always."""
+    highest_load = min(group.load for group in groups) + LOAD_SLACK
+    fits = [group.fit(request, hashes) for group in groups if group.load <= highest_load]
+    return min(fits, key=lambda fit: fit.rank)
