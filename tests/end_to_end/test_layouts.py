@@ -1,4 +1,4 @@
-"""Engines of every layout with real ranks on the built-in model: the same tokens, in chunks, preempted, with moving experts."""
+"""Engines of every layout, with real ranks: the same tokens, in chunks, preempted, and while experts move."""
 
 from __future__ import annotations
 
