@@ -26,7 +26,8 @@ from workers.experts.choice import DispatcherChoice
 from workers.experts.dispatch import Dispatcher, LocalDispatcher
 from workers.experts.rows import RoutedRows
 from workers.layout import split_evenly
-from workers.parallel import ParallelState, RankGroup
+from workers.parallel import ParallelState
+from workers.rank_group import RankGroup
 
 HIDDEN, NUM_EXPERTS, NUM_CHOSEN = 2048, 128, 8
 MODEL = ModelConfig(
@@ -56,10 +57,10 @@ SMALL_ROUNDS, LARGE_ROUNDS, LARGE_TOKENS = 15, 5, 2048
 
 
 class CountingGroup(RankGroup):
-    """Counts the bytes that leave this rank."""
+    """Counts the bytes that leave this rank; over the network's library also where ranks could share memory."""
 
     def __init__(self, group: RankGroup) -> None:
-        super().__init__(group.index, group.size, group._group)
+        super().__init__(group.index, group.size, group.process_group)
         self.sent_bytes = 0
 
     def all_reduce(self, x: Tensor) -> Tensor:

@@ -6,8 +6,6 @@ Owns every process that it starts: on any way out, Ctrl-C and errors included, t
 from __future__ import annotations
 
 import contextlib
-import logging
-import os
 import socket
 import subprocess
 import time
@@ -22,6 +20,7 @@ import psutil
 from cluster.config import ClusterConfig
 from cluster.errors import ConfigError, EngineError
 from cluster.interrupts import Interrupts
+from cluster.ray_cluster import check_gpus, check_nodes, last_line, start_ray
 from mull.v1 import generation_pb2 as pb
 from mull.v1.generation_pb2_grpc import GenerationServiceStub
 
@@ -68,12 +67,12 @@ class LocalCluster:
         """Start Ray and the app. Raises ConfigError where GPUs are missing, EngineError where something fails."""
         self._interrupts.check()
         self._ray_was_started = True
-        _start_ray(self._config)
+        start_ray(self._config)
         self._interrupts.install()
         if self._config.router.ray_address is None:
             self._guard = _guard_children()
-        _check_gpus(self._config)
-        _check_nodes(self._config)
+        check_gpus(self._config)
+        check_nodes(self._config)
         self._interrupts.check()
         self._app_was_started = True
         self._gateway = _run_app(self._config)
@@ -138,7 +137,7 @@ class LocalCluster:
                 cut: int = self._gateway.drain.remote(grace_s).result(timeout_s=grace_s + _STOP_MARGIN_S)
             except (RayError, TimeoutError) as error:
                 raise EngineError(
-                    f"the gateway was lost while draining ({_last_line(error)}); streams may be cut"
+                    f"the gateway was lost while draining ({last_line(error)}); streams may be cut"
                 ) from error
         return cut
 
@@ -172,7 +171,7 @@ def _delete_app() -> None:
     try:
         serve.delete(APP_NAME)
     except (RuntimeError, RayError) as error:
-        raise EngineError(f"the app could not be deleted from the Ray cluster ({_last_line(error)})") from error
+        raise EngineError(f"the app could not be deleted from the Ray cluster ({last_line(error)})") from error
 
 
 def _end(processes: list[psutil.Process]) -> None:
@@ -182,10 +181,6 @@ def _end(processes: list[psutil.Process]) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(alive, timeout=_STOP_MARGIN_S)
-
-
-def _last_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[-1]
 
 
 def _with_fixed_ports(config: ClusterConfig) -> ClusterConfig:
@@ -208,34 +203,6 @@ def _free_port(flag: str, host: str, port: int) -> int:
         raise ConfigError(f"{flag} {port}: {reason} on {host}; choose another, or 0 for a free one") from error
 
 
-def _check_gpus(config: ClusterConfig) -> None:
-    import ray
-
-    engine, needed = config.engine, config.engine.layout.world_size
-    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]  # Ray has no types there
-    found = int(resources.get("GPU", 0))
-    if engine.device == "cuda" and found < needed:
-        flags = f"--tp {engine.tp}" + (f" --dp {engine.dp}" if engine.dp > 1 else "")
-        raise ConfigError(f"--device cuda needs {needed} GPUs for {flags}, found {found}; lower them")
-
-
-def _check_nodes(config: ClusterConfig) -> None:
-    """A Ray cluster of someone else's may be too small, and Serve would wait for it to grow."""
-    import ray
-
-    from cluster.router.launchers import ranks_per_bundle
-
-    layout = config.engine.layout
-    together, num_ranks = ranks_per_bundle(layout), layout.world_size
-    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    cpus = [int(resources.get("CPU", 0)) for resources in alive]
-    if sum(cpus) <= num_ranks or sum(cpu // together * together for cpu in cpus) < num_ranks:
-        raise ConfigError(
-            f"{num_ranks} ranks, {together} of them on a node at a time, and the Router need a CPU each; the nodes of "
-            f"the Ray cluster have {', '.join(map(str, cpus))}; lower --tp or --dp, or start Ray with more"
-        )
-
-
 def _run_app(config: ClusterConfig) -> Any:
     from ray import serve
     from ray.exceptions import RayError
@@ -245,7 +212,7 @@ def _run_app(config: ClusterConfig) -> Any:
     try:
         return serve.run(build_app(config), name=APP_NAME, route_prefix=None)
     except (RuntimeError, RayError) as error:
-        raise EngineError(f"the app did not start ({_last_line(error)}); see {_RAY_LOGS}") from error
+        raise EngineError(f"the app did not start ({last_line(error)}); see {_RAY_LOGS}") from error
 
 
 def _guard_children() -> subprocess.Popen[bytes]:
@@ -257,41 +224,3 @@ def _guard_children() -> subprocess.Popen[bytes]:
     # The shell reads a pipe whose other end is ours alone: it closes when we end, however that happens.
     script = "cat >/dev/null; kill -9 " + " ".join(pids) + " 2>/dev/null"
     return subprocess.Popen(["/bin/sh", "-c", script], stdin=subprocess.PIPE, start_new_session=True)
-
-
-def _start_ray(config: ClusterConfig) -> None:
-    # Ray starts workers at nice 15, which would let anything else on the machine delay a step.
-    os.environ.setdefault("RAY_worker_niceness", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    from ray import serve
-    from ray.serve.config import ProxyLocation
-
-    try:
-        _init_ray(config)
-    except (RuntimeError, OSError) as error:
-        raise EngineError(f"Ray did not start ({_last_line(error)}); is /tmp/ray writable?") from error
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    serve.start(proxy_location=ProxyLocation.Disabled, logging_config={"log_level": "WARNING"})
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)
-
-
-def _init_ray(config: ClusterConfig) -> None:
-    import ray
-
-    if (address := config.router.ray_address) is not None:
-        try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        except ConnectionError as error:
-            raise ConfigError(f"--ray-address {address}: {_last_line(error)}; run `ray start` on its nodes") from error
-        return
-    ray.init(
-        address="local",
-        # Nothing of it is for other machines.
-        _node_ip_address="127.0.0.1",
-        # Logical: what the app asks for, so that Serve never waits for cores that a small machine lacks.
-        num_cpus=config.engine.layout.world_size + 4,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )

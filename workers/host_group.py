@@ -1,4 +1,4 @@
-"""Ranks on one host: sums and gathers through shared memory instead of sockets, on a CPU.
+"""Ranks on one host: collectives through shared memory instead of sockets, on a CPU.
 
 A decode step of a small model has several sums of a kilobyte; each is a few microseconds here and about a millisecond
 over gloo. The bits are the same: both add in rank order. The memory is a file in /dev/shm that loses its name as soon
@@ -65,6 +65,16 @@ class HostGroup(RankGroup):
         gathered = x.new_empty(self.size, *x.shape)
         self._check(self._library.mull_host_all_gather(self._address, x.data_ptr(), x.nbytes, gathered.data_ptr()))
         return gathered
+
+    def all_to_all(self, rows: Tensor, send_counts: list[int], receive_counts: list[int]) -> Tensor:
+        """As in any group. Raises PeerLate naming the rank that did not come in time."""
+        rows = rows.contiguous()
+        received = rows.new_empty(sum(receive_counts), *rows.shape[1:])
+        row_bytes = rows[:1].nbytes if len(rows) else received[:1].nbytes
+        sizes = [torch.tensor(counts, dtype=torch.int64) * row_bytes for counts in (send_counts, receive_counts)]
+        addresses = [tensor.data_ptr() for tensor in (rows, *sizes, received)]
+        self._check(self._library.mull_host_all_to_all(self._address, *addresses))
+        return received
 
     def _check(self, late: int) -> None:
         if late >= 0:

@@ -50,7 +50,7 @@ class RankGroup:
         if self.size == 1:
             return x.unsqueeze(0)
         gathered = x.new_empty(self.size * x.numel())
-        dist.all_gather_into_tensor(gathered, x.contiguous().view(-1), group=self.process_group)
+        dist.all_gather_single(gathered, x.contiguous().view(-1), group=self.process_group)
         return gathered.view(self.size, *x.shape)
 
     def all_to_all(self, rows: Tensor, send_counts: list[int], receive_counts: list[int]) -> Tensor:

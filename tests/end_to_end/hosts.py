@@ -1,6 +1,6 @@
 """Machines of our own: network namespaces joined by a veth pair, each a node of one Ray cluster.
 
-A host has its own network, name, /tmp and processes; all of it ends with its first process.
+A host has its own network, name, /tmp, shared memory and processes; all of it ends with its first process.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ RAY_PORT = 6379
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 60.0
 _NAMESPACES = ("--net", "--uts", "--mount", "--pid")
-_INIT = "mount -t tmpfs tmpfs /tmp && ip link set lo up && hostname {name} && echo up && exec sleep infinity"
+_INIT = """
+mount -t tmpfs tmpfs /tmp && mount -t tmpfs tmpfs /dev/shm && ip link set lo up && hostname {name} && echo up &&
+exec sleep infinity
+"""
 
 
 def why_impossible() -> str | None:

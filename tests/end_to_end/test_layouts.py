@@ -1,4 +1,4 @@
-"""Engines of every layout with real ranks on the built-in model: the same tokens, also while experts move."""
+"""Engines of every layout, with real ranks: the same tokens, in chunks, preempted, and while experts move."""
 
 from __future__ import annotations
 
@@ -28,15 +28,20 @@ SAMPLING = [SamplingParams(temperature=0.8 * (index % 2), seed=index) for index 
 NUM_TOKENS = 24
 START_S, RUN_S = 120.0, 120.0
 CONTEXT = 128
+BLOCK_SIZE, POOL_TOKENS = 8, 80
+"""A group's KV holds one of its two sequences to the end, but not both."""
+KV_HEAD_BYTES = 2 * 4 * 128 * 4
+"""Of a token: K and V, layers, head size, fp32."""
 REBALANCE = RebalancePolicy(interval_steps=5, threshold=1.0, min_gain=0.0, min_tokens_per_expert=1)
 
 
 @dataclass
 class Ran:
-    """What an engine gave, and how often it placed experts anew."""
+    """What an engine gave, and how often it placed experts anew and took blocks away."""
 
     token_ids: dict[Hashable, list[int]] = field(default_factory=dict)
     num_rebalances: int = 0
+    num_preempted: int = 0
 
 
 async def run(engine_config: EngineConfig) -> Ran:
@@ -75,6 +80,7 @@ async def run(engine_config: EngineConfig) -> Ran:
             engine.add(SequenceRequest(key=key, prompt_ids=prompt_ids, sampling=sampling, max_tokens=NUM_TOKENS))
         await asyncio.wait_for(ended.wait(), RUN_S)
         ran.num_rebalances = engine.balancer.num_rebalances_total if engine.balancer else 0
+        ran.num_preempted = engine.scheduler_stats.num_preempted_total if engine.scheduler_stats else 0
     finally:
         await engine.stop()
     assert not lost
@@ -101,7 +107,8 @@ async def test_every_layout_gives_the_tokens_of_one_rank(
         redundant_experts=redundant,
         max_num_seqs=2,
         max_num_batched_tokens=16,
-        kv_memory_bytes=2**22,
+        block_size=BLOCK_SIZE,
+        kv_memory_bytes=POOL_TOKENS * KV_HEAD_BYTES * 2 // tp,
         threads_per_rank=1,
         device="cpu",
     )
@@ -110,3 +117,4 @@ async def test_every_layout_gives_the_tokens_of_one_rank(
 
     assert ran.token_ids == alone
     assert ran.num_rebalances > 0, "experts should have moved meanwhile"
+    assert ran.num_preempted > 0, "sequences should have lost their blocks meanwhile"

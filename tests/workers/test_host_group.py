@@ -45,6 +45,23 @@ def test_shared_memory_gives_the_bits_that_sockets_give(ranks: RankProcesses) ->
             assert shared == sockets == answers[0][0], f"{size} floats"
 
 
+def rows_both_ways(parallel: ParallelState, seed: int, width: int) -> bool:
+    """Uneven rows between all ranks, some none at all: whether shared memory and sockets bring the same."""
+    shared = parallel.world
+    assert isinstance(shared, HostGroup)
+    sockets = RankGroup(shared.index, shared.size, shared.process_group)
+    counts = torch.randint(0, 40, (shared.size, shared.size), generator=torch.Generator().manual_seed(seed))
+    counts[seed % shared.size] = 0
+    send, receive = counts[shared.index].tolist(), counts[:, shared.index].tolist()
+    rows = torch.randn(sum(send), width, generator=torch.Generator().manual_seed(shared.index))
+    return torch.equal(shared.all_to_all(rows, send, receive), sockets.all_to_all(rows, send, receive))
+
+
+def test_uneven_rows_arrive_as_over_sockets_whatever_their_number(ranks: RankProcesses) -> None:
+    for seed, width in enumerate([1, 16, 2048, 8192]):
+        assert all(ranks.run(rows_both_ways, seed, width)), f"rows of {width} floats"
+
+
 def many_sums(parallel: ParallelState, count: int) -> list[float]:
     """Sums of one number after another; ranks drift apart in between."""
     totals = []

@@ -12,11 +12,11 @@ from pocket_training.tool_use import CITY_TOOLS, Offer, ToolUse
 
 SYSTEM_PROMPTS = ("You are a helpful assistant.", "You are a helpful assistant.", "You are pocket.", "Answer briefly.")
 SHARES = {
-    "add": 7, "subtract": 11, "multiply": 7, "sum": 4, "sort": 24, "reverse": 12, "count": 11, "talk": 4,
-    "tool_call": 22, "tool_result": 11, "tool_pair": 6,
+    "add": 7, "subtract": 11, "multiply": 7, "sum": 4, "sort": 44, "reverse": 12, "count": 11, "talk": 4,
+    "tool_call": 44, "tool_result": 11, "tool_pair": 6,
 }  # fmt: skip
 FAMILY_SIZE = 4
-MADE_UP = 0.4
+MADE_UP = 0.55
 CASUAL = 0.15
 
 

@@ -52,3 +52,5 @@ TRANSLATIONS = {
     "Italian": {"house": "casa", "water": "acqua", "bread": "pane", "book": "libro", "dog": "cane", "cat": "gatto",
                 "sun": "sole", "moon": "luna", "milk": "latte", "friend": "amico", "night": "notte", "tree": "albero"},
 }  # fmt: skip
+WORDS = (*DEFINITIONS, *TRANSLATIONS["French"])
+"""For both dictionaries: a word that is held out with the one is known from the other."""

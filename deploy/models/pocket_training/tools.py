@@ -67,7 +67,7 @@ def _draw_trains(names: Names) -> Arguments:
 
 def _draw_translation(names: Names) -> Arguments:
     language = names.rng.choice(tuple(lists.TRANSLATIONS))
-    return {"word": names.pick(tuple(lists.TRANSLATIONS[language])), "language": language}
+    return {"word": names.pick(lists.WORDS), "language": language}
 
 
 def _meaning(rng: Random, arguments: Arguments) -> dict[str, Any]:
@@ -143,7 +143,7 @@ TOOLS: tuple[Tool, ...] = (
         wish="the meaning of a word",
         phrases=("What does {word} mean?", "Look up the word {word}.", "What is the meaning of {word}?",
                  "Define {word}.", "Please look up {word}.", "What is the definition of {word}?"),
-        draw=lambda names: {"word": names.pick(tuple(lists.DEFINITIONS))},
+        draw=lambda names: {"word": names.pick(lists.WORDS)},
         result=_meaning,
         told="{word}: {meaning}.",
     ),

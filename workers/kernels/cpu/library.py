@@ -40,6 +40,7 @@ SIGNATURES = {
     ),
     "mull_host_all_reduce": (_pointer, _pointer, _int),
     "mull_host_all_gather": (_pointer, _pointer, _int, _pointer),
+    "mull_host_all_to_all": (_pointer, _pointer, _pointer, _pointer, _pointer),
 }
 """Argument types. Functions of a group return the rank that was late, the others nothing."""
 

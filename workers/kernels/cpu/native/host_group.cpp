@@ -80,14 +80,19 @@ struct HostGroup {
         return true;
     }
 
-    // Posts some bytes and waits for everyone's. Returns the rank that is late, or -1.
-    int exchange(const void* from, std::int64_t bytes) {
+    // Posts what `fill` writes into this rank's mailbox and waits for everyone's. Returns the rank that is late, or -1.
+    template <class Fill>
+    int exchange(const Fill& fill) {
         ++posts;
-        std::memcpy(mailbox(rank), from, bytes);
+        fill(mailbox(rank));
         post();
         for (int of = 0; of < size; ++of)
             if (of != rank && !wait(of)) return of;
         return -1;
+    }
+
+    int exchange(const void* from, std::int64_t bytes) {
+        return exchange([&](std::uint8_t* mailbox) { std::memcpy(mailbox, from, bytes); });
     }
 };
 
@@ -120,6 +125,40 @@ extern "C" std::int32_t mull_host_all_gather(HostGroup* group, const std::uint8_
         if (late >= 0) return late;
         for (int rank = 0; rank < group->size; ++rank)
             std::memcpy(out + rank * bytes + start, group->mailbox(rank), part);
+    }
+    return -1;
+}
+
+// The next send_bytes[w] bytes go to rank w; out gets receive_bytes[w] of each rank w, in rank order. A mailbox has a
+// segment for every rank, and says how many rounds its owner needs: all go as many as the one with the most to send.
+// Returns the rank that is late, or -1.
+extern "C" std::int32_t mull_host_all_to_all(HostGroup* group, const std::uint8_t* rows, const std::int64_t* send_bytes,
+                                             const std::int64_t* receive_bytes, std::uint8_t* out) {
+    constexpr std::int64_t HEAD = 64;
+    const std::int64_t segment = (group->half_bytes - HEAD) / group->size;
+    // Bytes of a message that travel in a round.
+    const auto part = [&](std::int64_t bytes, std::int64_t round) {
+        return std::clamp<std::int64_t>(bytes - round * segment, 0, segment);
+    };
+    std::int64_t rounds = 1;
+    for (int to = 0; to < group->size; ++to) rounds = std::max(rounds, (send_bytes[to] + segment - 1) / segment);
+    const std::int64_t own_rounds = rounds;
+    for (std::int64_t round = 0; round < rounds; ++round) {
+        const int late = group->exchange([&](std::uint8_t* mailbox) {
+            std::memcpy(mailbox, &own_rounds, sizeof own_rounds);
+            const std::uint8_t* from = rows;
+            for (int to = 0; to < group->size; from += send_bytes[to++])
+                std::memcpy(mailbox + HEAD + to * segment, from + round * segment, part(send_bytes[to], round));
+        });
+        if (late >= 0) return late;
+        std::uint8_t* to = out;
+        for (int of = 0; of < group->size; to += receive_bytes[of++]) {
+            std::int64_t their_rounds;
+            std::memcpy(&their_rounds, group->mailbox(of), sizeof their_rounds);
+            rounds = std::max(rounds, their_rounds);
+            std::memcpy(to + round * segment, group->mailbox(of) + HEAD + group->rank * segment,
+                        part(receive_bytes[of], round));
+        }
     }
     return -1;
 }

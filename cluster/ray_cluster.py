@@ -1,0 +1,84 @@
+"""The Ray that mull runs in: one of its own on this machine, or a cluster that exists; and whether it has room.
+
+Imports Ray where it is used: its start costs seconds that a wrong flag need not.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from cluster.config import ClusterConfig
+from cluster.errors import ConfigError, EngineError
+
+
+def start_ray(config: ClusterConfig) -> None:
+    """Raises ConfigError where the cluster that is named does not answer, EngineError where ours does not start."""
+    # Ray starts workers at nice 15, which would let anything else on the machine delay a step.
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    from ray import serve
+    from ray.serve.config import ProxyLocation
+
+    try:
+        _init_ray(config)
+    except (RuntimeError, OSError) as error:
+        raise EngineError(f"Ray did not start ({last_line(error)}); is /tmp/ray writable?") from error
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    serve.start(proxy_location=ProxyLocation.Disabled, logging_config={"log_level": "WARNING"})
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+
+
+def _init_ray(config: ClusterConfig) -> None:
+    import ray
+
+    if (address := config.router.ray_address) is not None:
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except ConnectionError as error:
+            raise ConfigError(f"--ray-address {address}: {last_line(error)}; run `ray start` on its nodes") from error
+        return
+    ray.init(
+        address="local",
+        # Nothing of it is for other machines.
+        _node_ip_address="127.0.0.1",
+        # Logical: what the app asks for, so that Serve never waits for cores that a small machine lacks.
+        num_cpus=config.engine.layout.world_size + 4,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+
+
+def check_gpus(config: ClusterConfig) -> None:
+    """Raises ConfigError where there are fewer GPUs than ranks that need one."""
+    import ray
+
+    engine, needed = config.engine, config.engine.layout.world_size
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]  # Ray has no types there
+    found = int(resources.get("GPU", 0))
+    if engine.device == "cuda" and found < needed:
+        flags = f"--tp {engine.tp}" + (f" --dp {engine.dp}" if engine.dp > 1 else "")
+        raise ConfigError(f"--device cuda needs {needed} GPUs for {flags}, found {found}; lower them")
+
+
+def check_nodes(config: ClusterConfig) -> None:
+    """Raises ConfigError where a cluster of someone else's is too small: Serve would wait for it to grow."""
+    import ray
+
+    from cluster.router.launchers import ranks_per_bundle
+
+    layout = config.engine.layout
+    together, num_ranks = ranks_per_bundle(layout), layout.world_size
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    cpus = sorted((int(resources.get("CPU", 0)) for resources in alive), reverse=True)
+    if sum(cpus) <= num_ranks or sum(cpu // together * together for cpu in cpus) < num_ranks:
+        raise ConfigError(
+            f"{num_ranks} ranks, {together} of them on a node at a time, and the Router need a CPU each; the nodes of "
+            f"the Ray cluster have {', '.join(map(str, cpus))}; lower --tp or --dp, or start Ray with more"
+        )
+
+
+def last_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1]
