@@ -9,6 +9,7 @@ knows neither blocks nor steps.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection, Iterable
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 
@@ -25,9 +26,16 @@ def expect(condition: bool, message: str) -> None:
         raise ContractBroken(message)
 
 
-def next_token(token_ids: Tokens[int], seed: int, vocab_size: int) -> int:
-    """The fake model: depends on every token and its place, and on the seed."""
-    return hash((seed, *token_ids)) % vocab_size
+def next_token(token_ids: Tokens[int], seed: int, vocab_size: int, banned: Collection[int] = ()) -> int:
+    """The fake model: depends on every token and its place, and on the seed. The first of those that may come."""
+    first = hash((seed, *token_ids)) % vocab_size
+    order = [*range(first, vocab_size), *range(first)]
+    return next((token for token in order if token not in banned), first)
+
+
+def banned_tokens(words: Iterable[Tokens[int]], output_ids: Tokens[int]) -> set[int]:
+    """What would complete a bad word, by definition: the output and the token end with it."""
+    return {word[-1] for word in words if [*output_ids, word[-1]][-len(word) :] == list(word)}
 
 
 def generate_alone(
@@ -37,9 +45,13 @@ def generate_alone(
     token_ids = list(request.prompt_ids)
     output_ids: list[int] = []
     while len(output_ids) < request.max_tokens and len(token_ids) < context_limit:
-        output_ids.append(next_token(token_ids, request.sampling.seed, vocab_size))
+        banned = banned_tokens(request.bad_words, output_ids)
+        is_early = len(output_ids) < request.min_tokens
+        if is_early:
+            banned |= request.stop_token_ids
+        output_ids.append(next_token(token_ids, request.sampling.seed, vocab_size, banned))
         token_ids.append(output_ids[-1])
-        if output_ids[-1] in request.stop_token_ids:
+        if output_ids[-1] in request.stop_token_ids and not is_early:
             return output_ids, FinishReason.STOP
     return output_ids, FinishReason.LENGTH
 
@@ -181,9 +193,17 @@ class FakeRanks:
         if state.opened.sampling.has_penalties:
             counted = state.opened.prompt_ids + state.opened.output_ids + state.sampled
             expect(token_ids == counted, f"slot {slot} counts other tokens for penalties than it computes")
-        sampled = next_token(token_ids, state.opened.sampling.seed, self.vocab_size)
+        sampled = next_token(token_ids, state.opened.sampling.seed, self.vocab_size, self._banned(state))
         state.sampled.append(sampled)
         return sampled
+
+    def _banned(self, state: FakeSlot) -> set[int]:
+        rules = state.opened.rules
+        if rules is None:
+            return set()
+        output_ids = state.opened.output_ids + state.sampled
+        early = rules.stop_ids if state.num_computed < rules.first_stop_position else []
+        return banned_tokens(rules.bad_words, output_ids) | set(early)
 
     def _logprobs(self, slots: list[int], token_ids: list[int]) -> dict[int, TokenLogprobs]:
         """Each token's logprob is its id, negated: enough to see whether it reaches the right token."""

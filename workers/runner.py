@@ -128,7 +128,9 @@ class ModelRunner:
         sampled = self.sampler.sample(logits_Bv, batch.sample_slots, batch.sample_positions)
         slots_B = torch.from_numpy(batch.sample_slots).to(self.device)
         self.last_tokens.index_copy_(0, slots_B, sampled.token_ids_B)
-        return sampled.token_ids_B.tolist(), sampled.logprobs
+        token_ids = sampled.token_ids_B.tolist()
+        self.sampler.rules.advance(batch.sample_slots, token_ids)
+        return token_ids, sampled.logprobs
 
     def _affordable_blocks(self, dtype: torch.dtype) -> int:
         """Blocks that fit the KV memory, and no more than all slots at full length can use."""

@@ -3,9 +3,10 @@
 Hops 5 and 10: requests in, plans out; results in, updates out. A state machine without clock, socket or await. Knows
 nothing of ranks, gateways or what a token means, beyond the ids that end a thought or a sequence.
 
-Order is the order of arrival, always: everyone who runs came before everyone who waits. Admission takes the head of the
-queue or nobody; preemption takes the last admitted and puts it back at the head. So nobody starves: the oldest sequence
-can take the blocks of all others, and `context_limit` makes sure that the whole pool is enough for it.
+Order is priority, and the order of arrival among equals. Admission takes the head of the queue or nobody, and nobody is
+preempted for it. Where blocks run out, the last admitted of the lowest priority goes back to its place in the queue. So
+among equals everyone who runs came before everyone who waits, and nobody starves: the first in order can take the
+blocks of all others, and `context_limit` makes sure that the whole pool is enough for it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from cluster.router.blocks import BlockAllocator
 from cluster.router.sequence import FinishReason, Phase, Sequence, SequenceRequest, SequenceUpdate
 from cluster.router.slots import SlotTable
 from cluster.router.step_draft import StepDraft, StepInFlight
+from cluster.router.waiting import WaitingQueue
 from workers.step import StepPlan, StepResult
 
 
@@ -71,7 +73,8 @@ class Scheduler:
         self._config = config
         self._blocks = blocks
         self._sequences: dict[Hashable, Sequence] = {}
-        self._waiting: deque[Sequence] = deque()
+        self._waiting: WaitingQueue[Sequence] = WaitingQueue()
+        self._num_added_total = 0
         self._slots = SlotTable(config.max_num_seqs, blocks)
         self._in_flight: deque[StepInFlight] = deque()
         self._next_step = 0
@@ -145,10 +148,11 @@ class Scheduler:
         self.check(request)
         self._check_room()
         max_output = min(request.max_tokens, self.context_limit - len(request.prompt_ids))
-        seq = Sequence.start(request, max_output=max_output)
+        seq = Sequence.start(request, max_output=max_output, arrival=self._num_added_total)
+        self._num_added_total += 1
         seq.block_hashes += block_hashes
         self._sequences[request.key] = seq
-        self._waiting.append(seq)
+        self._wait(seq)
 
     def check(self, request: SequenceRequest) -> None:
         """Raises InvalidRequest or PromptTooLong where the request can never run here."""
@@ -224,11 +228,11 @@ class Scheduler:
             )
 
     def _draft_decodes(self, draft: StepDraft) -> list[Sequence]:
-        """A decode for everyone who can have one. Returns those who are still prefilling. Both oldest first."""
+        """A decode for everyone who can have one. Returns those who are still prefilling. Both in order."""
         prefilling = []
-        for seq in list(self._slots.running):
+        for seq in self._slots.ranked:
             if seq.slot is None:
-                continue  # preempted for an older one in this very loop
+                continue  # preempted for an earlier one in this very loop
             if seq.is_prefilling:
                 prefilling.append(seq)
             elif seq.can_sample_more and self._make_room(seq, draft):
@@ -238,7 +242,7 @@ class Scheduler:
     def _make_room(self, seq: Sequence, draft: StepDraft) -> bool:
         """A block for the next position of `seq`, if need be at the cost of later sequences.
 
-        False: it is the last itself. It then keeps what it has and waits for older ones, who may still preempt it.
+        False: it is the last itself. It then keeps what it has and waits for earlier ones, who may still preempt it.
         """
         if seq.num_computed < len(seq.block_ids) * self._blocks.block_size:
             return True
@@ -254,11 +258,11 @@ class Scheduler:
     def _draft_admissions(self, draft: StepDraft) -> None:
         """Slots for those who wait, in order. Nobody overtakes a head that does not fit yet."""
         while self._waiting and self._slots.has_free_slot and draft.budget:
-            seq = self._waiting[0]
+            seq = self._waiting.head
             # A preempted sequence whose last token is still being sampled comes back when that token is known.
             if seq.num_pending or not self._slots.try_enter(seq):
                 return
-            self._waiting.popleft()
+            self._waiting.pop()
             draft.open(seq)
             if not seq.was_admitted:
                 self._count_first_admission(seq, draft)
@@ -293,17 +297,20 @@ class Scheduler:
         return self._in_flight.popleft()
 
     def _preempt(self, seq: Sequence) -> None:
-        """Back to the head of the queue. Its tokens are all that is kept; they are prefilled again later."""
+        """Back to its place in the queue. Its tokens are all that is kept; they are prefilled again later."""
         self._slots.publish_known(seq)
         self._slots.leave(seq)
-        self._waiting.appendleft(seq)
+        self._wait(seq)
         self._num_preempted_total += 1
+
+    def _wait(self, seq: Sequence) -> None:
+        self._waiting.add(seq.request.key, seq, priority=seq.request.priority, arrival=seq.arrival)
 
     def _end(self, seq: Sequence) -> None:
         """It has finished: drop it wherever it is."""
         del self._sequences[seq.request.key]
         self._slots.forget_output(seq)
         if seq.slot is None:
-            self._waiting.remove(seq)
+            self._waiting.remove(seq.request.key)
         else:
             self._slots.leave(seq)

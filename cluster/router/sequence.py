@@ -11,7 +11,7 @@ from enum import Enum
 
 import msgspec
 
-from workers.step import SamplingParams, TokenLogprobs
+from workers.step import Grammar, SamplingParams, TokenLogprobs, TokenRules
 
 
 class Phase(Enum):
@@ -42,10 +42,32 @@ class SequenceRequest:
     stop_token_ids: frozenset[int] = frozenset()
     starts_thinking: bool = False
     think_end_id: int | None = None
+    min_tokens: int = 0
+    """Stop tokens do not end the sequence before so many output tokens."""
+    priority: int = 0
+    """Higher goes first among those that wait."""
+    logit_bias: list[tuple[int, float]] = field(default_factory=list)
+    """(token id, what is added to its raw logit)."""
+    bad_words: list[list[int]] = field(default_factory=list)
+    """Sequences of token ids that must not come."""
+    grammar: Grammar | None = None
     cache_salt: str = ""
     """Only requests with the same salt share cached blocks."""
     request_id: str = ""
     """For log lines only."""
+
+    @property
+    def rules(self) -> TokenRules | None:
+        """What the ranks must know of which tokens may come; None for most requests, which take any."""
+        if not (self.logit_bias or self.bad_words or self.min_tokens or self.grammar):
+            return None
+        return TokenRules(
+            logit_bias=self.logit_bias,
+            bad_words=self.bad_words,
+            stop_ids=sorted(self.stop_token_ids) if self.min_tokens or self.grammar else [],
+            first_stop_position=len(self.prompt_ids) + self.min_tokens if self.min_tokens else 0,
+            grammar=self.grammar,
+        )
 
 
 class SequenceUpdate(msgspec.Struct, frozen=True):
@@ -76,6 +98,8 @@ class Sequence:
     max_output: int
     """`request.max_tokens`, or what the context leaves if that is less."""
     phase: Phase
+    arrival: int = 0
+    """Its place among all requests of its scheduler."""
     output_ids: list[int] = field(default_factory=list)
     num_pending: int = 0
 
@@ -98,9 +122,9 @@ class Sequence:
     finish: FinishReason | None = None
 
     @classmethod
-    def start(cls, request: SequenceRequest, *, max_output: int) -> Sequence:
+    def start(cls, request: SequenceRequest, *, max_output: int, arrival: int = 0) -> Sequence:
         """A new sequence that waits."""
-        return cls(request, max_output, Phase.THINKING if request.starts_thinking else Phase.ANSWER)
+        return cls(request, max_output, Phase.THINKING if request.starts_thinking else Phase.ANSWER, arrival)
 
     @property
     def num_known(self) -> int:
@@ -131,7 +155,7 @@ class Sequence:
         self.output_ids.append(token_id)
         if token_id == self.request.think_end_id:
             self.phase = Phase.ANSWER
-        if token_id in self.request.stop_token_ids:
+        if token_id in self.request.stop_token_ids and len(self.output_ids) > self.request.min_tokens:
             self.finish = FinishReason.STOP
         elif len(self.output_ids) >= self.max_output:
             self.finish = FinishReason.LENGTH

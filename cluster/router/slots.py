@@ -34,9 +34,14 @@ class SlotTable:
         return self._running.values()
 
     @property
+    def ranked(self) -> list[Sequence]:
+        """Highest priority first; of equal ones, the oldest admission."""
+        return sorted(self._running.values(), key=lambda seq: -seq.request.priority)
+
+    @property
     def last(self) -> Sequence:
-        """The last admitted."""
-        return next(reversed(self._running.values()))
+        """The last of `ranked`: who gives way first."""
+        return min(reversed(self._running.values()), key=lambda seq: seq.request.priority)
 
     @property
     def has_free_slot(self) -> bool:

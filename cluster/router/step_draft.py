@@ -51,8 +51,13 @@ class StepDraft:
         request = seq.request
         # Lists that grow are copied: the plan may be read later than they do.
         opened = OpenSlot(seq.slot, seq.block_ids.copy(), seq.num_computed, request.sampling)
+        rules = request.rules
         if request.sampling.has_penalties:
-            opened = replace(opened, prompt_ids=request.prompt_ids, output_ids=seq.output_ids.copy())
+            opened = replace(opened, prompt_ids=request.prompt_ids)
+        if request.sampling.has_penalties or (rules is not None and rules.needs_output):
+            opened = replace(opened, output_ids=seq.output_ids.copy())
+        if rules is not None:
+            opened = replace(opened, rules=rules)
         self.opened.append(opened)
 
     def extend(self, seq: Sequence, block_ids: list[int]) -> None:

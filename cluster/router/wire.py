@@ -17,6 +17,8 @@ from cluster.text.sampling_ranges import SAMPLING_RANGES
 from mull.v1 import router_pb2 as pb
 from workers.step import SamplingParams, TokenLogprobs
 
+MAX_LOGIT_BIAS = 100
+
 _END = {
     FinishReason.STOP: pb.End.REASON_STOP,
     FinishReason.LENGTH: pb.End.REASON_LENGTH,
@@ -54,6 +56,7 @@ def to_request(submit: pb.Submit, session: int, model: ModelInfo) -> SequenceReq
         raise InvalidRequest("max_tokens is 0; ask for at least 1", field="max_tokens")
     _check_vocabulary(submit.prompt_ids, model, "input")
     _check_vocabulary(submit.stop_token_ids, model, "stop_token_ids")
+    _refuse_unsupported(submit)
     return SequenceRequest(
         key=RequestKey(session, submit.key),
         prompt_ids=list(submit.prompt_ids),
@@ -62,8 +65,36 @@ def to_request(submit: pb.Submit, session: int, model: ModelInfo) -> SequenceReq
         stop_token_ids=frozenset(submit.stop_token_ids),
         starts_thinking=submit.starts_thinking,
         think_end_id=model.think_end_id,
+        min_tokens=submit.min_tokens,
+        priority=submit.priority,
+        logit_bias=_logit_bias(submit.sampling, model),
+        bad_words=_bad_words(submit, model),
         request_id=submit.request_id,
     )
+
+
+def _refuse_unsupported(submit: pb.Submit) -> None:
+    for field in ("thinking_budget", "grammar", "num_prompt_logprobs"):
+        if submit.HasField(field):
+            raise InvalidRequest(f"{field} is not supported yet; leave it out", field=field)
+
+
+def _logit_bias(wire: pb.RouterSampling, model: ModelInfo) -> list[tuple[int, float]]:
+    _check_vocabulary(wire.logit_bias, model, "logit_bias")
+    for token_id, value in wire.logit_bias.items():
+        if not abs(value) <= MAX_LOGIT_BIAS:
+            limit = f"[-{MAX_LOGIT_BIAS}, {MAX_LOGIT_BIAS}]"
+            raise InvalidRequest(f"logit_bias {value:g} of token {token_id} is outside of {limit}", field="logit_bias")
+    return list(wire.logit_bias.items())
+
+
+def _bad_words(submit: pb.Submit, model: ModelInfo) -> list[list[int]]:
+    words = [list(word.ids) for word in submit.bad_words]
+    if not all(words):
+        raise InvalidRequest("a bad word has 0 tokens; each needs at least 1", field="bad_words")
+    for word in words:
+        _check_vocabulary(word, model, "bad_words")
+    return words
 
 
 def _check_vocabulary(token_ids: Iterable[int], model: ModelInfo, field: str) -> None:

@@ -119,7 +119,7 @@ class FakeCopy:
         return generate_alone(self.requests[key], context_limit=limit, vocab_size=self.ranks.vocab_size)
 
     def check_books(self) -> None:
-        """Blocks are counted once per owner; arrival order is admission order; limits hold."""
+        """Blocks are counted once per owner; arrival order of equals is admission order; limits hold."""
         sequences = list(self.scheduler.sequences)
         owners = Counter(block_id for seq in sequences for block_id in seq.block_ids)
         users = [self.blocks.num_users(block_id) for block_id in range(self.blocks.num_blocks)]
@@ -129,10 +129,12 @@ class FakeCopy:
         assert len(slots) == len(set(slots)) == self.scheduler.num_running <= self.config.max_num_seqs
         assert self.scheduler.num_waiting == len(sequences) - len(slots)
         assert all(seq.slot is not None or not seq.block_ids for seq in sequences)
-        runs = [seq.slot is not None for seq in sequences]
-        admitted = [seq.was_admitted for seq in sequences]
-        assert runs == sorted(runs, reverse=True), "someone overtook an older request"
-        assert admitted == sorted(admitted, reverse=True), "someone was admitted before an older request"
+        for priority in {seq.request.priority for seq in sequences}:
+            equals = [seq for seq in sequences if seq.request.priority == priority]
+            runs = [seq.slot is not None for seq in equals]
+            admitted = [seq.was_admitted for seq in equals]
+            assert runs == sorted(runs, reverse=True), "someone overtook an older request"
+            assert admitted == sorted(admitted, reverse=True), "someone was admitted before an older request"
 
     def _take(self, update: SequenceUpdate) -> None:
         key = update.key

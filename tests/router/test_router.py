@@ -190,6 +190,18 @@ async def test_a_stop_token_ends_the_request_and_is_its_last_token(connect: Conn
     assert gateway.tokens(1) == expected[: expected.index(expected[4]) + 1]
 
 
+async def test_rules_of_a_request_reach_the_ranks(connect: Connect) -> None:
+    gateway = await connect()
+
+    words = [pb.TokenSequence(ids=[token]) for token in range(10)]
+    message = await gateway.submit(1, bad_words=words, stop_token_ids=range(10, 40), min_tokens=5)
+    end = await gateway.end_of(1)
+
+    assert end.reason == pb.End.REASON_STOP
+    assert gateway.tokens(1) == alone(message)
+    assert [token // 10 for token in gateway.tokens(1)[:5]] == [4] * 5
+
+
 async def test_logprobs_reach_the_gateway_that_asked(connect: Connect) -> None:
     gateway = await connect()
 
@@ -258,6 +270,10 @@ async def test_a_full_router_refuses_with_a_clear_error(groups: Groups, connect:
         ({"sampling": pb.RouterSampling(top_p=1, repetition_penalty=1, temperature=float("nan"))}, "temperature"),
         ({"sampling": pb.RouterSampling(top_p=1, repetition_penalty=1, num_logprobs=21)}, "logprobs"),
         ({"sampling": pb.RouterSampling(top_p=1, repetition_penalty=1e-45)}, "repetition_penalty"),
+        ({"sampling": pb.RouterSampling(top_p=1, repetition_penalty=1, logit_bias={50: 1})}, "token id 50"),
+        ({"sampling": pb.RouterSampling(top_p=1, repetition_penalty=1, logit_bias={5: float("nan")})}, "logit_bias"),
+        ({"bad_words": [pb.TokenSequence(ids=[1]), pb.TokenSequence()]}, "bad word has 0 tokens"),
+        ({"bad_words": [pb.TokenSequence(ids=[1, 50])]}, "token id 50"),
     ],
 )
 async def test_a_request_that_cannot_run_is_invalid(connect: Connect, fields: dict[str, object], words: str) -> None:

@@ -11,7 +11,7 @@ from cluster.router.scheduler import SchedulerConfig
 from cluster.router.sequence import FinishReason
 from tests.fakes import ContractBroken, next_token
 from tests.router.fake_copy import FakeCopy, request
-from workers.step import ExtendSlot, Prefill, SamplingParams, StepPlan, StepResult
+from workers.step import ExtendSlot, Prefill, SamplingParams, StepPlan, StepResult, TokenRules
 
 PROMPT = list(range(10, 19))  # 9 tokens: two full blocks of 4, and one token
 
@@ -573,3 +573,79 @@ def test_the_fake_ranks_notice_a_breach_of_the_contract() -> None:
 
     with pytest.raises(ContractBroken, match="slot 3 is decoded, but not open"):
         copy.ranks.execute(StepPlan(step=1, decodes=[3]))
+
+
+# Priority
+
+
+def test_the_highest_priority_of_those_who_wait_is_admitted_first() -> None:
+    copy = FakeCopy(max_num_seqs=1)
+    for index, priority in enumerate([0, 0, 7, 0]):
+        copy.add(request(index, [1, index], max_tokens=2, priority=priority))
+
+    copy.run()
+
+    assert list(copy.cached_tokens) == [2, 0, 1, 3]
+
+
+def test_nobody_is_preempted_for_a_higher_priority_that_waits() -> None:
+    copy = FakeCopy(max_num_seqs=1)
+    copy.add(request("runs", [1], max_tokens=5))
+    copy.step()
+
+    copy.add(request("urgent", [2], max_tokens=5, priority=9))
+    copy.run()
+
+    assert copy.scheduler.num_preempted_total == 0
+    assert list(copy.finish) == ["runs", "urgent"]
+
+
+def test_where_blocks_run_out_the_lowest_priority_gives_way_however_early_it_came() -> None:
+    copy = FakeCopy(num_blocks=8, block_size=2, max_num_seqs=3)
+    copy.add(request("low", [1, 2], max_tokens=12, priority=-1))
+    copy.add(request("first", [3, 4], max_tokens=12))
+    copy.add(request("second", [5, 6], max_tokens=12))
+    while copy.scheduler.num_preempted_total == 0:
+        copy.step()
+
+    [preempted] = [seq for seq in copy.scheduler.sequences if seq.slot is None]
+    copy.run()
+
+    assert preempted.request.key == "low"
+    assert all((copy.token_ids[key], copy.finish[key]) == copy.alone(key) for key in copy.requests)
+
+
+# Tokens that may not come
+
+
+def test_stop_tokens_are_masked_and_do_not_count_before_min_tokens() -> None:
+    stops = frozenset(range(25))
+    copy = FakeCopy()
+    copy.add(request("a", PROMPT, max_tokens=40, stop_token_ids=stops, min_tokens=6))
+
+    copy.run()
+
+    assert copy.finish["a"] is FinishReason.STOP
+    assert [token_id in stops for token_id in copy.token_ids["a"][:6]] == [False] * 6
+    assert copy.plans[0].open[0].rules == TokenRules(stop_ids=sorted(stops), first_stop_position=len(PROMPT) + 6)
+
+
+def test_a_request_without_rules_carries_none() -> None:
+    copy = FakeCopy()
+    copy.add(request("a", PROMPT, stop_token_ids=frozenset({3})))
+    plan = copy.step()
+
+    assert plan is not None
+    assert (plan.open[0].rules, plan.open[0].output_ids) == (None, [])
+
+
+def test_a_preempted_sequence_brings_its_output_back_for_its_bad_words() -> None:
+    copy = FakeCopy(num_blocks=8, block_size=2, max_num_seqs=2)
+    copy.add(request("a", [1, 2], max_tokens=12))
+    copy.add(request("b", [3, 4], max_tokens=12, bad_words=[[1, 2]]))
+    copy.run()
+
+    opened = [opened for plan in copy.plans for opened in plan.open if opened.rules is not None]
+
+    assert len(opened) > 1
+    assert opened[-1].output_ids == copy.token_ids["b"][: len(opened[-1].output_ids)] != []

@@ -59,6 +59,9 @@ def arrivals(draw: st.DrawFn) -> dict[str, Any]:
         "stop_token_ids": draw(st.sampled_from([frozenset(), frozenset({0})])),
         "starts_thinking": draw(st.booleans()),
         "think_end_id": 1,
+        "min_tokens": draw(st.integers(0, 4)),
+        "priority": draw(st.sampled_from([0, 0, 1, -1])),
+        "bad_words": draw(st.lists(st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=3), max_size=2)),
         "cache_salt": draw(st.sampled_from(["", "tenant"])),
         "sampling": SamplingParams(
             seed=draw(st.integers(0, 1)),
