@@ -44,7 +44,14 @@ def generate_alone(
     """What the request must yield whatever else runs."""
     token_ids = list(request.prompt_ids)
     output_ids: list[int] = []
+    budget = request.thinking_budget if request.starts_thinking else None
     while len(output_ids) < request.max_tokens and len(token_ids) < context_limit:
+        if budget is not None and request.think_end_id not in output_ids and len(output_ids) >= budget:
+            room = min(request.max_tokens - len(output_ids), context_limit - len(token_ids))
+            forced, budget = request.close_thinking_ids[:room], None
+            output_ids += forced
+            token_ids += forced
+            continue
         banned = banned_tokens(request.bad_words, output_ids)
         is_early = len(output_ids) < request.min_tokens
         if is_early:

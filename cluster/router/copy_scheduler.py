@@ -10,6 +10,7 @@ to some group or nobody is.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, fields
 
@@ -87,6 +88,13 @@ class CopyScheduler:
         group = self._group_of.pop(key, None)
         return group.scheduler.cancel(key) if group is not None else None
 
+    def set_budget(self, key: Hashable, thinking_budget: int) -> None:
+        """Thinking tokens at most from now on, of a request that waits or runs; see `Scheduler.set_budget`."""
+        if (request := self._queue.get(key)) is not None:
+            self._queue.replace(key, dataclasses.replace(request, thinking_budget=thinking_budget))
+        elif (group := self._group_of.get(key)) is not None:
+            group.scheduler.set_budget(key, thinking_budget)
+
     def schedule(self) -> list[StepPlan] | None:
         """The next step: one plan per group, all of one number, at least one of them with a token to compute.
 
@@ -108,7 +116,7 @@ class CopyScheduler:
         return [replace(plan, group_tokens=group_tokens) for plan in plans]
 
     def apply(self, results: Sequence[StepResult]) -> list[SequenceUpdate]:
-        """Take each group's result of the oldest step in flight: at most one update per sequence.
+        """Take each group's result of the oldest step in flight; see `Scheduler.apply`.
 
         Raises EngineError when a result is of another step or has not one token per sampling slot.
         """

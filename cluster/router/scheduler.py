@@ -182,6 +182,18 @@ class Scheduler:
         self._end(seq)
         return SequenceUpdate(key, finish=seq.finish)
 
+    def set_budget(self, key: Hashable, thinking_budget: int) -> None:
+        """Thinking tokens at most from now on; the thoughts are closed at once where there are as many already.
+
+        Nothing happens to a sequence that has ended or closed its thoughts meanwhile.
+        """
+        seq = self._sequences.get(key)
+        if seq is None:
+            return
+        seq.thinking_budget = thinking_budget
+        if seq.is_over_budget:
+            seq.close_thoughts()
+
     def schedule(self) -> StepPlan | None:
         """The next plan, with at least one token to compute. None: nothing to send now, or enough plans are out."""
         if len(self._in_flight) >= self._config.max_in_flight:
@@ -200,25 +212,31 @@ class Scheduler:
         return self._send(StepDraft(budget=0), close=[])
 
     def apply(self, result: StepResult) -> list[SequenceUpdate]:
-        """Take the group's result of the oldest plan in flight: at most one update per sequence.
+        """Take the group's result of the oldest plan in flight.
 
+        At most two updates per sequence: one with forced tokens, and one with the token that was sampled after them.
         Raises EngineError when the result is of another step or has not one token per sampling slot.
         """
         done = self._take_in_flight(result)
-        cached_tokens = {seq.request.key: cached for seq, cached in done.admitted if seq.finish is None}
-        updates = []
+        admitted = [seq for seq, _ in done.admitted if seq.finish is None]
+        for seq, cached_tokens in done.admitted:
+            seq.unannounced_cached_tokens = cached_tokens
+        updates: list[SequenceUpdate | None] = []
         for index, (seq, token_id) in enumerate(zip(done.sampled, result.token_ids, strict=True)):
-            seq.num_pending -= 1
             if seq.finish is not None:
                 continue  # it ended while this step was under way: the token is one too many
-            seq.append(token_id)
-            logprobs = [result.logprobs[index]] if index in result.logprobs else []
-            key = seq.request.key
-            updates.append(SequenceUpdate(key, cached_tokens.pop(key, None), [token_id], logprobs, seq.finish))
+            if seq.num_stale:
+                seq.num_stale -= 1
+                continue  # another one was forced in its place
+            seq.num_pending -= 1
+            updates.append(seq.take_forced())
+            if seq.finish is None:
+                logprobs = [result.logprobs[index]] if index in result.logprobs else []
+                updates.append(seq.take_sampled(token_id, logprobs))
             if seq.finish is not None:
                 self._end(seq)
-        updates += [SequenceUpdate(key, cached) for key, cached in cached_tokens.items()]
-        return updates
+        updates += [seq.take_announcement() for seq in admitted]
+        return [update for update in updates if update is not None]
 
     def _check_room(self) -> None:
         limit = self._config.max_num_seqs + self._config.max_waiting
@@ -233,6 +251,8 @@ class Scheduler:
         for seq in self._slots.ranked:
             if seq.slot is None:
                 continue  # preempted for an earlier one in this very loop
+            if seq.must_reopen and not self._reopen(seq, draft):
+                continue
             if seq.is_prefilling:
                 prefilling.append(seq)
             elif seq.can_sample_more and self._make_room(seq, draft):
@@ -246,13 +266,27 @@ class Scheduler:
         """
         if seq.num_computed < len(seq.block_ids) * self._blocks.block_size:
             return True
-        while self._blocks.num_free == 0:
+        if not self._free(1, seq):
+            return False
+        draft.extend(seq, self._blocks.allocate(1))
+        return True
+
+    def _reopen(self, seq: Sequence, draft: StepDraft) -> bool:
+        """Tell the ranks of the tokens that were forced, with blocks for them; False: as for `_make_room`."""
+        num_missing = max(0, self._blocks.num_blocks_for(seq.num_known) - len(seq.block_ids))
+        if not self._free(num_missing, seq):
+            return False
+        draft.reopen(seq, self._blocks.allocate(num_missing))
+        return True
+
+    def _free(self, num_blocks: int, seq: Sequence) -> bool:
+        """Have so many blocks free, if need be at the cost of sequences after `seq`; False: those are not enough."""
+        while self._blocks.num_free < num_blocks:
             # Victims come after `seq` in this step's order, so none of them is in the draft yet.
             victim = self._slots.last
             if victim is seq:
                 return False
             self._preempt(victim)
-        draft.extend(seq, self._blocks.allocate(1))
         return True
 
     def _draft_admissions(self, draft: StepDraft) -> None:

@@ -42,6 +42,10 @@ class SequenceRequest:
     stop_token_ids: frozenset[int] = frozenset()
     starts_thinking: bool = False
     think_end_id: int | None = None
+    thinking_budget: int | None = None
+    """Thinking tokens at most, to begin with; None: no limit."""
+    close_thinking_ids: list[int] = field(default_factory=list)
+    """What is forced when the budget is used up, `think_end_id` among them; empty: the thoughts cannot be closed."""
     min_tokens: int = 0
     """Stop tokens do not end the sequence before so many output tokens."""
     priority: int = 0
@@ -82,6 +86,12 @@ class SequenceUpdate(msgspec.Struct, frozen=True):
     """One per token id where the request asked for logprobs; else empty."""
     finish: FinishReason | None = None
     """Present in the last update of a request."""
+    num_forced: int = 0
+    """All of `token_ids`, or none: forced tokens come in an update of their own."""
+
+
+FORCED = TokenLogprobs(0.0, [])
+"""A forced token had no choice: probability one."""
 
 
 @dataclass(eq=False, slots=True)
@@ -92,6 +102,7 @@ class Sequence:
                       [0, num_computed) in KV, or in a plan that has been sent
                       [0, num_known) values known here: prompt, then output
                       [num_known, num_known + num_pending) being sampled by plans in flight: the ranks know them first
+    Where tokens were forced, the plans in flight sample others in their places: those `num_stale` are thrown away.
     """
 
     request: SequenceRequest
@@ -102,6 +113,16 @@ class Sequence:
     """Its place among all requests of its scheduler."""
     output_ids: list[int] = field(default_factory=list)
     num_pending: int = 0
+    num_stale: int = 0
+    """Tokens that plans in flight will bring, before the pending ones, and that nobody gets."""
+
+    thinking_budget: int | None = None
+    num_thinking: int = 0
+    """Sampled tokens in its thoughts, the closing tag included."""
+    num_undelivered: int = 0
+    """Forced tokens at the end of `output_ids`; they go out before the next token that is sampled."""
+    unannounced_cached_tokens: int | None = None
+    """What its first update is to tell; None before that update is due, and after it."""
 
     slot: int | None = None
     """None while it waits: it then holds no blocks either."""
@@ -109,6 +130,8 @@ class Sequence:
     num_computed: int = 0
     prefill_end: int = 0
     """Tokens that were known when the slot was opened: these are prefilled, later ones decoded."""
+    must_reopen: bool = False
+    """Tokens were forced since its slot was opened: the ranks must be told of them, and it may need more blocks."""
 
     block_hashes: list[bytes] = field(default_factory=list)
     """Chain hashes of its first full blocks; grown when it is admitted, so that each block is hashed once."""
@@ -124,7 +147,11 @@ class Sequence:
     @classmethod
     def start(cls, request: SequenceRequest, *, max_output: int, arrival: int = 0) -> Sequence:
         """A new sequence that waits."""
-        return cls(request, max_output, Phase.THINKING if request.starts_thinking else Phase.ANSWER, arrival)
+        phase = Phase.THINKING if request.starts_thinking else Phase.ANSWER
+        seq = cls(request, max_output, phase, arrival, thinking_budget=request.thinking_budget)
+        if seq.is_over_budget:
+            seq.close_thoughts()
+        return seq
 
     @property
     def num_known(self) -> int:
@@ -135,6 +162,19 @@ class Sequence:
     def is_prefilling(self) -> bool:
         """Some of the tokens known at the opening of its slot are not in a plan yet."""
         return self.num_computed < self.prefill_end
+
+    @property
+    def is_over_budget(self) -> bool:
+        """It thinks, and may not any more."""
+        budget = self.thinking_budget
+        if budget is None or self.phase is not Phase.THINKING or not self.request.close_thinking_ids:
+            return False
+        return self.num_thinking >= budget
+
+    @property
+    def is_full(self) -> bool:
+        """max_output is reached."""
+        return len(self.output_ids) >= self.max_output
 
     @property
     def can_sample_more(self) -> bool:
@@ -153,9 +193,54 @@ class Sequence:
     def append(self, token_id: int) -> None:
         """Take a sampled token: it may end the thoughts, or the sequence (`finish` is then set)."""
         self.output_ids.append(token_id)
+        self.num_thinking += self.phase is Phase.THINKING
         if token_id == self.request.think_end_id:
             self.phase = Phase.ANSWER
         if token_id in self.request.stop_token_ids and len(self.output_ids) > self.request.min_tokens:
             self.finish = FinishReason.STOP
-        elif len(self.output_ids) >= self.max_output:
+        elif self.is_full:
             self.finish = FinishReason.LENGTH
+
+    def close_thoughts(self) -> None:
+        """Force the closing tokens, as far as max_output allows: known tokens, which are prefilled like a prompt.
+
+        What plans in flight sample in their place is thrown away. They cannot end the sequence: it does so with the
+        next token that is sampled, which is one too many where it is full.
+        """
+        num_true = self.num_known
+        forced = self.request.close_thinking_ids[: self.max_output - len(self.output_ids)]
+        self.output_ids += forced
+        self.num_undelivered = len(forced)
+        self.num_stale, self.num_pending = self.num_stale + self.num_pending, 0
+        self.phase = Phase.ANSWER
+        if self.slot is not None:
+            self.num_computed = min(self.num_computed, num_true)
+            self.prefill_end = self.num_known
+            self.must_reopen = True
+
+    def take_forced(self) -> SequenceUpdate | None:
+        """What tells of the forced tokens, once; the last one where it is full."""
+        if not self.num_undelivered:
+            return None
+        token_ids = self.output_ids[-self.num_undelivered :]
+        self.num_undelivered = 0
+        if self.is_full:
+            self.finish = FinishReason.LENGTH
+        logprobs = [FORCED] * len(token_ids) if self.request.sampling.num_logprobs is not None else []
+        return self._update(token_ids, logprobs, num_forced=len(token_ids))
+
+    def take_sampled(self, token_id: int, logprobs: list[TokenLogprobs]) -> SequenceUpdate:
+        """Take a sampled token, and what tells of it. The thoughts are closed where it was the last of them."""
+        self.append(token_id)
+        update = self._update([token_id], logprobs)
+        if self.finish is None and self.is_over_budget:
+            self.close_thoughts()
+        return update
+
+    def take_announcement(self) -> SequenceUpdate | None:
+        """What tells that it was admitted, where no token told it yet."""
+        return None if self.unannounced_cached_tokens is None else self._update([], [])
+
+    def _update(self, token_ids: list[int], logprobs: list[TokenLogprobs], num_forced: int = 0) -> SequenceUpdate:
+        cached_tokens, self.unannounced_cached_tokens = self.unannounced_cached_tokens, None
+        return SequenceUpdate(self.request.key, cached_tokens, token_ids, logprobs, self.finish, num_forced)

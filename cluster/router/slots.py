@@ -88,6 +88,7 @@ class SlotTable:
         seq.slot = None
         seq.block_ids = []
         seq.num_computed = seq.prefill_end = seq.num_blocks_wanted = 0
+        seq.must_reopen = False
 
     def publish_prompt(self, seq: Sequence) -> None:
         """Let later requests hit the prompt blocks that are computed by now.

@@ -30,6 +30,8 @@ class StepDraft:
 
     budget: int
     """Tokens that may still be added."""
+    closed: list[int] = field(default_factory=list)
+    """Slots that are opened again for the same sequence."""
     opened: list[OpenSlot] = field(default_factory=list)
     extended: list[ExtendSlot] = field(default_factory=list)
     prefills: list[Prefill] = field(default_factory=list)
@@ -60,6 +62,14 @@ class StepDraft:
             opened = replace(opened, rules=rules)
         self.opened.append(opened)
 
+    def reopen(self, seq: Sequence, block_ids: list[int]) -> None:
+        """Tell the ranks of tokens that were forced; what is computed before those stays."""
+        assert seq.slot is not None
+        self.closed.append(seq.slot)
+        seq.block_ids += block_ids
+        seq.must_reopen = False
+        self.open(seq)
+
     def extend(self, seq: Sequence, block_ids: list[int]) -> None:
         """Append blocks to a running sequence's table."""
         assert seq.slot is not None
@@ -88,7 +98,7 @@ class StepDraft:
 
     def plan(self, step: int, close: list[int]) -> StepPlan:
         """What is sent to the ranks."""
-        return StepPlan(step, close, self.opened, self.extended, self.prefills, self.decodes)
+        return StepPlan(step, close + self.closed, self.opened, self.extended, self.prefills, self.decodes)
 
     def in_flight(self, step: int) -> StepInFlight:
         """What is kept until the result is back."""

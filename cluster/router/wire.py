@@ -65,6 +65,8 @@ def to_request(submit: pb.Submit, session: int, model: ModelInfo) -> SequenceReq
         stop_token_ids=frozenset(submit.stop_token_ids),
         starts_thinking=submit.starts_thinking,
         think_end_id=model.think_end_id,
+        thinking_budget=submit.thinking_budget if submit.HasField("thinking_budget") else None,
+        close_thinking_ids=_close_thinking_ids(submit, model),
         min_tokens=submit.min_tokens,
         priority=submit.priority,
         logit_bias=_logit_bias(submit.sampling, model),
@@ -74,9 +76,22 @@ def to_request(submit: pb.Submit, session: int, model: ModelInfo) -> SequenceReq
 
 
 def _refuse_unsupported(submit: pb.Submit) -> None:
-    for field in ("thinking_budget", "grammar", "num_prompt_logprobs"):
+    for field in ("grammar", "num_prompt_logprobs"):
         if submit.HasField(field):
             raise InvalidRequest(f"{field} is not supported yet; leave it out", field=field)
+
+
+def _close_thinking_ids(submit: pb.Submit, model: ModelInfo) -> list[int]:
+    """What closes the thoughts: without a phrase, the tag alone."""
+    if model.think_end_id is None:
+        if submit.HasField("thinking_budget"):
+            raise InvalidRequest("this model has no tag that ends its thoughts; leave it out", field="thinking_budget")
+        return []
+    ids = list(submit.close_thinking_ids) or [model.think_end_id]
+    _check_vocabulary(ids, model, "close_thinking_ids")
+    if model.think_end_id not in ids:
+        raise InvalidRequest(f"close_thinking_ids lack {model.think_end_id}, the tag", field="close_thinking_ids")
+    return ids
 
 
 def _logit_bias(wire: pb.RouterSampling, model: ModelInfo) -> list[tuple[int, float]]:
@@ -139,6 +154,7 @@ def merge_update(into: pb.SequenceUpdate, update: SequenceUpdate) -> None:
     if update.admitted_cached_tokens is not None:
         into.admitted.cached_tokens = update.admitted_cached_tokens
     into.token_ids.extend(update.token_ids)
+    into.num_forced = update.num_forced
     if update.logprobs:
         into.logprobs.extend([_logprobs(item) for item in update.logprobs])
     if update.finish is not None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Hashable
+from dataclasses import replace
 from typing import Any
 
 from cluster.router.blocks import BlockAllocator
 from cluster.router.scheduler import Scheduler, SchedulerConfig
-from cluster.router.sequence import FinishReason, SequenceRequest, SequenceUpdate
+from cluster.router.sequence import FinishReason, Phase, SequenceRequest, SequenceUpdate
 from tests.fakes import FakeRanks, generate_alone
 from workers.step import SamplingParams, StepPlan, TokenLogprobs
 
@@ -60,6 +61,7 @@ class FakeCopy:
         self.logprobs: dict[Hashable, list[TokenLogprobs]] = {}
         self.cached_tokens: dict[Hashable, int] = {}
         self.finish: dict[Hashable, FinishReason] = {}
+        self.forced: dict[Hashable, list[int]] = {}
 
     def add(self, new: SequenceRequest) -> None:
         self.scheduler.add(new)
@@ -73,6 +75,15 @@ class FakeCopy:
         assert (update is None) == (key in self.finish)
         if update is not None:
             self._take(update)
+        self.check_books()
+
+    def set_budget(self, key: Hashable, thinking_budget: int) -> None:
+        """Lower or raise a budget; what is known by then cannot be taken back, so that `alone` must yield it, too."""
+        thinking = [seq for seq in self.scheduler.sequences if seq.request.key == key and seq.phase is Phase.THINKING]
+        for seq in thinking:
+            effective = max(thinking_budget, seq.num_thinking)
+            self.requests[key] = replace(self.requests[key], thinking_budget=effective)
+        self.scheduler.set_budget(key, thinking_budget)
         self.check_books()
 
     def send(self) -> StepPlan | None:
@@ -90,7 +101,9 @@ class FakeCopy:
     def receive(self) -> list[SequenceUpdate]:
         """Let the ranks execute the oldest plan only now, as slow ranks would, and apply its result."""
         updates = self.scheduler.apply(self.ranks.execute(self.in_flight.popleft()))
-        assert len({update.key for update in updates}) == len(updates)
+        for is_forced in (False, True):
+            keys = [update.key for update in updates if bool(update.num_forced) is is_forced]
+            assert len(set(keys)) == len(keys)
         for update in updates:
             self._take(update)
         self.check_books()
@@ -145,5 +158,9 @@ class FakeCopy:
         assert not update.token_ids or key in self.cached_tokens, f"{key} got a token before it was admitted"
         self.token_ids[key] += update.token_ids
         self.logprobs[key] += update.logprobs
+        if update.num_forced:
+            assert update.num_forced == len(update.token_ids)
+            assert key not in self.forced, f"the thoughts of {key} were closed twice"
+            self.forced[key] = update.token_ids
         if update.finish is not None:
             self.finish[key] = update.finish

@@ -26,6 +26,7 @@ from tests.router.fake_group import BLOCK_SIZE, FakeExperts, FakeShardGroup
 CONFIG = SchedulerConfig(max_model_len=400, max_num_seqs=8, max_num_batched_tokens=64, max_waiting=40)
 MODEL = ModelInfo(name="fake", vocab_size=50, max_model_len=CONFIG.max_model_len, think_end_id=3)
 NUM_BLOCKS = 300
+THINK_END = 3
 WAIT_S = 10.0
 MAX_UNREAD = 20_000
 
@@ -202,6 +203,40 @@ async def test_rules_of_a_request_reach_the_ranks(connect: Connect) -> None:
     assert [token // 10 for token in gateway.tokens(1)[:5]] == [4] * 5
 
 
+async def test_a_thinking_budget_closes_the_thoughts(connect: Connect) -> None:
+    gateway = await connect()
+    close = [8, THINK_END, 9]
+
+    fields: dict[str, object] = {"starts_thinking": True, "bad_words": [pb.TokenSequence(ids=[THINK_END])]}
+    message = await gateway.submit(1, thinking_budget=6, close_thinking_ids=close, **fields)
+    await gateway.submit(2, thinking_budget=0, **fields)
+    await gateway.end_of(1)
+    await gateway.end_of(2)
+
+    assert gateway.tokens(1) == alone(message)
+    [forced] = [update for update in gateway.updates[1] if update.num_forced]
+    assert list(forced.token_ids)[-3:] == close == gateway.tokens(1)[6:9]
+    assert gateway.tokens(2)[0] == THINK_END, "without a phrase, the tag alone is forced"
+
+
+async def test_a_gateway_lowers_the_budget_of_a_running_request(groups: Groups, connect: Connect) -> None:
+    gateway = await connect()
+    fields: dict[str, object] = {"starts_thinking": True, "bad_words": [pb.TokenSequence(ids=[THINK_END])]}
+    await gateway.submit(1, max_tokens=390, **fields)
+    await gateway.read()
+    groups.made[0].hold()
+
+    await gateway.call.write(pb.GatewayMessage(set_budget=pb.SetBudget(key=1, thinking_budget=1)))
+    await gateway.call.write(pb.GatewayMessage(set_budget=pb.SetBudget(key=77, thinking_budget=1)))
+    await gateway.submit(2, prompt_ids=[])
+    await gateway.end_of(2)  # messages are taken in order
+    groups.made[0].release()
+    await gateway.end_of(1)
+
+    assert gateway.tokens(1).index(THINK_END) < 389
+    assert sum(update.num_forced for update in gateway.updates[1]) == 1
+
+
 async def test_logprobs_reach_the_gateway_that_asked(connect: Connect) -> None:
     gateway = await connect()
 
@@ -274,6 +309,8 @@ async def test_a_full_router_refuses_with_a_clear_error(groups: Groups, connect:
         ({"sampling": pb.RouterSampling(top_p=1, repetition_penalty=1, logit_bias={5: float("nan")})}, "logit_bias"),
         ({"bad_words": [pb.TokenSequence(ids=[1]), pb.TokenSequence()]}, "bad word has 0 tokens"),
         ({"bad_words": [pb.TokenSequence(ids=[1, 50])]}, "token id 50"),
+        ({"thinking_budget": 3, "close_thinking_ids": [1, 50]}, "token id 50"),
+        ({"thinking_budget": 3, "close_thinking_ids": [1]}, "close_thinking_ids"),
     ],
 )
 async def test_a_request_that_cannot_run_is_invalid(connect: Connect, fields: dict[str, object], words: str) -> None:
