@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import psutil
 import torch
@@ -20,6 +21,7 @@ from workers.config import ModelConfig, RunnerConfig, ShardSpec
 from workers.errors import LayoutError, PlanError
 from workers.experts.choice import DispatcherChoice
 from workers.experts.rebalance import PlacedExperts
+from workers.grammar import Grammars
 from workers.kv_pool import KVPool, block_bytes, num_blocks_in
 from workers.model import Decoder
 from workers.parallel import ParallelState
@@ -59,7 +61,8 @@ class ModelRunner:
         self.kv_bytes = self.num_blocks * block_bytes(self.model, config.spec, config.block_size, dtype)
         self.slots = SlotStates(config.max_num_seqs, config.max_model_len, config.block_size, self.num_blocks)
         self.batches = BatchBuilder(self.slots, self.model, self.device, dtype)
-        self.sampler = Sampler(config.max_num_seqs, _exchange(self.model, config, parallel), self.device)
+        grammars = Grammars(Path(config.model_dir) / "tokenizer.json", self.model.vocab_size)
+        self.sampler = Sampler(config.max_num_seqs, _exchange(self.model, config, parallel), self.device, grammars)
         self.experts = PlacedExperts(self.decoder.expert_layers, config.spec, parallel.world)
         self.last_tokens = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=self.device)
         self._warm_up()

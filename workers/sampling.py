@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from workers.candidates import CandidateExchange, Candidates
+from workers.grammar import Grammars
 from workers.noise import gumbel, row_keys
 from workers.penalties import Penalties
 from workers.step import OpenSlot, TokenLogprobs
@@ -38,10 +39,13 @@ class Sampled:
 class Sampler:
     """Holds how each slot samples; a batch is sampled without a loop over its rows."""
 
-    def __init__(self, num_slots: int, exchange: CandidateExchange, device: torch.device) -> None:
+    def __init__(
+        self, num_slots: int, exchange: CandidateExchange, device: torch.device, grammars: Grammars | None = None
+    ) -> None:
+        """Without `grammars`, no slot may have one."""
         self.exchange, self.device = exchange, device
         self.penalties = Penalties(num_slots, exchange.vocab, device)
-        self.rules = TokenRuleTable(num_slots, exchange.vocab, device)
+        self.rules = TokenRuleTable(num_slots, exchange.vocab, device, grammars)
         self.temperatures = np.ones(num_slots, dtype=np.float64)
         self.top_ks = np.ones(num_slots, dtype=np.int64)
         self.top_ps = np.ones(num_slots, dtype=np.float64)

@@ -12,6 +12,8 @@ from typing import Literal
 
 import msgspec
 
+GrammarKind = Literal["json_schema", "json_object", "regex", "ebnf"]
+
 
 class SamplingParams(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
     """How one slot samples. `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 mean no limit."""
@@ -36,7 +38,7 @@ class SamplingParams(msgspec.Struct, frozen=True, array_like=True, omit_defaults
 class Grammar(msgspec.Struct, frozen=True, array_like=True):
     """What a slot's output must match."""
 
-    kind: Literal["json_schema", "json_object", "regex", "ebnf"]
+    kind: GrammarKind
     text: str
     """Empty for "json_object"."""
     start_id: int | None = None

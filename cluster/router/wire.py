@@ -15,10 +15,16 @@ from cluster.router.balancer import ModelExperts
 from cluster.router.sequence import FinishReason, SequenceRequest, SequenceUpdate
 from cluster.text.sampling_ranges import SAMPLING_RANGES
 from mull.v1 import router_pb2 as pb
-from workers.step import SamplingParams, TokenLogprobs
+from workers.step import Grammar, GrammarKind, SamplingParams, TokenLogprobs
 
 MAX_LOGIT_BIAS = 100
 
+_GRAMMAR_KINDS: dict[int, GrammarKind] = {
+    pb.Grammar.KIND_JSON_SCHEMA: "json_schema",
+    pb.Grammar.KIND_JSON_OBJECT: "json_object",
+    pb.Grammar.KIND_REGEX: "regex",
+    pb.Grammar.KIND_EBNF: "ebnf",
+}
 _END = {
     FinishReason.STOP: pb.End.REASON_STOP,
     FinishReason.LENGTH: pb.End.REASON_LENGTH,
@@ -57,13 +63,15 @@ def to_request(submit: pb.Submit, session: int, model: ModelInfo) -> SequenceReq
     _check_vocabulary(submit.prompt_ids, model, "input")
     _check_vocabulary(submit.stop_token_ids, model, "stop_token_ids")
     _refuse_unsupported(submit)
+    grammar = _grammar(submit, model)
     return SequenceRequest(
         key=RequestKey(session, submit.key),
         prompt_ids=list(submit.prompt_ids),
         sampling=_sampling(submit.sampling),
         max_tokens=submit.max_tokens,
         stop_token_ids=frozenset(submit.stop_token_ids),
-        starts_thinking=submit.starts_thinking,
+        # What must match a grammar from its first token on is an answer.
+        starts_thinking=submit.starts_thinking and (grammar is None or grammar.start_id is not None),
         think_end_id=model.think_end_id,
         thinking_budget=submit.thinking_budget if submit.HasField("thinking_budget") else None,
         close_thinking_ids=_close_thinking_ids(submit, model),
@@ -71,12 +79,13 @@ def to_request(submit: pb.Submit, session: int, model: ModelInfo) -> SequenceReq
         priority=submit.priority,
         logit_bias=_logit_bias(submit.sampling, model),
         bad_words=_bad_words(submit, model),
+        grammar=grammar,
         request_id=submit.request_id,
     )
 
 
 def _refuse_unsupported(submit: pb.Submit) -> None:
-    for field in ("grammar", "num_prompt_logprobs"):
+    for field in ("num_prompt_logprobs",):
         if submit.HasField(field):
             raise InvalidRequest(f"{field} is not supported yet; leave it out", field=field)
 
@@ -92,6 +101,19 @@ def _close_thinking_ids(submit: pb.Submit, model: ModelInfo) -> list[int]:
     if model.think_end_id not in ids:
         raise InvalidRequest(f"close_thinking_ids lack {model.think_end_id}, the tag", field="close_thinking_ids")
     return ids
+
+
+def _grammar(submit: pb.Submit, model: ModelInfo) -> Grammar | None:
+    """The gateway has compiled it."""
+    if not submit.HasField("grammar"):
+        return None
+    kind = _GRAMMAR_KINDS.get(submit.grammar.kind)
+    if kind is None:
+        raise InvalidRequest(f"unknown kind of grammar {submit.grammar.kind}", field="response_format")
+    waits = submit.grammar.after_thinking and submit.starts_thinking
+    if submit.starts_thinking and not waits and submit.HasField("thinking_budget"):
+        raise InvalidRequest("a grammar from the first token on leaves no thoughts to limit", field="thinking_budget")
+    return Grammar(kind, submit.grammar.text, model.think_end_id if waits else None)
 
 
 def _logit_bias(wire: pb.RouterSampling, model: ModelInfo) -> list[tuple[int, float]]:

@@ -22,11 +22,13 @@ from mull.v1 import router_pb2 as pb
 from mull.v1.router_pb2_grpc import RouterServiceStub
 from tests.fakes import FakeRanks, generate_alone
 from tests.router.fake_group import BLOCK_SIZE, FakeExperts, FakeShardGroup
+from workers.step import Grammar
 
 CONFIG = SchedulerConfig(max_model_len=400, max_num_seqs=8, max_num_batched_tokens=64, max_waiting=40)
 MODEL = ModelInfo(name="fake", vocab_size=50, max_model_len=CONFIG.max_model_len, think_end_id=3)
 NUM_BLOCKS = 300
 THINK_END = 3
+REGEX = pb.Grammar(kind=pb.Grammar.KIND_REGEX, text="[0-9]")
 WAIT_S = 10.0
 MAX_UNREAD = 20_000
 
@@ -237,6 +239,18 @@ async def test_a_gateway_lowers_the_budget_of_a_running_request(groups: Groups, 
     assert sum(update.num_forced for update in gateway.updates[1]) == 1
 
 
+def test_a_grammar_waits_for_the_end_of_thoughts_that_there_are() -> None:
+    after = pb.Grammar(kind=pb.Grammar.KIND_EBNF, text="x", after_thinking=True)
+
+    thinks = to_request(submit(1, grammar=after, starts_thinking=True), 0, MODEL)
+    answers = to_request(submit(1, grammar=after), 0, MODEL)
+    at_once = to_request(submit(1, grammar=REGEX, starts_thinking=True), 0, MODEL)
+
+    assert thinks.grammar == Grammar("ebnf", "x", THINK_END)
+    assert answers.grammar == Grammar("ebnf", "x", None)
+    assert (at_once.grammar, at_once.starts_thinking) == (Grammar("regex", "[0-9]", None), False)
+
+
 async def test_logprobs_reach_the_gateway_that_asked(connect: Connect) -> None:
     gateway = await connect()
 
@@ -311,6 +325,8 @@ async def test_a_full_router_refuses_with_a_clear_error(groups: Groups, connect:
         ({"bad_words": [pb.TokenSequence(ids=[1, 50])]}, "token id 50"),
         ({"thinking_budget": 3, "close_thinking_ids": [1, 50]}, "token id 50"),
         ({"thinking_budget": 3, "close_thinking_ids": [1]}, "close_thinking_ids"),
+        ({"grammar": pb.Grammar(text="a")}, "kind of grammar 0"),
+        ({"grammar": REGEX, "starts_thinking": True, "thinking_budget": 3}, "no thoughts to limit"),
     ],
 )
 async def test_a_request_that_cannot_run_is_invalid(connect: Connect, fields: dict[str, object], words: str) -> None:
