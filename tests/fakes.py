@@ -33,6 +33,11 @@ def next_token(token_ids: Tokens[int], seed: int, vocab_size: int, banned: Colle
     return next((token for token in order if token not in banned), first)
 
 
+def fake_logprobs(token_id: int, num_top: int) -> TokenLogprobs:
+    """A token's logprob is its id, negated: enough to see whether it reaches the right token."""
+    return TokenLogprobs(-float(token_id), [(token_id, -float(token_id))] * num_top)
+
+
 def banned_tokens(words: Iterable[Tokens[int]], output_ids: Tokens[int]) -> set[int]:
     """What would complete a bad word, by definition: the output and the token end with it."""
     return {word[-1] for word in words if [*output_ids, word[-1]][-len(word) :] == list(word)}
@@ -119,7 +124,13 @@ class FakeRanks:
             self._decode(slot)
         # Sampling comes after all writes, as in one forward pass of a batch.
         token_ids = [self._sample(slot) for slot in plan.sampling_slots]
-        return StepResult(plan.step, self.rank, token_ids, self._logprobs(plan.sampling_slots, token_ids))
+        logprobs = self._logprobs(plan.sampling_slots, token_ids)
+        scores = {
+            index: [fake_logprobs(target, prefill.score.num_logprobs) for target in prefill.score.target_ids]
+            for index, prefill in enumerate(plan.prefills)
+            if prefill.score is not None
+        }
+        return StepResult(plan.step, self.rank, token_ids, logprobs, scores)
 
     def _check(self, plan: StepPlan) -> None:
         expect(plan.step == self.next_step, f"step {plan.step} came, {self.next_step} was due")
@@ -168,6 +179,13 @@ class FakeRanks:
             prefill.start == state.num_computed,
             f"slot {prefill.slot} is prefilled from {prefill.start}, but {state.num_computed} are computed",
         )
+        if prefill.score is not None:
+            targets = prefill.score.target_ids
+            expect(0 < len(targets) <= len(prefill.token_ids), f"slot {prefill.slot} scores {len(targets)} rows")
+            expect(
+                targets[: len(prefill.token_ids) - 1] == prefill.token_ids[1 : len(targets) + 1],
+                f"slot {prefill.slot} scores tokens that do not follow its rows",
+            )
         self._write(state, prefill.token_ids)
 
     def _decode(self, slot: int) -> None:
@@ -218,5 +236,5 @@ class FakeRanks:
         for index, (slot, token_id) in enumerate(zip(slots, token_ids, strict=True)):
             params: SamplingParams = self.slots[slot].opened.sampling
             if params.num_logprobs is not None:
-                asked[index] = TokenLogprobs(-float(token_id), [(token_id, -float(token_id))] * params.num_logprobs)
+                asked[index] = fake_logprobs(token_id, params.num_logprobs)
         return asked

@@ -87,6 +87,15 @@ class ExtendSlot(msgspec.Struct, frozen=True, array_like=True):
     block_ids: list[int]
 
 
+class Score(msgspec.Struct, frozen=True, array_like=True):
+    """Rows of a chunk whose logits are asked for the logprobs of known tokens: those of the prompt itself."""
+
+    target_ids: list[int]
+    """For the first rows of the chunk, the token that follows each: the last may be the first of the next chunk."""
+    num_logprobs: int
+    """How many of the likeliest tokens are named beside each."""
+
+
 class Prefill(msgspec.Struct, frozen=True, array_like=True):
     """Known tokens to put through the model at positions [start, start + len(token_ids)).
 
@@ -97,6 +106,7 @@ class Prefill(msgspec.Struct, frozen=True, array_like=True):
     start: int
     token_ids: list[int]
     sample: bool
+    score: Score | None = None
 
 
 class StepPlan(msgspec.Struct, frozen=True, tag="plan"):
@@ -145,6 +155,8 @@ class StepResult(msgspec.Struct, frozen=True, tag="result"):
     """One token per slot of `StepPlan.sampling_slots`, in its order."""
     logprobs: dict[int, TokenLogprobs] = {}
     """Index into `token_ids` → logprobs, for the slots that asked."""
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
+    """Index into `StepPlan.prefills` → of the targets of its `score`, in the unchanged distribution."""
     compute_s: float = 0.0
     expert_loads: list[list[int]] = []
     """For each MoE layer, tokens of each of this rank's physical slots since its last report. Only when asked for."""

@@ -221,6 +221,8 @@ class Scheduler:
         admitted = [seq for seq, _ in done.admitted if seq.finish is None]
         for seq, cached_tokens in done.admitted:
             seq.unannounced_cached_tokens = cached_tokens
+        for prefill, seq, start in done.scored:
+            seq.take_scores(start, result.prompt_logprobs[prefill])
         updates: list[SequenceUpdate | None] = []
         for index, (seq, token_id) in enumerate(zip(done.sampled, result.token_ids, strict=True)):
             if seq.finish is not None:
@@ -305,7 +307,7 @@ class Scheduler:
     def _count_first_admission(self, seq: Sequence, draft: StepDraft) -> None:
         seq.was_admitted = True
         draft.admitted.append((seq, seq.num_computed))
-        if self._blocks.enable_prefix_cache:
+        if self._blocks.enable_prefix_cache and not seq.needs_scores:
             self._prefix_query_tokens_total += len(seq.request.prompt_ids)
             self._prefix_hit_tokens_total += seq.num_computed
 

@@ -55,6 +55,8 @@ class SequenceRequest:
     bad_words: list[list[int]] = field(default_factory=list)
     """Sequences of token ids that must not come."""
     grammar: Grammar | None = None
+    num_prompt_logprobs: int | None = None
+    """Logprobs of the prompt, and of so many of the likeliest tokens beside each; None: not asked for."""
     cache_salt: str = ""
     """Only requests with the same salt share cached blocks."""
     request_id: str = ""
@@ -88,6 +90,8 @@ class SequenceUpdate(msgspec.Struct, frozen=True):
     """Present in the last update of a request."""
     num_forced: int = 0
     """All of `token_ids`, or none: forced tokens come in an update of their own."""
+    prompt_logprobs: list[TokenLogprobs] = []
+    """With `admitted_cached_tokens`, where asked for: one per prompt token but the first."""
 
 
 FORCED = TokenLogprobs(0.0, [])
@@ -142,6 +146,10 @@ class Sequence:
     wanted_at_growth: int = 0
     """unless the allocator's `num_cache_growths` has changed from this: it may need fewer blocks then."""
     was_admitted: bool = False
+    num_scored: int = 0
+    """Prompt tokens behind the first whose logprobs are known."""
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """Those, until they are told."""
     finish: FinishReason | None = None
 
     @classmethod
@@ -170,6 +178,12 @@ class Sequence:
         if budget is None or self.phase is not Phase.THINKING or not self.request.close_thinking_ids:
             return False
         return self.num_thinking >= budget
+
+    @property
+    def needs_scores(self) -> bool:
+        """Logprobs of its prompt are asked for, and some are not known: no block of it may come from the cache."""
+        is_asked = self.request.num_prompt_logprobs is not None
+        return is_asked and self.num_scored < len(self.request.prompt_ids) - 1
 
     @property
     def is_full(self) -> bool:
@@ -237,10 +251,19 @@ class Sequence:
             self.close_thoughts()
         return update
 
+    def take_scores(self, start: int, scores: list[TokenLogprobs]) -> None:
+        """Take logprobs of the prompt tokens behind `start`; some may be known from before a preemption."""
+        fresh = scores[max(0, self.num_scored - start) :]
+        self.prompt_logprobs += fresh
+        self.num_scored += len(fresh)
+
     def take_announcement(self) -> SequenceUpdate | None:
-        """What tells that it was admitted, where no token told it yet."""
-        return None if self.unannounced_cached_tokens is None else self._update([], [])
+        """What tells that it was admitted, where no token told it yet; with a scored prompt, its first token does."""
+        if self.unannounced_cached_tokens is None or self.request.num_prompt_logprobs is not None:
+            return None
+        return self._update([], [])
 
     def _update(self, token_ids: list[int], logprobs: list[TokenLogprobs], num_forced: int = 0) -> SequenceUpdate:
         cached_tokens, self.unannounced_cached_tokens = self.unannounced_cached_tokens, None
-        return SequenceUpdate(self.request.key, cached_tokens, token_ids, logprobs, self.finish, num_forced)
+        scores, self.prompt_logprobs = self.prompt_logprobs, []
+        return SequenceUpdate(self.request.key, cached_tokens, token_ids, logprobs, self.finish, num_forced, scores)

@@ -63,7 +63,8 @@ class SlotTable:
             return False
         self._hash_full_blocks(seq)
         # At least one token is computed, or there would be no logits to sample from.
-        cached = blocks.match(seq.block_hashes[: (seq.num_known - 1) // blocks.block_size])
+        findable = 0 if seq.needs_scores else (seq.num_known - 1) // blocks.block_size
+        cached = blocks.match(seq.block_hashes[:findable])
         num_fresh = blocks.num_blocks_for(seq.num_known) - len(cached)
         seq.num_blocks_wanted = num_fresh + blocks.num_idle(cached)
         seq.wanted_at_growth = blocks.num_cache_growths

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from msgspec.structs import replace
 
 from cluster.router.sequence import Sequence
-from workers.step import ExtendSlot, OpenSlot, Prefill, StepPlan
+from workers.step import ExtendSlot, OpenSlot, Prefill, Score, StepPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +22,8 @@ class StepInFlight:
     """Who gets the tokens of `StepResult.token_ids`, in its order."""
     admitted: list[tuple[Sequence, int]]
     """Sequences that got a slot for the first time, and their cached prompt tokens."""
+    scored: list[tuple[int, Sequence, int]]
+    """Index of a prefill that scores its prompt, whose it is, and where it starts."""
 
 
 @dataclass(slots=True)
@@ -90,7 +92,7 @@ class StepDraft:
         assert seq.slot is not None
         start, end = seq.num_computed, min(seq.prefill_end, seq.num_computed + self.budget)
         samples = end == seq.prefill_end
-        self.prefills.append(Prefill(seq.slot, start, seq.token_ids(start, end), samples))
+        self.prefills.append(Prefill(seq.slot, start, seq.token_ids(start, end), samples, _score(seq, start, end)))
         self.prefilled.append(seq)
         self.budget -= end - start
         seq.num_computed = end
@@ -103,4 +105,15 @@ class StepDraft:
     def in_flight(self, step: int) -> StepInFlight:
         """What is kept until the result is back."""
         sampled = [seq for prefill, seq in zip(self.prefills, self.prefilled, strict=True) if prefill.sample]
-        return StepInFlight(step, sampled + self.decoded, self.admitted)
+        chunks = enumerate(zip(self.prefills, self.prefilled, strict=True))
+        scored = [(index, seq, prefill.start) for index, (prefill, seq) in chunks if prefill.score is not None]
+        return StepInFlight(step, sampled + self.decoded, self.admitted, scored)
+
+
+def _score(seq: Sequence, start: int, end: int) -> Score | None:
+    """What a chunk of these positions has to score."""
+    num_logprobs = seq.request.num_prompt_logprobs
+    if num_logprobs is None or not seq.needs_scores:
+        return None
+    target_ids = seq.request.prompt_ids[start + 1 : end + 1]
+    return Score(target_ids, num_logprobs) if target_ids else None

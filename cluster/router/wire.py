@@ -18,6 +18,8 @@ from mull.v1 import router_pb2 as pb
 from workers.step import Grammar, GrammarKind, SamplingParams, TokenLogprobs
 
 MAX_LOGIT_BIAS = 100
+MAX_PROMPT_SCORES = 2**18
+"""At most 3 MiB on the wire, where gRPC takes 4."""
 
 _GRAMMAR_KINDS: dict[int, GrammarKind] = {
     pb.Grammar.KIND_JSON_SCHEMA: "json_schema",
@@ -62,7 +64,6 @@ def to_request(submit: pb.Submit, session: int, model: ModelInfo) -> SequenceReq
         raise InvalidRequest("max_tokens is 0; ask for at least 1", field="max_tokens")
     _check_vocabulary(submit.prompt_ids, model, "input")
     _check_vocabulary(submit.stop_token_ids, model, "stop_token_ids")
-    _refuse_unsupported(submit)
     grammar = _grammar(submit, model)
     return SequenceRequest(
         key=RequestKey(session, submit.key),
@@ -80,14 +81,24 @@ def to_request(submit: pb.Submit, session: int, model: ModelInfo) -> SequenceReq
         logit_bias=_logit_bias(submit.sampling, model),
         bad_words=_bad_words(submit, model),
         grammar=grammar,
+        num_prompt_logprobs=_num_prompt_logprobs(submit),
         request_id=submit.request_id,
     )
 
 
-def _refuse_unsupported(submit: pb.Submit) -> None:
-    for field in ("num_prompt_logprobs",):
-        if submit.HasField(field):
-            raise InvalidRequest(f"{field} is not supported yet; leave it out", field=field)
+def _num_prompt_logprobs(submit: pb.Submit) -> int | None:
+    if not submit.HasField("num_prompt_logprobs"):
+        return None
+    count, num_prompt, field = submit.num_prompt_logprobs, len(submit.prompt_ids), "prompt_logprobs"
+    if count not in SAMPLING_RANGES["logprobs"]:
+        raise InvalidRequest(f"{field} {count} is outside of {SAMPLING_RANGES['logprobs']}", field=field)
+    if num_prompt * (1 + count) > MAX_PROMPT_SCORES:
+        raise InvalidRequest(
+            f"{count} logprobs for each of {num_prompt} prompt tokens are too much for one message, which holds "
+            f"{MAX_PROMPT_SCORES}; ask for fewer",
+            field=field,
+        )
+    return count
 
 
 def _close_thinking_ids(submit: pb.Submit, model: ModelInfo) -> list[int]:
@@ -168,7 +179,8 @@ def _check_ranges(params: SamplingParams) -> None:
 
 def update_weight(update: SequenceUpdate) -> int:
     """Items in it: itself, its tokens and its logprobs; each takes at most 12 bytes on the wire."""
-    return 1 + len(update.token_ids) + sum(1 + len(item.top) for item in update.logprobs)
+    scores = [*update.logprobs, *update.prompt_logprobs]
+    return 1 + len(update.token_ids) + sum(1 + len(item.top) for item in scores)
 
 
 def merge_update(into: pb.SequenceUpdate, update: SequenceUpdate) -> None:
@@ -179,6 +191,8 @@ def merge_update(into: pb.SequenceUpdate, update: SequenceUpdate) -> None:
     into.num_forced = update.num_forced
     if update.logprobs:
         into.logprobs.extend([_logprobs(item) for item in update.logprobs])
+    if update.prompt_logprobs:
+        into.prompt_logprobs.extend([_logprobs(item) for item in update.prompt_logprobs])
     if update.finish is not None:
         into.end.reason = _END[update.finish]
 

@@ -62,6 +62,7 @@ class FakeCopy:
         self.cached_tokens: dict[Hashable, int] = {}
         self.finish: dict[Hashable, FinishReason] = {}
         self.forced: dict[Hashable, list[int]] = {}
+        self.prompt_logprobs: dict[Hashable, list[TokenLogprobs]] = {}
 
     def add(self, new: SequenceRequest) -> None:
         self.scheduler.add(new)
@@ -158,6 +159,9 @@ class FakeCopy:
         assert not update.token_ids or key in self.cached_tokens, f"{key} got a token before it was admitted"
         self.token_ids[key] += update.token_ids
         self.logprobs[key] += update.logprobs
+        if update.prompt_logprobs:
+            assert update.admitted_cached_tokens == 0, "a prompt that was scored was found in the cache, or came late"
+            self.prompt_logprobs[key] = update.prompt_logprobs
         if update.num_forced:
             assert update.num_forced == len(update.token_ids)
             assert key not in self.forced, f"the thoughts of {key} were closed twice"

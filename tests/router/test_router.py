@@ -239,6 +239,19 @@ async def test_a_gateway_lowers_the_budget_of_a_running_request(groups: Groups, 
     assert sum(update.num_forced for update in gateway.updates[1]) == 1
 
 
+async def test_logprobs_of_the_prompt_come_with_the_first_token(connect: Connect) -> None:
+    gateway = await connect()
+
+    await gateway.submit(1, prompt_ids=list(range(1, 40)) * 4, num_prompt_logprobs=1)
+    await gateway.end_of(1)
+
+    first = gateway.updates[1][0]
+    assert [item.logprob for item in first.prompt_logprobs] == [-float(token) for token in (list(range(1, 40)) * 4)[1:]]
+    assert first.HasField("admitted")
+    assert first.token_ids
+    assert all(not update.prompt_logprobs for update in gateway.updates[1][1:])
+
+
 def test_a_grammar_waits_for_the_end_of_thoughts_that_there_are() -> None:
     after = pb.Grammar(kind=pb.Grammar.KIND_EBNF, text="x", after_thinking=True)
 
@@ -326,6 +339,8 @@ async def test_a_full_router_refuses_with_a_clear_error(groups: Groups, connect:
         ({"thinking_budget": 3, "close_thinking_ids": [1, 50]}, "token id 50"),
         ({"thinking_budget": 3, "close_thinking_ids": [1]}, "close_thinking_ids"),
         ({"grammar": pb.Grammar(text="a")}, "kind of grammar 0"),
+        ({"num_prompt_logprobs": 21}, "prompt_logprobs"),
+        ({"num_prompt_logprobs": 20, "prompt_ids": [1] * 15_000}, "ask for fewer"),
         ({"grammar": REGEX, "starts_thinking": True, "thinking_budget": 3}, "no thoughts to limit"),
     ],
 )

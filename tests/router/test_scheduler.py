@@ -769,3 +769,31 @@ def test_forced_tokens_have_a_logprob_of_zero() -> None:
 
     assert [entry.logprob for entry in copy.logprobs["a"][2:6]] == [0.0] * 4
     assert len(copy.logprobs["a"]) == len(copy.token_ids["a"])
+
+
+# Logprobs of the prompt
+
+
+@pytest.mark.parametrize("chunk", [4, 16])
+def test_a_scored_prompt_is_told_with_the_first_token_and_skips_the_cache(chunk: int) -> None:
+    copy = FakeCopy(max_num_batched_tokens=chunk)
+    copy.add(request("plain", PROMPT))
+    copy.run()
+    copy.add(request("asks", PROMPT, num_prompt_logprobs=2))
+    copy.run()
+    copy.add(request("plain again", PROMPT))
+    copy.run()
+
+    scores = copy.prompt_logprobs["asks"]
+    assert [(entry.logprob, len(entry.top)) for entry in scores] == [(-float(token), 2) for token in PROMPT[1:]]
+    assert (copy.cached_tokens["asks"], copy.cached_tokens["plain again"]) == (0, 8)
+    assert copy.scheduler.stats.prefix_query_tokens_total == 2 * len(PROMPT)
+
+
+def test_a_prompt_of_one_token_has_nothing_to_score() -> None:
+    copy = FakeCopy()
+    copy.add(request("a", [1], num_prompt_logprobs=2))
+
+    copy.run()
+
+    assert (copy.prompt_logprobs, copy.token_ids["a"]) == ({}, copy.alone("a")[0])

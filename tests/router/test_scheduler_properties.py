@@ -70,6 +70,7 @@ def arrivals(draw: st.DrawFn) -> dict[str, Any]:
         "min_tokens": draw(st.integers(0, 4)),
         "priority": draw(st.sampled_from([0, 0, 1, -1])),
         "bad_words": draw(st.lists(st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=3), max_size=2)),
+        "num_prompt_logprobs": draw(st.sampled_from([None, None, 0, 1])),
         "cache_salt": draw(st.sampled_from(["", "tenant"])),
         "sampling": SamplingParams(
             seed=draw(st.integers(0, 1)),
@@ -128,6 +129,10 @@ def assert_as_alone(copy: FakeCopy, key: Hashable) -> None:
         assert copy.token_ids[key] == token_ids[: len(copy.token_ids[key])]
     else:
         assert (copy.token_ids[key], copy.finish[key]) == (token_ids, finish)
+    asked = copy.requests[key]
+    if asked.num_prompt_logprobs is not None and copy.token_ids[key]:
+        scores = [entry.logprob for entry in copy.prompt_logprobs.get(key, [])]
+        assert scores == [-float(token_id) for token_id in asked.prompt_ids[1:]]
     asks_logprobs = copy.requests[key].sampling.num_logprobs is not None
     expected = [-float(token_id) for token_id in copy.token_ids[key]] if asks_logprobs else []
     got = [entry.logprob for entry in copy.logprobs[key]]
