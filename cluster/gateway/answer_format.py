@@ -6,9 +6,12 @@ Hop 2, pure. Raises InvalidRequest. Knows neither tokens nor how a grammar is en
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 from cluster.errors import InvalidRequest
 from cluster.gateway.tool_options import ToolUse
+from cluster.text.answer import ToolTags
+from cluster.text.tool_grammar import ToolSignature, choice_grammar, tool_call_grammar
 from mull.v1 import generation_pb2 as pb
 from mull.v1 import router_pb2
 
@@ -54,7 +57,7 @@ def _text(wanted: pb.ResponseFormat, name: str) -> str:
         case "json_object":
             return ""
         case "choices":
-            return choices_grammar(list(wanted.choices.texts), field)
+            return choice_grammar(_checked_choices(wanted.choices.texts, field))
         case "json_schema":
             return checked_schema(wanted.json_schema, field)
         case _:
@@ -75,25 +78,24 @@ def checked_schema(text: str, field: str) -> str:
     return text
 
 
-def choices_grammar(texts: list[str], field: str) -> str:
-    """EBNF of one of these texts. Raises InvalidRequest."""
+def _checked_choices(texts: Sequence[str], field: str) -> Sequence[str]:
     if not 1 <= len(texts) <= MAX_CHOICES:
         raise InvalidRequest(f"{field}.texts: {len(texts)} texts; send 1 to {MAX_CHOICES}", field=f"{field}.texts")
     for index, text in enumerate(texts):
         if not text:
             raise InvalidRequest(f"{field}.texts[{index}]: empty; send some text", field=f"{field}.texts[{index}]")
-    return "root ::= " + " | ".join(ebnf_literal(text) for text in texts)
+    return texts
 
 
-def ebnf_literal(text: str) -> str:
-    """`text` as a literal of xgrammar's EBNF."""
-    return '"' + "".join(_escaped(character) for character in text) + '"'
-
-
-def _escaped(character: str) -> str:
-    if character in '"\\':
-        return "\\" + character
-    if character.isprintable():
-        return character
-    code = ord(character)
-    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+def required_calls(tools: ToolUse, tags: ToolTags | None) -> router_pb2.Grammar | None:
+    """The grammar of the tool calls that must come; None: none must."""
+    if not tools.required:
+        return None
+    if tags is None:
+        raise InvalidRequest("tool_choice: this model has no tokens for tool calls; leave it out", field="tool_choice")
+    signatures = [
+        ToolSignature(tool.name, json.loads(tool.parameters_json) if tool.parameters_json else None)
+        for tool in tools.required
+    ]
+    text = tool_call_grammar(signatures, tags, max_calls=tools.max_calls)
+    return router_pb2.Grammar(kind=router_pb2.Grammar.KIND_EBNF, text=text, after_thinking=True)

@@ -18,6 +18,7 @@ from cluster.errors import NotReady, Overloaded
 from cluster.gateway.budgets import RunningBudgets
 from cluster.gateway.conversations import render_conversation
 from cluster.gateway.generation import Generation
+from cluster.gateway.grammar_check import GrammarCheck, compiled
 from cluster.gateway.interruption import Interruption
 from cluster.gateway.mailbox import Mailbox, wait_for_news
 from cluster.gateway.requests import PreparedRequest, check_model, new_request_id, prepare
@@ -48,7 +49,15 @@ class _Choice:
 class GenerationCore:
     """The service behind every protocol."""
 
-    def __init__(self, model: ServedModel, link: RouterLink, metrics: GatewayMetrics, *, max_streams: int) -> None:
+    def __init__(
+        self,
+        model: ServedModel,
+        link: RouterLink,
+        metrics: GatewayMetrics,
+        *,
+        max_streams: int,
+        check_grammar: GrammarCheck = compiled,
+    ) -> None:
         self.num_streams = 0
         self.is_draining = False
         self.budgets = RunningBudgets(link)
@@ -56,6 +65,7 @@ class GenerationCore:
         self._link = link
         self._metrics = metrics
         self._max_streams = max_streams
+        self._check_grammar = check_grammar
         self._start_s = time.monotonic()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -160,8 +170,12 @@ class GenerationCore:
 
     async def _prepare(self, request: pb.GenerateRequest) -> PreparedRequest:
         if request.ByteSize() > LARGE_REQUEST_BYTES:
-            return await asyncio.to_thread(prepare, request, self.model)
-        return prepare(request, self.model)
+            prepared = await asyncio.to_thread(prepare, request, self.model)
+        else:
+            prepared = prepare(request, self.model)
+        if prepared.grammar is not None:
+            await self._check_grammar(prepared.grammar, self._model.path, prepared.grammar_field)
+        return prepared
 
     @contextmanager
     def _submitted(

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cluster.errors import InvalidRequest, PromptTooLong, UnknownModel
-from cluster.gateway.answer_format import read_response_format
+from cluster.gateway.answer_format import read_response_format, required_calls
 from cluster.gateway.conversations import read_template_variables, render_conversation
 from cluster.gateway.sampling_options import read_bad_words, read_logit_bias, read_prompt_logprobs, read_sampling
 from cluster.gateway.served_model import ServedModel
@@ -55,6 +55,8 @@ class PreparedRequest:
     close_thinking_ids: tuple[int, ...] = ()
     priority: int = 0
     grammar: router_pb2.Grammar | None = None
+    grammar_field: str = "response_format"
+    """Where the grammar came from."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     bad_words: tuple[tuple[int, ...], ...] = ()
     num_prompt_logprobs: int | None = None
@@ -100,7 +102,9 @@ def prepare(request: pb.GenerateRequest, model: ServedModel) -> PreparedRequest:
         thinking_budget=budget,
         close_thinking_ids=model.close_at_once_ids if budget == 0 else model.close_ids,
         priority=request.priority,
-        grammar=grammar,
+        # Not before the prompt was rendered, which checks the tools' schemas.
+        grammar=grammar or required_calls(tools, model.tool_tags),
+        grammar_field="tool_choice" if tools.required else "response_format",
         logit_bias=read_logit_bias(request.sampling, model.vocab_size),
         bad_words=read_bad_words(request.sampling, model.tokenizer),
         num_prompt_logprobs=read_prompt_logprobs(request.sampling),

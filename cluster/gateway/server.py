@@ -67,21 +67,26 @@ class GatewayServer:
         self._credentials = credentials
         self._registry = registry or CollectorRegistry()
         self._metrics = GatewayMetrics(self._registry)
-        self.core = GenerationCore(model, self.link, self._metrics, max_streams=config.max_streams)
+        self._core = GenerationCore(model, self.link, self._metrics, max_streams=config.max_streams)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the package has no stubs for it
         self._server: aio.Server | None = None
         self._exposition: tuple[WSGIServer, Thread] | None = None
         self._follower: asyncio.Task[None] | None = None
 
     @property
+    def core(self) -> GenerationCore:
+        """What its protocols share."""
+        return self._core
+
+    @property
     def num_streams(self) -> int:
         """Generate streams that are open."""
-        return self.core.num_streams
+        return self._core.num_streams
 
     @property
     def is_draining(self) -> bool:
         """Whether new requests are refused because it is to stop."""
-        return self.core.is_draining
+        return self._core.is_draining
 
     @property
     def is_serving(self) -> bool:
@@ -107,9 +112,9 @@ class GatewayServer:
 
         Returns how many were cancelled. A second call finds nothing to do.
         """
-        self.core.refuse_new()
+        self._core.refuse_new()
         await self._health.enter_graceful_shutdown()
-        num_cut = await self.core.wait_until_idle(grace_s)
+        num_cut = await self._core.wait_until_idle(grace_s)
         if self._follower is not None:
             self._follower.cancel()
             await asyncio.gather(self._follower, return_exceptions=True)
@@ -123,8 +128,8 @@ class GatewayServer:
     async def _start_grpc(self) -> int:
         config = self._config
         server = aio.server(options=_server_options(config))
-        add_GenerationServiceServicer_to_server(GenerationServicer(self.core), server)
-        add_AdminServiceServicer_to_server(AdminServicer(self.core.budgets), server)
+        add_GenerationServiceServicer_to_server(GenerationServicer(self._core), server)
+        add_AdminServiceServicer_to_server(AdminServicer(self._core.budgets), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = (SERVICE_NAME, ADMIN_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
