@@ -21,6 +21,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 
 from cluster.config import GatewayConfig
 from cluster.errors import ConfigError
+from cluster.gateway.core import GenerationCore
 from cluster.gateway.router_link import LinkTimes, RouterAddress, RouterLink
 from cluster.gateway.served_model import ServedModel
 from cluster.gateway.servicer import GenerationServicer
@@ -63,7 +64,8 @@ class GatewayServer:
         self._credentials = credentials
         self._registry = registry or CollectorRegistry()
         self._metrics = GatewayMetrics(self._registry)
-        self._servicer = GenerationServicer(model, self.link, self._metrics, max_streams=config.max_streams)
+        self._core = GenerationCore(model, self.link, self._metrics, max_streams=config.max_streams)
+        self._servicer = GenerationServicer(self._core, self.link)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the package has no stubs for it
         self._server: aio.Server | None = None
         self._exposition: tuple[WSGIServer, Thread] | None = None
@@ -72,12 +74,12 @@ class GatewayServer:
     @property
     def num_streams(self) -> int:
         """Generate streams that are open."""
-        return self._servicer.num_streams
+        return self._core.num_streams
 
     @property
     def is_draining(self) -> bool:
         """Whether new requests are refused because it is to stop."""
-        return self._servicer.is_draining
+        return self._core.is_draining
 
     @property
     def is_serving(self) -> bool:
@@ -103,9 +105,9 @@ class GatewayServer:
 
         Returns how many were cancelled. A second call finds nothing to do.
         """
-        self._servicer.refuse_new()
+        self._core.refuse_new()
         await self._health.enter_graceful_shutdown()
-        num_cut = await self._servicer.wait_until_idle(grace_s)
+        num_cut = await self._core.wait_until_idle(grace_s)
         if self._follower is not None:
             self._follower.cancel()
             await asyncio.gather(self._follower, return_exceptions=True)
