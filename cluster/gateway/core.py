@@ -30,11 +30,31 @@ logger = logging.getLogger(__name__)
 LARGE_REQUEST_BYTES = 16 * 1024
 DRAINING = "this server is shutting down"
 SUPPORTED_FIELDS = frozenset(
-    "model request_id conversation raw_prompt token_ids sampling max_tokens metadata raw_tool_calls "
-    "parallel_tool_calls".split()
+    [
+        "model",
+        "request_id",
+        "conversation",
+        "raw_prompt",
+        "token_ids",
+        "sampling",
+        "max_tokens",
+        "metadata",
+        "raw_tool_calls",
+        "parallel_tool_calls",
+    ]
 )
 SUPPORTED_SAMPLING = frozenset(
-    "temperature top_p top_k min_p presence_penalty frequency_penalty repetition_penalty seed logprobs".split()
+    [
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "presence_penalty",
+        "frequency_penalty",
+        "repetition_penalty",
+        "seed",
+        "logprobs",
+    ]
 )
 
 

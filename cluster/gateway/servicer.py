@@ -28,6 +28,8 @@ class GenerationServicer(GenerationServiceServicer):
     """What clients talk to."""
 
     def __init__(self, core: GenerationCore, link: RouterLink) -> None:
+        self.http_port = 0
+        """Where this server answers HTTP, for GetServerInfo."""
         self._core = core
         self._link = link
         self._start_s = time.monotonic()
@@ -65,5 +67,6 @@ class GenerationServicer(GenerationServiceServicer):
             reason=DRAINING if self._core.is_draining else state.reason,
             uptime_seconds=time.monotonic() - self._start_s,
             num_streams=self._core.num_streams,
+            http_port=self.http_port,
             routers=[state.description] if state.description is not None else [],
         )

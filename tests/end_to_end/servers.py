@@ -44,7 +44,7 @@ def mull(*args: str, stdin: str | None = None, timeout_s: float = 60.0) -> subpr
 @contextmanager
 def starting(*flags: str) -> Iterator[subprocess.Popen[str]]:
     """`mull serve` on free ports, just started. On exit it is interrupted, and killed when it does not end in time."""
-    command = [*MULL, "serve", "--grpc-port", "0", "--metrics-port", "0", *flags]
+    command = [*MULL, "serve", "--grpc-port", "0", "--http-port", "0", "--metrics-port", "0", *flags]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
