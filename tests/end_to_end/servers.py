@@ -25,6 +25,7 @@ class Server:
 
     process: subprocess.Popen[str]
     address: str
+    http_url: str
     metrics_url: str
     lines: list[str] = field(default_factory=list)
 
@@ -89,6 +90,6 @@ def when_ready(process: subprocess.Popen[str]) -> Server:
         raise AssertionError(f"no ready line within {START_TIMEOUT_S:g} s; it printed:\n" + "\n".join(lines)) from None
     if line is None:
         raise AssertionError(f"mull serve ended with {process.wait(STOP_TIMEOUT_S)}:\n" + "\n".join(lines))
-    found = re.search(r"grpc (\S+) · metrics (\S+)", line)
+    found = re.search(r"grpc (\S+) · http (\S+) · metrics (\S+)", line)
     assert found is not None, line
-    return Server(process, found[1], found[2], lines)
+    return Server(process, found[1], found[2], found[3], lines)
