@@ -140,7 +140,7 @@ def test_the_parse_helper_gives_an_object_of_the_schema(client: openai.OpenAI) -
 
 @pytest.mark.parametrize("parses_itself", [True, False])
 def test_a_qwen_agents_answer_uses_the_result_of_its_tool(server: Server, parses_itself: bool) -> None:
-    """The agent writes tools into its own prompt, and parses the markup itself where the server leaves all in content."""
+    """The agent writes tools into its own prompt and parses their markup; in one of the runs the thoughts too."""
     agents = pytest.importorskip("qwen_agent.agents")
     tools = pytest.importorskip("qwen_agent.tools.base")
     calls = []
