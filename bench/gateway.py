@@ -105,7 +105,7 @@ async def serve_gateway(router: str) -> None:
     from cluster.gateway.server import GatewayServer
 
     model = ServedModel.load(ModelSource(path=MODEL_DIR, name="pocket"))
-    server = GatewayServer(GatewayConfig(grpc_port=0, metrics_port=0), model, static_address(router))
+    server = GatewayServer(GatewayConfig(grpc_port=0, http_port=0, metrics_port=0), model, static_address(router))
     ports = await server.start()
     while not server.link.state.ready:
         await server.link.updated()

@@ -55,7 +55,7 @@ def _serve(args: argparse.Namespace) -> int:
         _load(cluster)
         _print_ranks(cluster)
         print(
-            f"ready · grpc {addresses.grpc} · metrics {addresses.metrics} · "
+            f"ready · grpc {addresses.grpc} · http {addresses.http} · metrics {addresses.metrics} · "
             f"model {config.model.name} · {_layout_words(config.engine)} · Ctrl-C drains",
             flush=True,
         )
@@ -163,7 +163,7 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="serve the built-in model, ask it one question, stop")
     demo.add_argument("question", nargs="?", default=_DEMO_QUESTION)
-    add_serve_flags(demo, fallbacks={"tp": 2, "grpc_port": 0, "metrics_port": 0})
+    add_serve_flags(demo, fallbacks={"tp": 2, "grpc_port": 0, "http_port": 0, "metrics_port": 0})
     add_chat_flags(demo)
     demo.set_defaults(command=_demo)
 

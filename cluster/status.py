@@ -34,6 +34,7 @@ def _plain(info: pb.GetServerInfoResponse) -> dict[str, Any]:
         "reason": info.reason,
         "uptime_s": round(info.uptime_seconds, 1),
         "num_streams": info.num_streams,
+        "http_port": info.http_port or None,
         "ranks": [_plain_rank(rank, router) for router in info.routers for rank in router.ranks],
         "routers": [
             {
@@ -81,8 +82,9 @@ def _plain_rank(rank: router_pb2.RankInfo, router: router_pb2.DescribeResponse) 
 def _print_tables(info: pb.GetServerInfoResponse, address: str) -> None:
     console = Console(highlight=False)
     state = "[green]ready[/]" if info.ready else f"[red]not ready[/]: {info.reason}"
+    http = f" · http port {info.http_port}" if info.http_port else ""
     console.print(
-        f"mull {info.version} at {address}: {state} · up {info.uptime_seconds:.0f} s · {info.num_streams} streams"
+        f"mull {info.version} at {address}{http}: {state} · up {info.uptime_seconds:.0f} s · {info.num_streams} streams"
     )
     for router in info.routers:
         used = router.num_blocks - router.num_free_blocks

@@ -60,6 +60,8 @@ class GenerationCore:
     ) -> None:
         self.num_streams = 0
         self.is_draining = False
+        self.http_port = 0
+        """Where this server answers HTTP, for `server_info`."""
         self.budgets = RunningBudgets(link)
         self._model = model
         self._link = link
@@ -135,6 +137,7 @@ class GenerationCore:
             reason=DRAINING if self.is_draining else state.reason,
             uptime_seconds=time.monotonic() - self._start_s,
             num_streams=self.num_streams,
+            http_port=self.http_port,
             routers=[state.description] if state.description is not None else [],
         )
 

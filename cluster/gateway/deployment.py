@@ -36,8 +36,8 @@ class GatewayDeployment:
         self._is_draining = False
 
     async def ports(self) -> dict[str, int]:
-        """Where it listens: grpc and metrics."""
-        return {"grpc": self._ports.grpc, "metrics": self._ports.metrics}
+        """Where it listens: grpc, http and metrics."""
+        return {"grpc": self._ports.grpc, "http": self._ports.http, "metrics": self._ports.metrics}
 
     async def drain(self, grace_s: float) -> int:
         """Refuse new requests and let open streams end. Returns how many were cut off after `grace_s`."""

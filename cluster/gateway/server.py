@@ -1,7 +1,8 @@
 """GatewayServer: everything a gateway listens on, started together and drained together.
 
-Hop 1. One grpc.aio server with the generation service, health and reflection; beside it Prometheus' exposition. Health
-is SERVING only while the Router can take requests. Knows nothing of Ray: the deployment is a thin shell around it.
+Hop 1. One grpc.aio server with the generation service, health and reflection; beside it HTTP and Prometheus'
+exposition. Health is SERVING only while the Router can take requests. Knows nothing of Ray: the deployment is a thin
+shell around it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from prometheus_client import CollectorRegistry, start_http_server
 from cluster.config import GatewayConfig
 from cluster.errors import ConfigError
 from cluster.gateway.admin import AdminServicer
-from cluster.gateway.core import GenerationCore
+from cluster.gateway.core import DRAINING, GenerationCore
+from cluster.gateway.http.server import BACKLOG, HttpServer
 from cluster.gateway.router_link import LinkTimes, RouterAddress, RouterLink
 from cluster.gateway.served_model import ServedModel
 from cluster.gateway.servicer import GenerationServicer
@@ -46,6 +48,7 @@ class GatewayPorts:
 
     grpc: int
     metrics: int
+    http: int
 
 
 class GatewayServer:
@@ -69,6 +72,7 @@ class GatewayServer:
         self._metrics = GatewayMetrics(self._registry)
         self._core = GenerationCore(model, self.link, self._metrics, max_streams=config.max_streams)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the package has no stubs for it
+        self._http = HttpServer(self._core, config, self._why_not_ready)
         self._server: aio.Server | None = None
         self._exposition: tuple[WSGIServer, Thread] | None = None
         self._follower: asyncio.Task[None] | None = None
@@ -92,20 +96,29 @@ class GatewayServer:
     def is_serving(self) -> bool:
         """Whether its tasks run as they should; a Router that is away does not count."""
         tasks = (self._follower, self.link.task)
-        return self._server is not None and all(task is not None and not task.done() for task in tasks)
+        is_listening = self._server is not None and self._http.is_serving
+        return is_listening and all(task is not None and not task.done() for task in tasks)
 
     async def start(self) -> GatewayPorts:
         """Listen. Raises ConfigError, one line with the remedy, for a port that is taken."""
         await self._set_health(ready=False)
         metrics_port = self._start_exposition()
         try:
-            grpc_port = await self._start_grpc()
+            listener = _listener(self._config.host, self._config.http_port)
+            http_port: int = listener.getsockname()[1]
+            try:
+                grpc_port = await self._start_grpc()
+                await self._http.start(listener)
+                self._core.http_port = http_port
+            except BaseException:
+                listener.close()
+                raise
         except BaseException:
             self._stop_exposition()
             raise
         self.link.start()
         self._follower = asyncio.create_task(self._follow_router(), name="health follower")
-        return GatewayPorts(grpc_port, metrics_port)
+        return GatewayPorts(grpc_port, metrics_port, http_port)
 
     async def drain(self, grace_s: float) -> int:
         """Refuse new requests, let open streams go on for `grace_s`, cancel the rest, and close all ports.
@@ -121,9 +134,16 @@ class GatewayServer:
         if self._server is not None:
             await self._server.stop(UNARY_GRACE_S if num_cut == 0 else None)
             self._server = None
+        await self._http.stop()
         await self.link.close()
         self._stop_exposition()
         return num_cut
+
+    def _why_not_ready(self) -> str | None:
+        if self._core.is_draining:
+            return DRAINING
+        state = self.link.state
+        return None if state.ready else state.reason
 
     async def _start_grpc(self) -> int:
         config = self._config
@@ -192,6 +212,14 @@ def _server_options(config: GatewayConfig) -> list[tuple[str, int]]:
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
     ]
+
+
+def _listener(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        raise _port_error("http_port", host, port, error) from error
 
 
 def _check_free(host: str, port: int, field: str) -> None:

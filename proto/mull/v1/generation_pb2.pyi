@@ -464,17 +464,19 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("version", "ready", "reason", "uptime_seconds", "num_streams", "routers")
+    __slots__ = ("version", "ready", "reason", "uptime_seconds", "num_streams", "routers", "http_port")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     UPTIME_SECONDS_FIELD_NUMBER: _ClassVar[int]
     NUM_STREAMS_FIELD_NUMBER: _ClassVar[int]
     ROUTERS_FIELD_NUMBER: _ClassVar[int]
+    HTTP_PORT_FIELD_NUMBER: _ClassVar[int]
     version: str
     ready: bool
     reason: str
     uptime_seconds: float
     num_streams: int
     routers: _containers.RepeatedCompositeFieldContainer[_router_pb2.DescribeResponse]
-    def __init__(self, version: _Optional[str] = ..., ready: _Optional[bool] = ..., reason: _Optional[str] = ..., uptime_seconds: _Optional[float] = ..., num_streams: _Optional[int] = ..., routers: _Optional[_Iterable[_Union[_router_pb2.DescribeResponse, _Mapping]]] = ...) -> None: ...
+    http_port: int
+    def __init__(self, version: _Optional[str] = ..., ready: _Optional[bool] = ..., reason: _Optional[str] = ..., uptime_seconds: _Optional[float] = ..., num_streams: _Optional[int] = ..., routers: _Optional[_Iterable[_Union[_router_pb2.DescribeResponse, _Mapping]]] = ..., http_port: _Optional[int] = ...) -> None: ...
