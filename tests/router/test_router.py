@@ -457,13 +457,13 @@ async def test_a_group_that_cannot_be_cleared_away_fails_the_router(
     assert router.has_failed
 
 
-async def test_describe_tells_phases_and_totals(router: Router, groups: Groups, connect: Connect) -> None:
+async def test_describe_tells_phases_and_totals(router: Router, connect: Connect) -> None:
     gateway = await connect()
     await gateway.submit(1, prompt_ids=[1] * 9)
     await gateway.end_of(1)
-    groups.made[0].hold()
-    await gateway.submit(2, prompt_ids=[1] * 9, starts_thinking=True)
-    await gateway.submit(3)
+    thinks: dict[str, object] = {"starts_thinking": True, "bad_words": [pb.TokenSequence(ids=[THINK_END])]}
+    await gateway.submit(2, prompt_ids=[1] * 9, max_tokens=390, **thinks)
+    await gateway.submit(3, max_tokens=390)
     await until(lambda: router.describe().num_running == 2, "both to run")
 
     described = router.describe()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -270,10 +270,23 @@ def test_answers_match_their_grammars_whatever_happens_on_the_way(runner: ModelR
     assert tight.num_preempted > 0
     for request, one in zip(requests, alone, strict=True):
         assert_matches(request, one.outputs[request.key], one.finish[request.key], tokenizer)
-    # Rows of other batches may round otherwise, so wild ones may differ: they must match all the same.
+        assert tight.outputs[request.key] == one.outputs[request.key]
     for request in requests:
         assert_matches(request, tight.outputs[request.key], tight.finish[request.key], tokenizer)
     assert sum(finish is FinishReason.STOP for finish in tight.finish.values()) >= len(requests) // 2
+
+
+def test_after_a_forced_close_the_answer_goes_on_as_after_a_prompt_with_it(
+    runner: ModelRunner, tokenizer: Tokenizer
+) -> None:
+    request = replace(asked(4, tokenizer), grammar=None, thinking_budget=7)
+    output_ids = drive(runner, [request], num_blocks=64, chunk=9).outputs[4]
+
+    num_forced = len(request.close_thinking_ids)
+    assert output_ids[7 : 7 + num_forced] == request.close_thinking_ids
+    known = request.prompt_ids + output_ids[: 7 + num_forced]
+    plain = replace(request, prompt_ids=known, max_tokens=60 - 7 - num_forced, starts_thinking=False)
+    assert drive(runner, [plain], num_blocks=64, chunk=64).outputs[4] == output_ids[7 + num_forced :]
 
 
 def plans_on_rank(parallel: ParallelState, plans: list[StepPlan]) -> list[list[int]]:
