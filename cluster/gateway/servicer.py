@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 
 import grpc.aio
 
-from cluster.gateway.completion import CompletionBuilder
 from cluster.gateway.core import GenerationCore
 from cluster.gateway.requests import new_request_id
 from cluster.gateway.status import abort
+from mull.client.completion import CompletionBuilder
 from mull.v1 import generation_pb2 as pb
 from mull.v1.generation_pb2_grpc import GenerationServiceServicer
 

@@ -1,4 +1,4 @@
-"""Events → one message: what Complete returns.
+"""Events → one message: what Complete returns, and what a client has once a stream has ended.
 
 Pure. A tool call that was passed on as text in the end is in the answer alone.
 """
@@ -24,7 +24,10 @@ class CompletionBuilder:
         """Take events, each generation's in order."""
         for event in events:
             completion = self._completions.setdefault(event.choice, pb.Completion(choice=event.choice))
-            body = getattr(event, str(event.WhichOneof("event")))
+            name = event.WhichOneof("event")
+            if name is None:
+                continue  # a kind of event that this client is too old for
+            body = getattr(event, name)
             if not isinstance(body, pb.Started):
                 completion.token_ids.extend(body.token_ids)
                 completion.logprobs.extend(body.logprobs)
