@@ -37,7 +37,8 @@ class ScriptedRouter(RouterServiceServicer):
         self.cancelled_keys: list[int] = []
         self.budgets: list[tuple[int, int]] = []
         """Keys and thinking budgets, as they came."""
-        self.num_sessions_ended = 0
+        self.num_sessions = 0
+        """How many came, the ended ones included."""
         self.on_submit: Callable[[pb.Submit], object] | None = None
         self._changed = asyncio.Condition()
         self._session: ScriptedSession | None = None
@@ -62,13 +63,13 @@ class ScriptedRouter(RouterServiceServicer):
         self, requests: AsyncIterator[pb.GatewayMessage], _context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.RouterMessage]:
         session = self._session = ScriptedSession()
+        self.num_sessions += 1
         reader = asyncio.create_task(self._read(requests))
         try:
             while (message := await session.outbox.get()) is not None:
                 yield message
         finally:
             reader.cancel()
-            self.num_sessions_ended += 1
 
     @property
     def has_session(self) -> bool:
