@@ -140,7 +140,7 @@ class GrammarState:
         if self._is_waiting:
             return None
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
-        mask = np.unpackbits(bits, count=self._vocab_size, bitorder="little").astype(np.bool_)
+        mask = np.unpackbits(bits, count=self._vocab_size, bitorder="little").view(np.bool_)
         # Read after the mask was computed: a grammar that turns out too complex ends here.
         can_end = self._matcher.is_accepting() or self._matcher.is_error()
         mask[self._never_ids] = False

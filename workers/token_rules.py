@@ -68,8 +68,10 @@ class TokenRuleTable:
         by_row = {row: mask for row, mask in masks.items() if mask is not None}
         if not by_row:
             return logits_Bv
-        rows_G = self._tensor(np.array(list(by_row), dtype=np.int64))
         allowed_Gv = self._tensor(np.stack([mask[self.vocab.start : self.vocab.stop] for mask in by_row.values()]))
+        if len(by_row) == len(logits_Bv):
+            return logits_Bv.masked_fill(~allowed_Gv, -math.inf)
+        rows_G = self._tensor(np.array(list(by_row), dtype=np.int64))
         return logits_Bv.index_copy(0, rows_G, logits_Bv[rows_G].masked_fill(~allowed_Gv, -math.inf))
 
     def advance(self, slots: Ints, token_ids: list[int]) -> None:
