@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
@@ -24,9 +26,22 @@ START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 60.0
 _NAMESPACES = ("--net", "--uts", "--mount", "--pid")
 _INIT = """
-mount -t tmpfs tmpfs /tmp && mount -t tmpfs tmpfs /dev/shm && ip link set lo up && hostname {name} && echo up &&
+set -e
+tmp=$(mktemp -d)
+mount -t tmpfs tmpfs "$tmp"
+case {checkout} in /tmp/*)
+    mkdir -p "$tmp"/{below_tmp}
+    mount --bind {checkout} "$tmp"/{below_tmp}
+esac
+mount --move "$tmp" /tmp
+mount -t tmpfs tmpfs /dev/shm
+ip link set lo up
+hostname {name}
+echo up
 exec sleep infinity
 """
+"""Its own /tmp, in which a checkout that lies below /tmp is still to be seen."""
+CHECKOUT = Path(__file__).parents[2]
 
 
 def why_impossible() -> str | None:
@@ -127,7 +142,11 @@ def ray_hosts(cpus: dict[str, int]) -> Iterator[list[Host]]:
 
 @contextmanager
 def _host(name: str, address: str, environment: dict[str, str]) -> Iterator[Host]:
-    command = ["unshare", *_NAMESPACES, "--fork", "--kill-child", "--mount-proc", "sh", "-c", _INIT.format(name=name)]
+    checkout = str(CHECKOUT)
+    init = _INIT.format(
+        name=name, checkout=shlex.quote(checkout), below_tmp=shlex.quote(checkout.removeprefix("/tmp/"))
+    )
+    command = ["unshare", *_NAMESPACES, "--fork", "--kill-child", "--mount-proc", "sh", "-c", init]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     late = threading.Timer(START_TIMEOUT_S, process.kill)
