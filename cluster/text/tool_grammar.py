@@ -13,8 +13,8 @@ from typing import Any
 from cluster.text.answer import ToolTags
 
 _NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
-# Models that may write white space without end sometimes do.
-_JSON_OPTIONS = {"whitespace_pattern": r"[ \n\r\t]{1,64}"}
+# As chat templates write calls that were made. With free white space small models lose their way.
+_JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 @dataclass(frozen=True)
@@ -45,5 +45,7 @@ def choice_grammar(texts: Sequence[str]) -> str:
 
 
 def _schema(tool: ToolSignature) -> dict[str, Any]:
-    schema = _NO_ARGUMENTS if tool.schema is None else {"type": "object", **tool.schema}
-    return {"x-guidance": _JSON_OPTIONS, **schema}
+    """Of an object, closed where the tool names its properties and does not say whether there may be others."""
+    schema = _NO_ARGUMENTS if tool.schema is None else tool.schema
+    closed = {"additionalProperties": False} if "properties" in schema else {}
+    return {"x-guidance": _JSON_OPTIONS, "type": "object", **closed, **schema}

@@ -43,10 +43,12 @@ def call(name: str, arguments: str) -> str:
     [
         (call("g", "{}"), True),
         (call(NAME, '{"a": 1}'), True),
-        (call(NAME, '{"a":1}') + "\n" + call("g", "{}"), True),
+        (call(NAME, '{"a": 1}') + "\n" + call("g", "{}"), True),
         (call("g", '{"a": 1}'), False),
         (call(NAME, '{"a": "x"}'), False),
         (call(NAME, "{}"), False),
+        (call(NAME, '{"a": 1, "b": 2}'), False),
+        (call(NAME, '{"a":\n1}'), False),
         (call("other", "{}"), False),
         ("hello", False),
         ("", False),
