@@ -105,14 +105,13 @@ def _layout_words(engine: EngineConfig) -> str:
 
 
 def _call(request: Callable[[], int]) -> int:
-    import grpc
-
-    from cluster.chat import describe_rpc_error
+    from cluster.chat import describe_failure
+    from mull.client import CallFailed
 
     try:
         return request()
-    except grpc.RpcError as error:
-        print(describe_rpc_error(error), file=sys.stderr)
+    except CallFailed as error:
+        print(describe_failure(error), file=sys.stderr)
         return _FAILED
 
 

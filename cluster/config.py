@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from cluster.errors import ConfigError
 from workers.layout import ParallelLayout
 
+THINKING_CLOSE_PHRASE = "\n\nMy time to think is up, so I answer now with what I have found."
+
 
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -118,6 +120,15 @@ class GatewayConfig(_Part):
     drain_s: float = Field(30.0, ge=0)
     """How long running streams may go on after a shutdown was asked for."""
     effort_budgets: EffortBudgets = EffortBudgets()
+
+    thinking_close_phrase: str = THINKING_CLOSE_PHRASE
+    """Put in the model's mouth when its thinking budget is used up; the closing tag and a blank line follow."""
+
+    @model_validator(mode="after")
+    def _phrase_is_one_thought(self) -> Self:
+        if "</think>" in self.thinking_close_phrase:
+            raise ValueError("thinking_close_phrase contains </think>; leave it out, it is added")
+        return self
 
     @model_validator(mode="after")
     def _ports_differ(self) -> Self:

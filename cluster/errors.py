@@ -12,6 +12,7 @@ MullError
 │   └── UnknownModel         a model name that this server does not serve
 ├── Overloaded               a bounded queue is full: try again later
 ├── NotReady                 the engine is starting, draining or lost
+├── DeadlinePassed           the request's own time limit came first
 ├── SlowReader               the client did not read its stream; its buffer's bound was passed
 └── EngineError              a fault of ours
     └── RankLost             a rank died, hung or failed: names the rank
@@ -24,6 +25,7 @@ from workers.errors import CheckpointError, KVMemoryError, LayoutError, MullErro
 __all__ = [
     "CheckpointError",
     "ConfigError",
+    "DeadlinePassed",
     "EngineError",
     "InvalidRequest",
     "KVMemoryError",
@@ -70,6 +72,10 @@ class Overloaded(MullError):
 
 class NotReady(MullError):
     """The engine cannot take work now."""
+
+
+class DeadlinePassed(MullError):
+    """A request took longer than it may."""
 
 
 class SlowReader(MullError):

@@ -5,21 +5,20 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import grpc
 from rich.console import Console
 from rich.table import Table
 
+from mull.client import Client, RetryPolicy
 from mull.v1 import generation_pb2 as pb
 from mull.v1 import router_pb2
-from mull.v1.generation_pb2_grpc import GenerationServiceStub
 
 _TIMEOUT_S = 10.0
 
 
 def status(address: str, *, as_json: bool) -> int:
     """Print the server's state. Returns 0 when it is ready, 3 when it is up but cannot take work."""
-    with grpc.insecure_channel(address) as channel:
-        info = GenerationServiceStub(channel).GetServerInfo(pb.GetServerInfoRequest(), timeout=_TIMEOUT_S)
+    with Client(address, retry=RetryPolicy(attempts=1), timeout_s=_TIMEOUT_S) as client:
+        info = client.server_info()
     if as_json:
         print(json.dumps(_plain(info), indent=2))
     else:

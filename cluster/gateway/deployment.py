@@ -28,7 +28,9 @@ class GatewayDeployment:
 
     async def __init__(self, config: ClusterConfig, router: Any) -> None:  # type: ignore[misc]  # Serve awaits it
         self._drain_s = config.gateway.drain_s
-        model = await asyncio.to_thread(ServedModel.load, config.model, config.engine.max_model_len)
+        model = await asyncio.to_thread(
+            ServedModel.load, config.model, config.engine.max_model_len, config.gateway.thinking_close_phrase
+        )
         self._server = GatewayServer(config.gateway, model, _address_from(router))
         self._ports = await self._server.start()
         self._is_draining = False

@@ -22,18 +22,21 @@ from prometheus_client import CollectorRegistry, start_http_server
 
 from cluster.config import GatewayConfig
 from cluster.errors import ConfigError
+from cluster.gateway.admin import AdminServicer
 from cluster.gateway.core import DRAINING, GenerationCore
 from cluster.gateway.http.server import BACKLOG, HttpServer
 from cluster.gateway.router_link import LinkTimes, RouterAddress, RouterLink
 from cluster.gateway.served_model import ServedModel
 from cluster.gateway.servicer import GenerationServicer
 from cluster.metrics import GatewayMetrics
-from mull.v1 import generation_pb2
+from mull.v1 import admin_pb2, generation_pb2
+from mull.v1.admin_pb2_grpc import add_AdminServiceServicer_to_server
 from mull.v1.generation_pb2_grpc import add_GenerationServiceServicer_to_server
 
 logger = logging.getLogger(__name__)
 
 SERVICE_NAME = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
+ADMIN_NAME = admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name
 HEALTH_NAMES = ("", SERVICE_NAME)
 UNARY_GRACE_S = 1.0
 """For the last events on their way and for short calls, once all streams have ended."""
@@ -68,12 +71,16 @@ class GatewayServer:
         self._registry = registry or CollectorRegistry()
         self._metrics = GatewayMetrics(self._registry)
         self._core = GenerationCore(model, self.link, self._metrics, max_streams=config.max_streams)
-        self._servicer = GenerationServicer(self._core, self.link)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the package has no stubs for it
         self._http = HttpServer(self._core, config, self._why_not_ready)
         self._server: aio.Server | None = None
         self._exposition: tuple[WSGIServer, Thread] | None = None
         self._follower: asyncio.Task[None] | None = None
+
+    @property
+    def core(self) -> GenerationCore:
+        """What its protocols share."""
+        return self._core
 
     @property
     def num_streams(self) -> int:
@@ -102,7 +109,7 @@ class GatewayServer:
             try:
                 grpc_port = await self._start_grpc()
                 await self._http.start(listener)
-                self._servicer.http_port = http_port
+                self._core.http_port = http_port
             except BaseException:
                 listener.close()
                 raise
@@ -141,9 +148,11 @@ class GatewayServer:
     async def _start_grpc(self) -> int:
         config = self._config
         server = aio.server(options=_server_options(config))
-        add_GenerationServiceServicer_to_server(self._servicer, server)
+        add_GenerationServiceServicer_to_server(GenerationServicer(self._core), server)
+        add_AdminServiceServicer_to_server(AdminServicer(self._core.budgets), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        names = (SERVICE_NAME, ADMIN_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, server)
         _check_free(config.host, config.grpc_port, "grpc_port")
         host = f"[{config.host}]" if ":" in config.host else config.host
         address = f"{host}:{config.grpc_port}"
