@@ -61,7 +61,7 @@ class GenerationCore:
         self.num_streams = 0
         self.is_draining = False
         self.http_port = 0
-        """Where this server answers HTTP, for `server_info`."""
+        """Where this server answers HTTP, for those who ask by gRPC; 0: it does not."""
         self.budgets = RunningBudgets(link)
         self._model = model
         self._link = link

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 
 from cluster.errors import (
+    DeadlinePassed,
     MullError,
     NotReady,
     Overloaded,
@@ -45,6 +46,7 @@ STATUSES: dict[type[Exception], HttpStatus] = {
     BodyTooLarge: HttpStatus(413, "invalid_request_error", "request_too_large"),
     Overloaded: HttpStatus(429, "rate_limit_error", "overloaded", _RETRY),
     SlowReader: HttpStatus(429, "rate_limit_error", "slow_reader"),
+    DeadlinePassed: HttpStatus(504, "server_error", "deadline_passed"),
     NotReady: HttpStatus(503, "server_error", "not_ready", _RETRY),
     Exception: HttpStatus(500, "server_error", "internal_error"),
 }
