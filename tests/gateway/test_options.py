@@ -246,8 +246,10 @@ async def test_a_request_past_its_time_is_cancelled(gateway: RunningGateway) -> 
 
 
 async def test_the_calls_own_deadline_cancels_too(gateway: RunningGateway) -> None:
+    call = gateway.stub.Complete(ask(), timeout=2)
+    await gateway.router.submitted()
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await gateway.stub.Complete(ask(), timeout=0.2)
+        await call
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     await gateway.router.cancelled((await gateway.router.submitted()).key)
     await until(lambda: gateway.server.num_streams == 0, "the stream's end")
