@@ -17,6 +17,7 @@ check: .venv/installed-test
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash proto/generate.sh --check
+	@bash proto/check.sh
 
 format: .venv/installed-test
 	@$(BIN)/ruff check --fix .

@@ -55,7 +55,7 @@ def _serve(args: argparse.Namespace) -> int:
         _load(cluster)
         _print_ranks(cluster)
         print(
-            f"ready · grpc {addresses.grpc} · metrics {addresses.metrics} · "
+            f"ready · grpc {addresses.grpc} · http {addresses.http} · metrics {addresses.metrics} · "
             f"model {config.model.name} · {_layout_words(config.engine)} · Ctrl-C drains",
             flush=True,
         )
@@ -105,14 +105,13 @@ def _layout_words(engine: EngineConfig) -> str:
 
 
 def _call(request: Callable[[], int]) -> int:
-    import grpc
-
-    from cluster.chat import describe_rpc_error
+    from cluster.chat import describe_failure
+    from mull.client import CallFailed
 
     try:
         return request()
-    except grpc.RpcError as error:
-        print(describe_rpc_error(error), file=sys.stderr)
+    except CallFailed as error:
+        print(describe_failure(error), file=sys.stderr)
         return _FAILED
 
 
@@ -163,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="serve the built-in model, ask it one question, stop")
     demo.add_argument("question", nargs="?", default=_DEMO_QUESTION)
-    add_serve_flags(demo, fallbacks={"tp": 2, "grpc_port": 0, "metrics_port": 0})
+    add_serve_flags(demo, fallbacks={"tp": 2, "grpc_port": 0, "http_port": 0, "metrics_port": 0})
     add_chat_flags(demo)
     demo.set_defaults(command=_demo)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -10,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from cluster.errors import ConfigError
 from workers.layout import ParallelLayout
+
+THINKING_CLOSE_PHRASE = "\n\nMy time to think is up, so I answer now with what I have found."
 
 
 class _Part(BaseModel):
@@ -91,11 +94,23 @@ class RouterConfig(_Part):
     """Largest over mean load of ranks from which on experts are moved."""
 
 
+class EffortBudgets(_Part):
+    """Thinking tokens that each `reasoning_effort` of OpenAI's clients stands for; None: no limit."""
+
+    none: int | None = Field(0, ge=0)
+    minimal: int | None = Field(512, ge=0)
+    low: int | None = Field(2048, ge=0)
+    medium: int | None = Field(8192, ge=0)
+    high: int | None = Field(None, ge=0)
+    xhigh: int | None = Field(None, ge=0)
+
+
 class GatewayConfig(_Part):
     """What clients connect to."""
 
     host: str = "127.0.0.1"
     grpc_port: int = Field(50051, ge=0, le=65535)
+    http_port: int = Field(8000, ge=0, le=65535)
     metrics_port: int = Field(9464, ge=0, le=65535)
     max_message_bytes: int = Field(8 * 2**20, ge=1024)
     max_streams: int = Field(1024, ge=1)
@@ -104,11 +119,23 @@ class GatewayConfig(_Part):
     """Tokens kept for a client that does not read; past it the stream ends with RESOURCE_EXHAUSTED."""
     drain_s: float = Field(30.0, ge=0)
     """How long running streams may go on after a shutdown was asked for."""
+    effort_budgets: EffortBudgets = EffortBudgets()
+
+    thinking_close_phrase: str = THINKING_CLOSE_PHRASE
+    """Put in the model's mouth when its thinking budget is used up; the closing tag and a blank line follow."""
+
+    @model_validator(mode="after")
+    def _phrase_is_one_thought(self) -> Self:
+        if "</think>" in self.thinking_close_phrase:
+            raise ValueError("thinking_close_phrase contains </think>; leave it out, it is added")
+        return self
 
     @model_validator(mode="after")
     def _ports_differ(self) -> Self:
-        if self.grpc_port == self.metrics_port != 0:
-            raise ValueError(f"grpc_port and metrics_port are both {self.grpc_port}; choose two")
+        names = ("grpc_port", "http_port", "metrics_port")
+        for one, other in combinations(names, 2):
+            if getattr(self, one) == getattr(self, other) != 0:
+                raise ValueError(f"{one} and {other} are both {getattr(self, one)}; choose two")
         return self
 
 

@@ -5,6 +5,7 @@ Knows neither gRPC nor HTTP: the gateway maps classes to status codes.
 MullError
 ├── ConfigError              a flag or a config file is wrong: `mull serve` does not start
 ├── CheckpointError          a model directory that cannot be served: names the file and the remedy
+├── GrammarError             a grammar that cannot be used: the gateway tells it as an InvalidRequest
 ├── LayoutError              a layout that cannot split this model: names the numbers and what can
 ├── RequestError             the client's fault; `field` names what to change
 │   ├── InvalidRequest       a value out of range, an unknown role, a wrong token id
@@ -12,6 +13,7 @@ MullError
 │   └── UnknownModel         a model name that this server does not serve
 ├── Overloaded               a bounded queue is full: try again later
 ├── NotReady                 the engine is starting, draining or lost
+├── DeadlinePassed           the request's own time limit came first
 ├── SlowReader               the client did not read its stream; its buffer's bound was passed
 └── EngineError              a fault of ours
     └── RankLost             a rank died, hung or failed: names the rank
@@ -19,12 +21,14 @@ MullError
 
 from __future__ import annotations
 
-from workers.errors import CheckpointError, KVMemoryError, LayoutError, MullError, PlanError
+from workers.errors import CheckpointError, GrammarError, KVMemoryError, LayoutError, MullError, PlanError
 
 __all__ = [
     "CheckpointError",
     "ConfigError",
+    "DeadlinePassed",
     "EngineError",
+    "GrammarError",
     "InvalidRequest",
     "KVMemoryError",
     "LayoutError",
@@ -70,6 +74,10 @@ class Overloaded(MullError):
 
 class NotReady(MullError):
     """The engine cannot take work now."""
+
+
+class DeadlinePassed(MullError):
+    """A request took longer than it may."""
 
 
 class SlowReader(MullError):

@@ -50,6 +50,7 @@ _CONFIG_FLAGS: dict[str, dict[str, tuple[type, str]]] = {
     "gateway": {
         "host": (str, "address to listen on"),
         "grpc_port": (int, "0 picks a free one"),
+        "http_port": (int, "OpenAI's API and the chat page; 0 picks a free one"),
         "metrics_port": (int, "Prometheus; 0 picks a free one"),
         "max_streams": (int, "open streams; one more is refused"),
         "drain_s": (float, "seconds for running streams to end after Ctrl-C"),
@@ -81,6 +82,7 @@ def add_chat_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model-name", default="", metavar="NAME", help="default: the only model the server has")
     parser.add_argument("--system", metavar="TEXT", help="system message")
     parser.add_argument("--max-tokens", type=int, help="tokens to generate at most, thoughts included")
+    parser.add_argument("--thinking-budget", type=int, help="thinking tokens at most; 0 answers at once")
     for name, (kind, text) in _SAMPLING_FLAGS.items():
         parser.add_argument(_flag(name), type=kind, help=text)
 
@@ -115,12 +117,14 @@ def builtin_model() -> Path:
 
 def chat_options(args: argparse.Namespace) -> ChatOptions:
     from cluster.chat import ChatOptions
-    from mull.v1 import generation_pb2 as pb
+    from mull.client.options import chat_request
 
-    given = {name: value for name in _SAMPLING_FLAGS if (value := getattr(args, name)) is not None}
+    names = ("max_tokens", "thinking_budget", *_SAMPLING_FLAGS)
+    options: Any = {name: value for name in names if (value := getattr(args, name)) is not None}
+    if args.model_name:
+        options["model"] = args.model_name
     try:
-        pb.GenerateRequest(max_tokens=args.max_tokens)
-        sampling = pb.SamplingOptions(**given)
+        chat_request("", None, (), options)
     except ValueError as error:
         raise ConfigError(f"a sampling flag is out of range: {error}") from error
-    return ChatOptions(sampling=sampling, max_tokens=args.max_tokens, model=args.model_name, system=args.system)
+    return ChatOptions(options=options, system=args.system)

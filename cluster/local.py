@@ -36,6 +36,7 @@ class Addresses:
     """Where clients and Prometheus connect to."""
 
     grpc: str
+    http: str
     metrics: str
 
 
@@ -80,7 +81,10 @@ class LocalCluster:
         gateway = self._config.gateway
         address = f"{gateway.host}:{gateway.grpc_port}"
         self._channel = grpc.insecure_channel(address)
-        return Addresses(grpc=address, metrics=f"http://{gateway.host}:{gateway.metrics_port}/metrics")
+        host = f"http://[{gateway.host}]" if ":" in gateway.host else f"http://{gateway.host}"
+        return Addresses(
+            grpc=address, http=f"{host}:{gateway.http_port}", metrics=f"{host}:{gateway.metrics_port}/metrics"
+        )
 
     def info(self) -> pb.GetServerInfoResponse:
         """What the gateway says of itself and of its Router."""
@@ -188,7 +192,7 @@ def _with_fixed_ports(config: ClusterConfig) -> ClusterConfig:
     gateway = config.gateway
     ports = {
         name: _free_port("--" + name.replace("_", "-"), gateway.host, getattr(gateway, name))
-        for name in ("grpc_port", "metrics_port")
+        for name in ("grpc_port", "http_port", "metrics_port")
     }
     return config.model_copy(update={"gateway": gateway.model_copy(update=ports)})
 

@@ -130,6 +130,12 @@ class RequestTimer:
         self._num_thinking = 0
         self._num_answer = 0
 
+    def sibling(self) -> RequestTimer:
+        """For another generation of the same request."""
+        timer = RequestTimer(self._metrics)
+        timer._start_s = self._start_s
+        return timer
+
     def on_admitted(self, prompt_tokens: int, cached_tokens: int) -> None:
         """The request took a slot."""
         self._metrics.prompt_tokens.inc(prompt_tokens)

@@ -5,21 +5,20 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import grpc
 from rich.console import Console
 from rich.table import Table
 
+from mull.client import Client, RetryPolicy
 from mull.v1 import generation_pb2 as pb
 from mull.v1 import router_pb2
-from mull.v1.generation_pb2_grpc import GenerationServiceStub
 
 _TIMEOUT_S = 10.0
 
 
 def status(address: str, *, as_json: bool) -> int:
     """Print the server's state. Returns 0 when it is ready, 3 when it is up but cannot take work."""
-    with grpc.insecure_channel(address) as channel:
-        info = GenerationServiceStub(channel).GetServerInfo(pb.GetServerInfoRequest(), timeout=_TIMEOUT_S)
+    with Client(address, retry=RetryPolicy(attempts=1), timeout_s=_TIMEOUT_S) as client:
+        info = client.server_info()
     if as_json:
         print(json.dumps(_plain(info), indent=2))
     else:
@@ -34,6 +33,7 @@ def _plain(info: pb.GetServerInfoResponse) -> dict[str, Any]:
         "reason": info.reason,
         "uptime_s": round(info.uptime_seconds, 1),
         "num_streams": info.num_streams,
+        "http_port": info.http_port or None,
         "ranks": [_plain_rank(rank, router) for router in info.routers for rank in router.ranks],
         "routers": [
             {
@@ -81,8 +81,9 @@ def _plain_rank(rank: router_pb2.RankInfo, router: router_pb2.DescribeResponse) 
 def _print_tables(info: pb.GetServerInfoResponse, address: str) -> None:
     console = Console(highlight=False)
     state = "[green]ready[/]" if info.ready else f"[red]not ready[/]: {info.reason}"
+    http = f" · http port {info.http_port}" if info.http_port else ""
     console.print(
-        f"mull {info.version} at {address}: {state} · up {info.uptime_seconds:.0f} s · {info.num_streams} streams"
+        f"mull {info.version} at {address}{http}: {state} · up {info.uptime_seconds:.0f} s · {info.num_streams} streams"
     )
     for router in info.routers:
         used = router.num_blocks - router.num_free_blocks

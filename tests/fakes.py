@@ -9,6 +9,7 @@ knows neither blocks nor steps.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection, Iterable
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 
@@ -25,9 +26,21 @@ def expect(condition: bool, message: str) -> None:
         raise ContractBroken(message)
 
 
-def next_token(token_ids: Tokens[int], seed: int, vocab_size: int) -> int:
-    """The fake model: depends on every token and its place, and on the seed."""
-    return hash((seed, *token_ids)) % vocab_size
+def next_token(token_ids: Tokens[int], seed: int, vocab_size: int, banned: Collection[int] = ()) -> int:
+    """The fake model: depends on every token and its place, and on the seed. The first of those that may come."""
+    first = hash((seed, *token_ids)) % vocab_size
+    order = [*range(first, vocab_size), *range(first)]
+    return next((token for token in order if token not in banned), first)
+
+
+def fake_logprobs(token_id: int, num_top: int) -> TokenLogprobs:
+    """A token's logprob is its id, negated: enough to see whether it reaches the right token."""
+    return TokenLogprobs(-float(token_id), [(token_id, -float(token_id))] * num_top)
+
+
+def banned_tokens(words: Iterable[Tokens[int]], output_ids: Tokens[int]) -> set[int]:
+    """What would complete a bad word, by definition: the output and the token end with it."""
+    return {word[-1] for word in words if [*output_ids, word[-1]][-len(word) :] == list(word)}
 
 
 def generate_alone(
@@ -36,10 +49,21 @@ def generate_alone(
     """What the request must yield whatever else runs."""
     token_ids = list(request.prompt_ids)
     output_ids: list[int] = []
+    budget = request.thinking_budget if request.starts_thinking else None
     while len(output_ids) < request.max_tokens and len(token_ids) < context_limit:
-        output_ids.append(next_token(token_ids, request.sampling.seed, vocab_size))
+        if budget is not None and request.think_end_id not in output_ids and len(output_ids) >= budget:
+            room = min(request.max_tokens - len(output_ids), context_limit - len(token_ids))
+            forced, budget = request.close_thinking_ids[:room], None
+            output_ids += forced
+            token_ids += forced
+            continue
+        banned = banned_tokens(request.bad_words, output_ids)
+        is_early = len(output_ids) < request.min_tokens
+        if is_early:
+            banned |= request.stop_token_ids
+        output_ids.append(next_token(token_ids, request.sampling.seed, vocab_size, banned))
         token_ids.append(output_ids[-1])
-        if output_ids[-1] in request.stop_token_ids:
+        if output_ids[-1] in request.stop_token_ids and not is_early:
             return output_ids, FinishReason.STOP
     return output_ids, FinishReason.LENGTH
 
@@ -100,7 +124,13 @@ class FakeRanks:
             self._decode(slot)
         # Sampling comes after all writes, as in one forward pass of a batch.
         token_ids = [self._sample(slot) for slot in plan.sampling_slots]
-        return StepResult(plan.step, self.rank, token_ids, self._logprobs(plan.sampling_slots, token_ids))
+        logprobs = self._logprobs(plan.sampling_slots, token_ids)
+        scores = {
+            index: [fake_logprobs(target, prefill.score.num_logprobs) for target in prefill.score.target_ids]
+            for index, prefill in enumerate(plan.prefills)
+            if prefill.score is not None
+        }
+        return StepResult(plan.step, self.rank, token_ids, logprobs, scores)
 
     def _check(self, plan: StepPlan) -> None:
         expect(plan.step == self.next_step, f"step {plan.step} came, {self.next_step} was due")
@@ -149,6 +179,13 @@ class FakeRanks:
             prefill.start == state.num_computed,
             f"slot {prefill.slot} is prefilled from {prefill.start}, but {state.num_computed} are computed",
         )
+        if prefill.score is not None:
+            targets = prefill.score.target_ids
+            expect(0 < len(targets) <= len(prefill.token_ids), f"slot {prefill.slot} scores {len(targets)} rows")
+            expect(
+                targets[: len(prefill.token_ids) - 1] == prefill.token_ids[1 : len(targets) + 1],
+                f"slot {prefill.slot} scores tokens that do not follow its rows",
+            )
         self._write(state, prefill.token_ids)
 
     def _decode(self, slot: int) -> None:
@@ -181,9 +218,17 @@ class FakeRanks:
         if state.opened.sampling.has_penalties:
             counted = state.opened.prompt_ids + state.opened.output_ids + state.sampled
             expect(token_ids == counted, f"slot {slot} counts other tokens for penalties than it computes")
-        sampled = next_token(token_ids, state.opened.sampling.seed, self.vocab_size)
+        sampled = next_token(token_ids, state.opened.sampling.seed, self.vocab_size, self._banned(state))
         state.sampled.append(sampled)
         return sampled
+
+    def _banned(self, state: FakeSlot) -> set[int]:
+        rules = state.opened.rules
+        if rules is None:
+            return set()
+        output_ids = state.opened.output_ids + state.sampled
+        early = rules.stop_ids if state.num_computed < rules.first_stop_position else []
+        return banned_tokens(rules.bad_words, output_ids) | set(early)
 
     def _logprobs(self, slots: list[int], token_ids: list[int]) -> dict[int, TokenLogprobs]:
         """Each token's logprob is its id, negated: enough to see whether it reaches the right token."""
@@ -191,5 +236,5 @@ class FakeRanks:
         for index, (slot, token_id) in enumerate(zip(slots, token_ids, strict=True)):
             params: SamplingParams = self.slots[slot].opened.sampling
             if params.num_logprobs is not None:
-                asked[index] = TokenLogprobs(-float(token_id), [(token_id, -float(token_id))] * params.num_logprobs)
+                asked[index] = fake_logprobs(token_id, params.num_logprobs)
         return asked

@@ -9,11 +9,12 @@ import pytest
 from rich.console import Console
 
 from cluster.chat import JsonPrinter, TerminalPrinter
+from mull.client.events import Event, to_event
 from mull.v1 import generation_pb2 as pb
 
 USAGE = pb.Usage(prompt_tokens=9, cached_tokens=4, thinking_tokens=3, answer_tokens=2)
 
-EVENTS = [
+MESSAGES = [
     pb.GenerateEvent(sequence=0, started=pb.Started(request_id="r", model="m", seed=7, prompt_tokens=9)),
     pb.GenerateEvent(sequence=1, thinking_delta=pb.ThinkingDelta(text="hm [b]", token_ids=[5, 6])),
     pb.GenerateEvent(sequence=2, thinking_ended=pb.ThinkingEnded(reason=pb.ThinkingEnded.REASON_NATURAL)),
@@ -24,18 +25,22 @@ EVENTS = [
 ]
 
 
+EVENTS = [event for message in MESSAGES if (event := to_event(message)) is not None]
+
+
 def test_json_has_one_event_a_line_with_its_fields(capsys: pytest.CaptureFixture[str]) -> None:
     for event in EVENTS:
         JsonPrinter().show(event)
 
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert lines[1] == {"event": "thinking_delta", "sequence": 1, "text": "hm [b]", "token_ids": [5, 6], "logprobs": []}
+    expected = {"event": "thinking_delta", "sequence": 1, "choice": 0, "text": "hm [b]", "token_ids": [5, 6]}
+    assert lines[1] == {**expected, "logprobs": []}
     assert lines[2]["reason"] == "natural"
     assert (lines[4]["reason"], lines[4]["phase"]) == ("stop", "answer")
     assert lines[4]["usage"]["thinking_tokens"] == 3
 
 
-def printed(events: list[pb.GenerateEvent], *, is_terminal: bool) -> str:
+def printed(events: list[Event], *, is_terminal: bool) -> str:
     out = io.StringIO()
     colours = "standard" if is_terminal else None
     printer = TerminalPrinter(Console(file=out, force_terminal=is_terminal, color_system=colours, highlight=False))
@@ -61,6 +66,8 @@ def test_a_pipe_gets_no_control_codes_and_a_line_of_usage() -> None:
 def test_an_output_cut_in_its_thoughts_says_so() -> None:
     cut = pb.Finished(reason=pb.Finished.REASON_LENGTH, phase=pb.PHASE_THINKING, usage=USAGE)
 
-    text = printed([*EVENTS[:2], pb.GenerateEvent(sequence=2, finished=cut)], is_terminal=False)
+    last = to_event(pb.GenerateEvent(sequence=2, finished=cut))
+    assert last is not None
+    text = printed([*EVENTS[:2], last], is_terminal=False)
 
     assert "cut while thinking" in text.splitlines()[-1]

@@ -70,6 +70,8 @@ class ForwardBatch:
     cells_T: Tensor
     parts: list[BatchPart]
     """In the order of their rows."""
+    scored_rows_S: Tensor | None
+    """Rows whose logits tell the logprobs of prompt tokens, chunk by chunk; None where nobody asks."""
     ends: SequenceEnds | None
     """None where every row is one, in a step of decodes alone, and where there is none."""
     sample_slots: Ints
@@ -110,6 +112,7 @@ class BatchBuilder:
             rotations_T2D=rotations_T2D,
             cells_T=self._tensor(self.slots.cells(slots, positions)),
             parts=parts,
+            scored_rows_S=self._scored_rows(plan.prefills),
             ends=self._ends(plan, sample_slots, rotations_T2D) if plan.prefills else None,
             sample_slots=sample_slots,
             sample_positions=self.slots.num_computed[sample_slots],
@@ -151,6 +154,15 @@ class BatchBuilder:
         blocks = self._blocks(self.slots.blocks[prefill.slot, :num_blocks])
         mask_CS = torch.full((size, start + size), -math.inf, device=self.device, dtype=self.dtype)
         return PrefillChunk(rows=slice(first, first + size), blocks=blocks, mask_CS=mask_CS.triu_(start + 1))
+
+    def _scored_rows(self, prefills: list[Prefill]) -> Tensor | None:
+        firsts = np.cumsum([0] + [len(prefill.token_ids) for prefill in prefills])
+        rows = [
+            np.arange(first, first + len(prefill.score.target_ids))
+            for first, prefill in zip(firsts, prefills, strict=False)
+            if prefill.score is not None
+        ]
+        return self._tensor(np.concatenate(rows)) if rows else None
 
     def _keys(self, slots: Ints) -> PagedKeys:
         num_keys = self.slots.num_computed[slots]

@@ -58,6 +58,13 @@ class CandidateExchange:
         """log of the sum of exp over the whole vocabulary, [B]."""
         return self.tp.all_gather(logits_Bv.logsumexp(dim=-1)).logsumexp(dim=0)
 
+    def logits_of(self, logits_Bv: Tensor, token_ids_B: Tensor) -> Tensor:
+        """Each row's logit of one token, wherever it is in the vocabulary, [B]."""
+        local_B = token_ids_B - self.vocab.start
+        is_local_B = (local_B >= 0) & (local_B < self.vocab.size)
+        found_B = logits_Bv.gather(1, local_B.clamp(0, self.vocab.size - 1).unsqueeze(1)).squeeze(1)
+        return self.tp.all_gather(found_B.masked_fill(~is_local_B, -torch.inf)).amax(dim=0)
+
     def _whole(self, logits_Bv: Tensor) -> Tensor:
         if self.tp.size == 1:
             return logits_Bv

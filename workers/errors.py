@@ -25,3 +25,7 @@ class KVMemoryError(MullError):
 
 class PeerLate(MullError):
     """A rank of the same group was not heard of in time; the message names its place and the time."""
+
+
+class GrammarError(MullError):
+    """A grammar that cannot be used; the message says what is wrong with it."""

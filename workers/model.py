@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from workers.batch import ForwardBatch
@@ -44,6 +45,8 @@ class DecoderLayer:
 
     def last(self, x_TH: Tensor, batch: ForwardBatch, kv: KVPool, dispatcher: Dispatcher[Any]) -> Tensor:
         """As the last layer: the sampled rows alone, x_BH. Later steps need only the KV of the others."""
+        if batch.scored_rows_S is not None:
+            return self._last_scored(x_TH, batch, batch.scored_rows_S, kv, dispatcher)
         if not len(batch.sample_slots):
             self.attention.store(rms_norm(x_TH, self.input_norm, self.eps), batch, kv)
             self.assist(x_TH[:0], dispatcher)
@@ -54,6 +57,19 @@ class DecoderLayer:
         self.attention.store(normed_TH, batch, kv)
         attended_BH = self.attention.attend_ends(normed_TH.index_select(0, rows_B), batch.ends, kv)
         return self._feed_forward(x_TH.index_select(0, rows_B), attended_BH, dispatcher)
+
+    def _last_scored(
+        self, x_TH: Tensor, batch: ForwardBatch, rows_S: Tensor, kv: KVPool, dispatcher: Dispatcher[Any]
+    ) -> Tensor:
+        """The sampled rows, which attend as they always do, and behind them those that score a prompt."""
+        normed_TH = rms_norm(x_TH, self.input_norm, self.eps)
+        attended_SH = self.attention(normed_TH, batch, kv).index_select(0, rows_S)
+        if batch.ends is None:
+            return self._feed_forward(x_TH.index_select(0, rows_S), attended_SH, dispatcher)
+        rows_B = batch.ends.rows_B
+        attended_BH = self.attention.attend_ends(normed_TH.index_select(0, rows_B), batch.ends, kv)
+        rows_R = torch.cat([rows_B, rows_S])
+        return self._feed_forward(x_TH.index_select(0, rows_R), torch.cat([attended_BH, attended_SH]), dispatcher)
 
     def assist(self, x_0H: Tensor, dispatcher: Dispatcher[Any]) -> None:
         """Compute this rank's experts for the tokens of other groups: this one has none."""
@@ -91,7 +107,7 @@ class Decoder:
         return [layer.feed_forward for layer in self.layers if isinstance(layer.feed_forward, ExpertLayer)]
 
     def forward(self, batch: ForwardBatch, kv: KVPool) -> Tensor:
-        """Run the batch through the layers. Returns the sampled rows, x_BH, before the last norm."""
+        """Run the batch through the layers. Returns the sampled rows, x_BH, before the last norm; then the scored."""
         dispatcher = self.choice.for_step(batch.group_tokens)
         x_TH = self.embedding(batch.token_ids_T)
         for layer in self.layers[:-1]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -20,9 +22,11 @@ from workers.config import ModelConfig, RunnerConfig, ShardSpec
 from workers.errors import LayoutError, PlanError
 from workers.experts.choice import DispatcherChoice
 from workers.experts.rebalance import PlacedExperts
+from workers.grammar import Grammars
 from workers.kv_pool import KVPool, block_bytes, num_blocks_in
 from workers.model import Decoder
 from workers.parallel import ParallelState
+from workers.prompt_scores import score_prompts
 from workers.sampling import Sampler
 from workers.slots import SlotStates
 from workers.step import OpenSlot, PlacementUpdate, Prefill, SamplingParams, StepPlan, StepResult, TokenLogprobs
@@ -31,6 +35,17 @@ from workers.threads import ThreadChooser
 CPU_KV_BYTES = 256 * 2**20
 GPU_MEMORY_SHARE = 0.88
 """Of the free memory after loading; the rest is for activations and the allocator."""
+
+
+class _Computed(NamedTuple):
+    """What one forward pass has for the Router."""
+
+    token_ids: list[int]
+    logprobs: dict[int, TokenLogprobs]
+    prompt_logprobs: dict[int, list[TokenLogprobs]]
+
+
+NOTHING = _Computed([], {}, {})
 
 
 class ModelRunner:
@@ -59,7 +74,8 @@ class ModelRunner:
         self.kv_bytes = self.num_blocks * block_bytes(self.model, config.spec, config.block_size, dtype)
         self.slots = SlotStates(config.max_num_seqs, config.max_model_len, config.block_size, self.num_blocks)
         self.batches = BatchBuilder(self.slots, self.model, self.device, dtype)
-        self.sampler = Sampler(config.max_num_seqs, _exchange(self.model, config, parallel), self.device)
+        grammars = Grammars(Path(config.model_dir) / "tokenizer.json", self.model.vocab_size)
+        self.sampler = Sampler(config.max_num_seqs, _exchange(self.model, config, parallel), self.device, grammars)
         self.experts = PlacedExperts(self.decoder.expert_layers, config.spec, parallel.world)
         self.last_tokens = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=self.device)
         self._warm_up()
@@ -74,13 +90,14 @@ class ModelRunner:
         self.threads.apply(max(plan.group_tokens, default=plan.num_tokens))
         with torch.inference_mode():
             self._apply_deltas(plan)
-            sampled = self._forward(plan) if plan.num_tokens else self._assist(plan)
-        token_ids, logprobs = sampled if self.parallel.tp.index == 0 else ([], {})
+            computed = self._forward(plan) if plan.num_tokens else self._assist(plan)
+        told = computed if self.parallel.tp.index == 0 else NOTHING
         return StepResult(
             step=plan.step,
             rank=self.parallel.rank,
-            token_ids=token_ids,
-            logprobs=logprobs,
+            token_ids=told.token_ids,
+            logprobs=told.logprobs,
+            prompt_logprobs=told.prompt_logprobs,
             compute_s=time.perf_counter() - start,
             expert_loads=self.experts.take_loads() if plan.report_loads else [],
         )
@@ -113,22 +130,28 @@ class ModelRunner:
             limit = self.config.max_num_batched_tokens
             raise PlanError(f"step {plan.step} computes {plan.num_tokens} tokens, the rank was started for {limit}")
 
-    def _assist(self, plan: StepPlan) -> tuple[list[int], dict[int, TokenLogprobs]]:
+    def _assist(self, plan: StepPlan) -> _Computed:
         """Other groups may have tokens for this rank's experts."""
         if any(plan.group_tokens):
             self.decoder.assist(plan.group_tokens)
-        return [], {}
+        return NOTHING
 
-    def _forward(self, plan: StepPlan) -> tuple[list[int], dict[int, TokenLogprobs]]:
+    def _forward(self, plan: StepPlan) -> _Computed:
         batch = self.batches.build(plan, self.last_tokens)
-        x_BH = self.decoder.forward(batch, self.kv)
-        if not len(batch.sample_slots):
-            return [], {}
-        logits_Bv = self.decoder.logits(x_BH)
+        num_sampled = len(batch.sample_slots)
+        x_RH = self.decoder.forward(batch, self.kv)
+        scores: dict[int, list[TokenLogprobs]] = {}
+        if batch.scored_rows_S is not None:
+            scores = score_prompts(plan.prefills, x_RH[num_sampled:], self.decoder.logits, self.sampler.exchange)
+        if not num_sampled:
+            return _Computed([], {}, scores)
+        logits_Bv = self.decoder.logits(x_RH[:num_sampled])
         sampled = self.sampler.sample(logits_Bv, batch.sample_slots, batch.sample_positions)
         slots_B = torch.from_numpy(batch.sample_slots).to(self.device)
         self.last_tokens.index_copy_(0, slots_B, sampled.token_ids_B)
-        return sampled.token_ids_B.tolist(), sampled.logprobs
+        token_ids = sampled.token_ids_B.tolist()
+        self.sampler.rules.advance(batch.sample_slots, token_ids)
+        return _Computed(token_ids, sampled.logprobs, scores)
 
     def _affordable_blocks(self, dtype: torch.dtype) -> int:
         """Blocks that fit the KV memory, and no more than all slots at full length can use."""

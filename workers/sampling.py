@@ -1,8 +1,9 @@
 """Logits to tokens, on every rank alike: the same candidates and the same noise give the same token, so nothing is
 broadcast.
 
-Hop 9. Order of the cuts, as in transformers: penalties, temperature, top_k, top_p, min_p. A token is the argmax of
-logit / temperature plus Gumbel noise over what is left. B rows, C candidates (likeliest first), v local vocabulary.
+Hop 9. Token rules change the raw logits; then come the cuts in the order of transformers: penalties, temperature,
+top_k, top_p, min_p. A token is the argmax of logit / temperature plus Gumbel noise over what is left. B rows, C
+candidates (likeliest first), v local vocabulary.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import torch
 from torch import Tensor
 
 from workers.candidates import CandidateExchange, Candidates
+from workers.grammar import Grammars
 from workers.noise import gumbel, row_keys
 from workers.penalties import Penalties
 from workers.step import OpenSlot, TokenLogprobs
+from workers.token_rules import TokenRuleTable
 
 Ints = npt.NDArray[np.int64]
 
@@ -36,16 +39,20 @@ class Sampled:
 class Sampler:
     """Holds how each slot samples; a batch is sampled without a loop over its rows."""
 
-    def __init__(self, num_slots: int, exchange: CandidateExchange, device: torch.device) -> None:
+    def __init__(
+        self, num_slots: int, exchange: CandidateExchange, device: torch.device, grammars: Grammars | None = None
+    ) -> None:
+        """Without `grammars`, no slot may have one."""
         self.exchange, self.device = exchange, device
         self.penalties = Penalties(num_slots, exchange.vocab, device)
+        self.rules = TokenRuleTable(num_slots, exchange.vocab, device, grammars)
         self.temperatures = np.ones(num_slots, dtype=np.float64)
         self.top_ks = np.ones(num_slots, dtype=np.int64)
         self.top_ps = np.ones(num_slots, dtype=np.float64)
         self.min_ps = np.zeros(num_slots, dtype=np.float64)
         self.seeds = np.zeros(num_slots, dtype=np.uint64)
         self.is_plain = np.ones(num_slots, dtype=np.bool_)
-        """Greedy, without penalties and logprobs."""
+        """Greedy, without rules, penalties and logprobs."""
         self.wants_logprobs = np.zeros(num_slots, dtype=np.bool_)
         self.num_logprobs = np.zeros(num_slots, dtype=np.int64)
 
@@ -59,14 +66,16 @@ class Sampler:
         self.seeds[slot] = sampling.seed
         self.wants_logprobs[slot] = sampling.num_logprobs is not None
         self.num_logprobs[slot] = min(sampling.num_logprobs or 0, vocab_size)
-        self.is_plain[slot] = is_greedy and sampling.num_logprobs is None and not sampling.has_penalties
+        is_free = opened.rules is None and not sampling.has_penalties
+        self.is_plain[slot] = is_greedy and sampling.num_logprobs is None and is_free
         self.penalties.open(opened)
+        self.rules.open(opened)
 
     def sample(self, logits_Bv: Tensor, slots: Ints, positions: Ints) -> Sampled:
         """One token per row; `positions` are those of the tokens to be sampled."""
         if self.is_plain[slots].all():
             return Sampled(self.exchange.likeliest(logits_Bv, 1).token_ids_BC[:, 0], {})
-        logits_Bv = self.penalties.apply(logits_Bv, slots)
+        logits_Bv = self.penalties.apply(self.rules.apply(logits_Bv, slots, positions), slots)
         needed = np.maximum(self.top_ks[slots], self.num_logprobs[slots])
         narrow, wide = np.flatnonzero(needed <= MAX_EXCHANGED), np.flatnonzero(needed > MAX_EXCHANGED)
         if len(narrow) == len(slots):
@@ -137,7 +146,8 @@ class Sampler:
         result = {}
         for row in asking.tolist():
             count = int(self.num_logprobs[slots[row]])
-            top = list(zip(ids[row][:count], values[row][:count], strict=True))
+            # What a rule masks is no candidate, however many are asked for.
+            top = [pair for pair in zip(ids[row][:count], values[row][:count], strict=True) if pair[1] > -np.inf]
             result[row] = TokenLogprobs(logprob=sampled[row], top=top)
         return result
 

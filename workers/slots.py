@@ -66,6 +66,8 @@ class SlotStates:
             raise PlanError(
                 f"prefill: slot {slot} starts {count} tokens at {prefill.start}, its next position is {computed}"
             )
+        if prefill.score is not None and not 0 < len(prefill.score.target_ids) <= count:
+            raise PlanError(f"prefill: slot {slot} scores {len(prefill.score.target_ids)} of {count} rows")
         self._advance(slot, count, "prefill")
         self.has_token[slot] = prefill.sample
 

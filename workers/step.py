@@ -8,7 +8,11 @@ Knows nothing of requests, clients or phases.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
+
+GrammarKind = Literal["json_schema", "json_object", "regex", "ebnf"]
 
 
 class SamplingParams(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
@@ -31,6 +35,35 @@ class SamplingParams(msgspec.Struct, frozen=True, array_like=True, omit_defaults
         return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
 
 
+class Grammar(msgspec.Struct, frozen=True, array_like=True):
+    """What a slot's output must match."""
+
+    kind: GrammarKind
+    text: str
+    """Empty for "json_object"."""
+    start_id: int | None = None
+    """It matches what follows this token, the end of the thoughts; None: all of the output."""
+
+
+class TokenRules(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
+    """Which tokens a slot may sample, and which it leans to."""
+
+    logit_bias: list[tuple[int, float]] = []
+    """(token id, what is added to its raw logit)."""
+    bad_words: list[list[int]] = []
+    """Sequences of token ids that must not come."""
+    stop_ids: list[int] = []
+    """What ends the sequence; needed by the next two."""
+    first_stop_position: int = 0
+    """Stop ids are not sampled at positions of the sequence before this one."""
+    grammar: Grammar | None = None
+
+    @property
+    def needs_output(self) -> bool:
+        """What a token may be depends on the output before it."""
+        return self.grammar is not None or any(len(word) > 1 for word in self.bad_words)
+
+
 class OpenSlot(msgspec.Struct, frozen=True, array_like=True):
     """A sequence takes a slot. Positions [0, num_cached) already lie in its first blocks."""
 
@@ -41,7 +74,10 @@ class OpenSlot(msgspec.Struct, frozen=True, array_like=True):
     prompt_ids: list[int] = []
     """Only with penalties: the prompt, which the repetition penalty counts."""
     output_ids: list[int] = []
-    """Only with penalties: tokens sampled before this slot was opened (after a preemption or a replay)."""
+    """Only with penalties or rules that need it: output before this slot was opened (after a preemption, a replay, or
+    tokens that were forced)."""
+    rules: TokenRules | None = None
+    """None: every token may come."""
 
 
 class ExtendSlot(msgspec.Struct, frozen=True, array_like=True):
@@ -49,6 +85,15 @@ class ExtendSlot(msgspec.Struct, frozen=True, array_like=True):
 
     slot: int
     block_ids: list[int]
+
+
+class Score(msgspec.Struct, frozen=True, array_like=True):
+    """Rows of a chunk whose logits are asked for the logprobs of known tokens: those of the prompt itself."""
+
+    target_ids: list[int]
+    """For the first rows of the chunk, the token that follows each: the last may be the first of the next chunk."""
+    num_logprobs: int
+    """How many of the likeliest tokens are named beside each."""
 
 
 class Prefill(msgspec.Struct, frozen=True, array_like=True):
@@ -61,6 +106,7 @@ class Prefill(msgspec.Struct, frozen=True, array_like=True):
     start: int
     token_ids: list[int]
     sample: bool
+    score: Score | None = None
 
 
 class StepPlan(msgspec.Struct, frozen=True, tag="plan"):
@@ -109,6 +155,8 @@ class StepResult(msgspec.Struct, frozen=True, tag="result"):
     """One token per slot of `StepPlan.sampling_slots`, in its order."""
     logprobs: dict[int, TokenLogprobs] = {}
     """Index into `token_ids` → logprobs, for the slots that asked."""
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
+    """Index into `StepPlan.prefills` → of the targets of its `score`, in the unchanged distribution."""
     compute_s: float = 0.0
     expert_loads: list[list[int]] = []
     """For each MoE layer, tokens of each of this rank's physical slots since its last report. Only when asked for."""

@@ -6,26 +6,45 @@ Hop 2. Messages reach the template in the shape that chat templates are written 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from cluster.errors import InvalidRequest
 from cluster.text.chat_template import TemplateError
+from cluster.text.phases import THINK_END, THINK_START
 from cluster.text.tokenizer import Tokenizer
 from mull.v1 import generation_pb2 as pb
 
 ROLES = ("system", "user", "assistant", "tool")
 
 
-def render_conversation(conversation: pb.Conversation, tokenizer: Tokenizer) -> str:
+TEMPLATE_NAMES = frozenset({"messages", "tools", "add_generation_prompt"})
+
+
+def render_conversation(
+    turns: Sequence[pb.Message],
+    shown_tools: Sequence[pb.Tool],
+    tokenizer: Tokenizer,
+    variables: Mapping[str, Any] | None = None,
+) -> str:
     """The prompt's text. Raises InvalidRequest, with the template's own words where it refuses."""
-    if not conversation.messages:
+    if not turns:
         raise InvalidRequest("conversation.messages: empty; send at least one message", field="conversation.messages")
-    messages = [_message(index, message) for index, message in enumerate(conversation.messages)]
-    tools = [_tool(index, tool) for index, tool in enumerate(conversation.tools)]
+    messages = [_message(index, message) for index, message in enumerate(turns)]
+    tools = [_tool(index, tool) for index, tool in enumerate(shown_tools)]
     try:
-        return tokenizer.render_chat(messages, tools)
+        return tokenizer.render_chat(messages, tools, variables)
     except TemplateError as error:
         raise InvalidRequest(f"conversation: the chat template refuses it: {error}", field="conversation") from error
+
+
+def read_template_variables(text: str) -> dict[str, Any]:
+    """More variables for the chat template, from JSON. Raises InvalidRequest."""
+    field = "chat_template_variables_json"
+    variables = _json_object(field, text or "{}")
+    if taken := TEMPLATE_NAMES & variables.keys():
+        raise InvalidRequest(f"{field}: {min(taken)!r} is set by the server; leave it out", field=field)
+    return variables
 
 
 def _message(index: int, message: pb.Message) -> dict[str, Any]:
@@ -36,14 +55,26 @@ def _message(index: int, message: pb.Message) -> dict[str, Any]:
     if message.role != "assistant" and (message.tool_calls or message.reasoning_content):
         field = f"{where}.{'tool_calls' if message.tool_calls else 'reasoning_content'}"
         raise InvalidRequest(f"{field}: only an assistant message may have it, this one is {message.role}", field=field)
-    turn: dict[str, Any] = {"role": message.role, "content": message.content}
-    if message.reasoning_content:
-        turn["reasoning_content"] = message.reasoning_content
+    # Thoughts of earlier turns must not come back to the model, whatever the template would do with them.
+    content = without_thoughts(message.content) if message.role == "assistant" else message.content
+    turn: dict[str, Any] = {"role": message.role, "content": content}
     if message.tool_call_id:
         turn["tool_call_id"] = message.tool_call_id
     if message.tool_calls:
         turn["tool_calls"] = [_call(f"{where}.tool_calls[{i}]", call) for i, call in enumerate(message.tool_calls)]
     return turn
+
+
+def without_thoughts(content: str) -> str:
+    """An assistant's text from after its closing tag on; all of it where there is none.
+
+    The opening tag may be missing, because the template had written it. Without a closing tag the text is a cut-off
+    thought only if it begins with the opening one.
+    """
+    _, tag, answer = content.rpartition(THINK_END)
+    if tag:
+        return answer.lstrip("\n")
+    return "" if content.lstrip().startswith(THINK_START) else content
 
 
 def _call(where: str, call: pb.ToolCall) -> dict[str, Any]:

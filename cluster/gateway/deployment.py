@@ -28,14 +28,16 @@ class GatewayDeployment:
 
     async def __init__(self, config: ClusterConfig, router: Any) -> None:  # type: ignore[misc]  # Serve awaits it
         self._drain_s = config.gateway.drain_s
-        model = await asyncio.to_thread(ServedModel.load, config.model, config.engine.max_model_len)
+        model = await asyncio.to_thread(
+            ServedModel.load, config.model, config.engine.max_model_len, config.gateway.thinking_close_phrase
+        )
         self._server = GatewayServer(config.gateway, model, _address_from(router))
         self._ports = await self._server.start()
         self._is_draining = False
 
     async def ports(self) -> dict[str, int]:
-        """Where it listens: grpc and metrics."""
-        return {"grpc": self._ports.grpc, "metrics": self._ports.metrics}
+        """Where it listens: grpc, http and metrics."""
+        return {"grpc": self._ports.grpc, "http": self._ports.http, "metrics": self._ports.metrics}
 
     async def drain(self, grace_s: float) -> int:
         """Refuse new requests and let open streams end. Returns how many were cut off after `grace_s`."""

@@ -7,30 +7,36 @@ the Router or gRPC calls.
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from cluster.gateway.mailbox import Delivery
 from cluster.gateway.requests import PreparedRequest
 from cluster.gateway.served_model import ServedModel
-from cluster.text.phases import Delta, Phase, PhaseSplitter, Piece
+from cluster.text.phases import PhaseSplitter
+from cluster.text.pieces import Delta, Phase, Piece, ThoughtsClosed, ToolCallArguments, ToolCallStarted
 from mull.v1 import generation_pb2 as pb
 from mull.v1 import router_pb2
 
 _PHASES = {Phase.THINKING: pb.PHASE_THINKING, Phase.ANSWER: pb.PHASE_ANSWER}
-_FINISH_REASONS = {
-    router_pb2.End.REASON_STOP: pb.Finished.REASON_STOP,
-    router_pb2.End.REASON_LENGTH: pb.Finished.REASON_LENGTH,
-}
 _THOUGHTS_CUT_BY = {
     router_pb2.End.REASON_STOP: pb.ThinkingEnded.REASON_STOP,
     router_pb2.End.REASON_LENGTH: pb.ThinkingEnded.REASON_LENGTH,
 }
 
 
-class Generation:
-    """The events of one request."""
+class _Tokens(NamedTuple):
+    """Tokens of one event, and their logprobs where asked for."""
 
-    def __init__(self, request: PreparedRequest, model: ServedModel) -> None:
+    ids: list[int]
+    logprobs: list[pb.Logprobs]
+
+
+class Generation:
+    """The events of one of a request's generations."""
+
+    def __init__(self, request: PreparedRequest, model: ServedModel, choice: int = 0) -> None:
         self.num_thinking_tokens = 0
         self.num_answer_tokens = 0
         self.cached_tokens = 0
@@ -38,11 +44,18 @@ class Generation:
         self.thinking_ended: pb.ThinkingEnded | None = None
         self._request = request
         self._model = model
+        self._choice = choice
         self._token_bytes = model.tokenizer.token_bytes
         self._splitter = PhaseSplitter(
-            model.tags, model.tokenizer.detokenizer(), starts_thinking=request.starts_thinking
+            model.tags,
+            model.tokenizer.detokenizer(),
+            starts_thinking=request.starts_thinking,
+            rules=request.rules,
         )
         self._num_events = 0
+        # Tokens that are in no event yet; events take them from the front.
+        self._unsent_ids: list[int] = []
+        self._unsent_logprobs: list[router_pb2.RouterLogprobs] = []
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -55,16 +68,18 @@ class Generation:
         return self._splitter.phase
 
     def accept(self, delivery: Delivery) -> list[pb.GenerateEvent]:
-        """The events of these tokens."""
+        """The events of these tokens. Once it has `finished` on its own, the Router's sequence is to be cancelled."""
         events = [] if self._num_events else [self._started(delivery)]
-        token_ids = delivery.token_ids
-        num_text_tokens = len(token_ids)
-        if delivery.finish == router_pb2.End.REASON_STOP and token_ids:
-            num_text_tokens -= 1
-        pieces = self._splitter.push(token_ids[:num_text_tokens])
-        events += [self._piece_event(piece, delivery) for piece in pieces]
-        if delivery.finish is not None:
-            events += self._finish(delivery, delivery.finish, num_text_tokens)
+        text_ids, stop_ids = delivery.token_ids, []
+        if delivery.finish == router_pb2.End.REASON_STOP and text_ids:
+            text_ids, stop_ids = text_ids[:-1], text_ids[-1:]
+        self._unsent_ids += delivery.token_ids
+        self._unsent_logprobs += delivery.logprobs
+        events += [self._piece_event(piece, delivery) for piece in self._splitter.push(text_ids)]
+        if self._splitter.answer.is_over:
+            events += self._finish_early()
+        elif delivery.finish is not None:
+            events += self._finish(delivery.finish, stop_ids)
         return events
 
     def _started(self, delivery: Delivery) -> pb.GenerateEvent:
@@ -72,60 +87,110 @@ class Generation:
         started = pb.Started(
             request_id=self._request.request_id,
             model=self._model.name,
-            seed=self._request.sampling.seed,
+            seed=self._request.seed_of(self._choice),
             prompt_tokens=self.num_prompt_tokens,
             cached_tokens=self.cached_tokens,
+            prompt_logprobs=[self._logprobs_message(entry) for entry in delivery.prompt_logprobs],
         )
-        return pb.GenerateEvent(sequence=self._next_sequence(), started=started)
+        return self._event(started=started)
 
     def _piece_event(self, piece: Piece, delivery: Delivery) -> pb.GenerateEvent:
-        if isinstance(piece, Delta):
-            ids = delivery.token_ids[piece.start : piece.stop]
-            self._count(piece.phase, len(ids))
-            return self._delta_event(piece.phase, piece.text, ids, self._logprobs(delivery, piece.start, piece.stop))
-        self._count(Phase.THINKING, 1)
-        return self._thinking_ended(
-            pb.ThinkingEnded(
-                reason=pb.ThinkingEnded.REASON_NATURAL,
-                token_ids=[delivery.token_ids[piece.index]],
-                logprobs=self._logprobs(delivery, piece.index, piece.index + 1),
-            )
-        )
+        position = self.num_thinking_tokens + self.num_answer_tokens
+        is_thought = isinstance(piece, ThoughtsClosed) or (isinstance(piece, Delta) and piece.phase is Phase.THINKING)
+        self._count(Phase.THINKING if is_thought else Phase.ANSWER, piece.num_tokens)
+        ids, logprobs = self._take(piece.num_tokens)
+        match piece:
+            case Delta():
+                return self._delta_event(piece.phase, piece.text, ids, logprobs)
+            case ThoughtsClosed():
+                by_budget = position in delivery.forced
+                reason = pb.ThinkingEnded.REASON_BUDGET if by_budget else pb.ThinkingEnded.REASON_NATURAL
+                return self._thinking_ended(pb.ThinkingEnded(reason=reason, token_ids=ids, logprobs=logprobs))
+            case ToolCallStarted(index, name):
+                start = pb.ToolCallStart(
+                    index=index, id=f"call_{uuid.uuid4().hex}", name=name, token_ids=ids, logprobs=logprobs
+                )
+                return self._event(tool_call_start=start)
+            case ToolCallArguments(index, text):
+                arguments = pb.ToolCallArgumentsDelta(
+                    index=index, arguments_json=text, token_ids=ids, logprobs=logprobs
+                )
+                return self._event(tool_call_arguments_delta=arguments)
 
-    def _finish(
-        self, delivery: Delivery, reason: router_pb2.End.Reason, num_text_tokens: int
-    ) -> list[pb.GenerateEvent]:
-        events = []
+    def _finish_early(self) -> list[pb.GenerateEvent]:
+        """A stop text came, or as many tool calls as may."""
+        self._unsent_ids, self._unsent_logprobs = [], []
+        events = [self._delta_event(piece.phase, piece.text, [], []) for piece in self._text_left()]
+        stop = self._splitter.answer.stop
+        reason = pb.Finished.REASON_TOOL_CALLS if stop is None else pb.Finished.REASON_STOP_TEXT
+        return [*events, self._finished(pb.Finished(reason=reason, stop=stop or ""))]
+
+    def _text_left(self) -> list[Delta]:
+        return [piece for piece in self._splitter.finish() if isinstance(piece, Delta)]
+
+    def _finish(self, end: router_pb2.End.Reason, stop_ids: Sequence[int]) -> list[pb.GenerateEvent]:
         phase = self.phase
-        stop_ids = delivery.token_ids[num_text_tokens:]
+        events = [self._piece_event(piece, Delivery(None, [], [], None)) for piece in self._splitter.finish()]
         self._count(phase, len(stop_ids))
-        if tail := self._splitter.finish():
-            events.append(self._delta_event(phase, tail, [], []))
         if phase is Phase.THINKING:
-            events.append(self._thinking_ended(pb.ThinkingEnded(reason=_THOUGHTS_CUT_BY[reason])))
-        self.finished = pb.Finished(
-            reason=_FINISH_REASONS[reason],
-            phase=_PHASES[phase],
-            usage=self._usage(),
-            token_ids=stop_ids,
-            logprobs=self._logprobs(delivery, num_text_tokens, len(delivery.token_ids)),
-        )
-        events.append(pb.GenerateEvent(sequence=self._next_sequence(), finished=self.finished))
-        return events
+            events.append(self._thinking_ended(pb.ThinkingEnded(reason=_THOUGHTS_CUT_BY[end])))
+        ids, logprobs = self._take(len(stop_ids))
+        finished = pb.Finished(reason=self._reason(end, stop_ids), token_ids=ids, logprobs=logprobs)
+        if finished.reason == pb.Finished.REASON_STOP_TEXT:
+            finished.stop = self._model.tokenizer.token_text(ids[-1])
+        return [*events, self._finished(finished)]
+
+    def _reason(self, end: router_pb2.End.Reason, stop_ids: Sequence[int]) -> pb.Finished.Reason:
+        if end == router_pb2.End.REASON_LENGTH:
+            return pb.Finished.REASON_LENGTH
+        if stop_ids and stop_ids[-1] not in self._request.own_stop_ids:
+            return pb.Finished.REASON_STOP_TEXT
+        called = self._splitter.answer.num_tool_calls
+        return pb.Finished.REASON_TOOL_CALLS if called else pb.Finished.REASON_STOP
+
+    def _finished(self, finished: pb.Finished) -> pb.GenerateEvent:
+        finished.phase = _PHASES[self.phase]
+        finished.usage.CopyFrom(self._usage())
+        finished.notes.extend(self._splitter.answer.notes)
+        self.finished = finished
+        return self._event(finished=finished)
 
     def _delta_event(
         self, phase: Phase, text: str, token_ids: Sequence[int], logprobs: list[pb.Logprobs]
     ) -> pb.GenerateEvent:
-        sequence = self._next_sequence()
         if phase is Phase.THINKING:
-            thoughts = pb.ThinkingDelta(text=text, token_ids=token_ids, logprobs=logprobs)
-            return pb.GenerateEvent(sequence=sequence, thinking_delta=thoughts)
-        answer = pb.AnswerDelta(text=text, token_ids=token_ids, logprobs=logprobs)
-        return pb.GenerateEvent(sequence=sequence, answer_delta=answer)
+            return self._event(thinking_delta=pb.ThinkingDelta(text=text, token_ids=token_ids, logprobs=logprobs))
+        return self._event(answer_delta=pb.AnswerDelta(text=text, token_ids=token_ids, logprobs=logprobs))
 
     def _thinking_ended(self, ended: pb.ThinkingEnded) -> pb.GenerateEvent:
         self.thinking_ended = ended
-        return pb.GenerateEvent(sequence=self._next_sequence(), thinking_ended=ended)
+        return self._event(thinking_ended=ended)
+
+    def _event(
+        self,
+        *,
+        started: pb.Started | None = None,
+        thinking_delta: pb.ThinkingDelta | None = None,
+        thinking_ended: pb.ThinkingEnded | None = None,
+        answer_delta: pb.AnswerDelta | None = None,
+        tool_call_start: pb.ToolCallStart | None = None,
+        tool_call_arguments_delta: pb.ToolCallArgumentsDelta | None = None,
+        finished: pb.Finished | None = None,
+    ) -> pb.GenerateEvent:
+        """The next event of this generation; one of them is given."""
+        sequence = self._num_events
+        self._num_events += 1
+        return pb.GenerateEvent(
+            sequence=sequence,
+            choice=self._choice,
+            started=started,
+            thinking_delta=thinking_delta,
+            thinking_ended=thinking_ended,
+            answer_delta=answer_delta,
+            tool_call_start=tool_call_start,
+            tool_call_arguments_delta=tool_call_arguments_delta,
+            finished=finished,
+        )
 
     def _usage(self) -> pb.Usage:
         return pb.Usage(
@@ -141,8 +206,11 @@ class Generation:
         else:
             self.num_answer_tokens += num_tokens
 
-    def _logprobs(self, delivery: Delivery, start: int, stop: int) -> list[pb.Logprobs]:
-        return [self._logprobs_message(entry) for entry in delivery.logprobs[start:stop]]
+    def _take(self, num_tokens: int) -> _Tokens:
+        """The next tokens that are in no event yet."""
+        ids, self._unsent_ids = self._unsent_ids[:num_tokens], self._unsent_ids[num_tokens:]
+        entries, self._unsent_logprobs = self._unsent_logprobs[:num_tokens], self._unsent_logprobs[num_tokens:]
+        return _Tokens(ids, [self._logprobs_message(entry) for entry in entries])
 
     def _logprobs_message(self, entry: router_pb2.RouterLogprobs) -> pb.Logprobs:
         top = [
@@ -152,8 +220,3 @@ class Generation:
             for token_id, logprob in zip(entry.top_ids, entry.top_logprobs, strict=True)
         ]
         return pb.Logprobs(logprob=entry.logprob, top=top)
-
-    def _next_sequence(self) -> int:
-        sequence = self._num_events
-        self._num_events += 1
-        return sequence

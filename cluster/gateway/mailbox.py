@@ -8,8 +8,8 @@ request fails with SlowReader. Knows nothing of text or clients.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 from cluster.errors import EngineError, InvalidRequest, MullError, NotReady, Overloaded, SlowReader
 from mull.v1 import router_pb2 as pb
@@ -29,6 +29,10 @@ class Delivery:
     """One per token id, or empty."""
     finish: pb.End.Reason | None
     """STOP or LENGTH, in the last delivery; after STOP the last token id is the stop token."""
+    forced: range = range(0)
+    """Tokens of the output that were forced when the thinking budget was used up, counted from its first."""
+    prompt_logprobs: list[pb.RouterLogprobs] = field(default_factory=list)
+    """With the first delivery, where asked for."""
 
 
 class Mailbox:
@@ -36,7 +40,7 @@ class Mailbox:
 
     def __init__(self, key: int, max_unread_tokens: int) -> None:
         self.key = key
-        self.on_overflow: Callable[[], object] | None = None
+        self.on_overflow: Callable[[MullError], object] | None = None
         """Called once when the bound is passed: the reader may be stuck in a write and must be woken."""
         self.num_unread_tokens_peak = 0
         self._max_unread_tokens = max_unread_tokens
@@ -46,6 +50,9 @@ class Mailbox:
         self._finish: pb.End.Reason | None = None
         self._error: MullError | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._num_received = 0
+        self._forced = range(0)
+        self._prompt_logprobs: list[pb.RouterLogprobs] = []
 
     @property
     def num_unread_tokens(self) -> int:
@@ -68,6 +75,11 @@ class Mailbox:
             self._cached_tokens = update.admitted.cached_tokens
         self._token_ids.extend(update.token_ids)
         self._logprobs.extend(update.logprobs)
+        self._num_received += len(update.token_ids)
+        if update.num_forced:
+            self._forced = range(self._num_received - update.num_forced, self._num_received)
+        if update.prompt_logprobs:
+            self._prompt_logprobs.extend(update.prompt_logprobs)
         if update.HasField("end"):
             self._on_end(update.end)
         num_unread = len(self._token_ids)
@@ -82,28 +94,33 @@ class Mailbox:
             self._error = error
             self._wake()
 
-    async def next(self) -> Delivery:
-        """All that came since the last call, as soon as there is something. Raises the error that ended the request."""
-        while not (self._token_ids or self.is_ended or self._cached_tokens is not None):
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
+    @property
+    def has_news(self) -> bool:
+        """Whether `take` has something to give, or an error to raise."""
+        return bool(self._token_ids) or self.is_ended or self._cached_tokens is not None
+
+    def take(self) -> Delivery:
+        """All that came since the last call, up to a bound. Raises the error that ended the request."""
         if self._error is not None and not self._token_ids:
             raise self._error
-        return self._take()
-
-    def _take(self) -> Delivery:
-        cached_tokens, self._cached_tokens = self._cached_tokens, None
-        if len(self._token_ids) > MAX_TOKENS_PER_DELIVERY:
-            cut = MAX_TOKENS_PER_DELIVERY
-            delivery = Delivery(cached_tokens, self._token_ids[:cut], self._logprobs[:cut], None)
-            self._token_ids, self._logprobs = self._token_ids[cut:], self._logprobs[cut:]
-            return delivery
-        delivery = Delivery(cached_tokens, self._token_ids, self._logprobs, self._finish)
-        self._token_ids, self._logprobs = [], []
+        cut = MAX_TOKENS_PER_DELIVERY
+        is_all = len(self._token_ids) <= cut
+        delivery = Delivery(
+            self._cached_tokens,
+            self._token_ids if is_all else self._token_ids[:cut],
+            self._logprobs if is_all else self._logprobs[:cut],
+            self._finish if is_all else None,
+            self._forced,
+            self._prompt_logprobs,
+        )
+        self._token_ids = [] if is_all else self._token_ids[cut:]
+        self._logprobs = [] if is_all else self._logprobs[cut:]
+        self._cached_tokens, self._prompt_logprobs = None, []
         return delivery
+
+    def wake_with(self, waiter: asyncio.Future[None] | None) -> None:
+        """Complete `waiter` when there is news."""
+        self._waiter = waiter
 
     def _on_end(self, end: pb.End) -> None:
         if end.reason in (pb.End.REASON_STOP, pb.End.REASON_LENGTH):
@@ -118,11 +135,25 @@ class Mailbox:
         # Nothing is delivered after it: the memory is what the bound is for.
         self._token_ids, self._logprobs, self._finish = [], [], None
         if self.on_overflow is not None:
-            self.on_overflow()
+            self.on_overflow(self._error)
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+
+async def wait_for_news(mailboxes: Sequence[Mailbox]) -> None:
+    """Until one of them has news. One waiter per mailbox."""
+    if any(mailbox.has_news for mailbox in mailboxes):
+        return
+    waiter = asyncio.get_running_loop().create_future()
+    for mailbox in mailboxes:
+        mailbox.wake_with(waiter)
+    try:
+        await waiter
+    finally:
+        for mailbox in mailboxes:
+            mailbox.wake_with(None)
 
 
 def _error_of(end: pb.End) -> MullError:

@@ -7,18 +7,31 @@ becomes a RequestError whose `field` is the path in GenerateRequest. Knows nothi
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from cluster.errors import InvalidRequest, PromptTooLong, UnknownModel
-from cluster.gateway.conversations import render_conversation
-from cluster.gateway.sampling_options import read_sampling
+from cluster.gateway.answer_format import read_response_format, required_calls
+from cluster.gateway.conversations import read_template_variables, render_conversation
+from cluster.gateway.sampling_options import read_bad_words, read_logit_bias, read_prompt_logprobs, read_sampling
 from cluster.gateway.served_model import ServedModel
+from cluster.gateway.stopping import (
+    read_min_tokens,
+    read_stop_token_ids,
+    read_stops,
+    read_thinking_budget,
+    read_timeout,
+)
+from cluster.gateway.tool_options import ToolUse, read_tool_use
+from cluster.text.answer import AnswerRules
 from mull.v1 import generation_pb2 as pb
+from mull.v1 import router_pb2
 from workers.step import SamplingParams
 
 MAX_REQUEST_ID_CHARS = 128
 DEFAULT_MAX_TOKENS = 32768
+MAX_CHOICES = 16
+MAX_METADATA = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,24 +43,79 @@ class PreparedRequest:
     sampling: SamplingParams
     max_tokens: int
     stop_token_ids: frozenset[int]
+    """Tokens that end a generation."""
     starts_thinking: bool
+    n: int = 1
+    """Generations of the same prompt."""
+    own_stop_ids: frozenset[int] = frozenset()
+    """Those of the stop tokens that end the model's turn by itself."""
+    min_tokens: int = 0
+    rules: AnswerRules = field(default_factory=AnswerRules)
+    thinking_budget: int | None = None
+    close_thinking_ids: tuple[int, ...] = ()
+    priority: int = 0
+    grammar: router_pb2.Grammar | None = None
+    grammar_field: str = "response_format"
+    """Where the grammar came from."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    num_prompt_logprobs: int | None = None
+    timeout_s: float | None = None
+
+    def seed_of(self, choice: int) -> int:
+        """The seed of one of the `n` generations."""
+        return self.sampling.seed + choice
 
 
 def prepare(request: pb.GenerateRequest, model: ServedModel) -> PreparedRequest:
     """Check and complete a request. Raises RequestError."""
-    if request.model and request.model != model.name:
-        raise UnknownModel(f"model: no model {request.model!r} here, this server has {model.name!r}", field="model")
+    check_model(request.model, model)
     request_id = _request_id(request.request_id)
-    sampling = read_sampling(request.sampling, model.defaults)
-    prompt_ids = _prompt_ids(request, model)
+    n = _num_choices(request)
+    sampling = read_sampling(request.sampling, model.defaults, n)
+    tools = read_tool_use(request)
+    grammar = read_response_format(request, tools)
+    budget = read_thinking_budget(request, model)
+    stops, client_stop_ids = read_stops(request), read_stop_token_ids(request, model.vocab_size)
+    _check_metadata(request)
+    timeout_s = read_timeout(request)
+    prompt_ids = _prompt_ids(request, model, tools)
+    max_tokens = _max_tokens(request, len(prompt_ids), model.max_model_len)
+    own_stop_ids = frozenset() if request.ignore_eos else model.defaults.stop_token_ids
+    min_tokens = read_min_tokens(request, max_tokens)
     return PreparedRequest(
         request_id=request_id,
+        n=n,
         prompt_ids=prompt_ids,
         sampling=sampling,
-        max_tokens=_max_tokens(request, len(prompt_ids), model.max_model_len),
-        stop_token_ids=model.defaults.stop_token_ids,
+        max_tokens=max_tokens,
+        stop_token_ids=own_stop_ids | client_stop_ids,
+        own_stop_ids=own_stop_ids,
+        min_tokens=min_tokens,
+        rules=AnswerRules(
+            stops=stops,
+            min_tokens=min_tokens,
+            tool_tags=model.tool_tags if tools.is_parsed else None,
+            max_tool_calls=tools.max_calls,
+        ),
         starts_thinking=model.starts_thinking(prompt_ids),
+        thinking_budget=budget,
+        close_thinking_ids=model.close_at_once_ids if budget == 0 else model.close_ids,
+        priority=request.priority,
+        # Not before the prompt was rendered, which checks the tools' schemas.
+        grammar=grammar or required_calls(tools, model.tool_tags),
+        grammar_field="tool_choice" if tools.required else "response_format",
+        logit_bias=read_logit_bias(request.sampling, model.vocab_size),
+        bad_words=read_bad_words(request.sampling, model.tokenizer),
+        num_prompt_logprobs=read_prompt_logprobs(request.sampling),
+        timeout_s=timeout_s,
     )
+
+
+def check_model(name: str, model: ServedModel) -> None:
+    """Raises UnknownModel for a name other than the one that is served."""
+    if name and name != model.name:
+        raise UnknownModel(f"model: no model {name!r} here, this server has {model.name!r}", field="model")
 
 
 def new_request_id() -> str:
@@ -71,10 +139,33 @@ def _request_id(given: str) -> str:
     return given
 
 
-def _prompt_ids(request: pb.GenerateRequest, model: ServedModel) -> list[int]:
-    match request.WhichOneof("input"):
+def _num_choices(request: pb.GenerateRequest) -> int:
+    if not request.HasField("n"):
+        return 1
+    if not 1 <= request.n <= MAX_CHOICES:
+        raise InvalidRequest(f"n: {request.n} generations; send 1 to {MAX_CHOICES}", field="n")
+    return request.n
+
+
+def _check_metadata(request: pb.GenerateRequest) -> None:
+    if len(request.metadata) > MAX_METADATA:
+        raise InvalidRequest(
+            f"metadata: {len(request.metadata)} entries; send at most {MAX_METADATA}", field="metadata"
+        )
+
+
+def _prompt_ids(request: pb.GenerateRequest, model: ServedModel, tools: ToolUse) -> list[int]:
+    kind = request.WhichOneof("input")
+    if request.chat_template_variables_json and kind != "conversation":
+        raise InvalidRequest(
+            "chat_template_variables_json: only a conversation goes through the template; leave it out",
+            field="chat_template_variables_json",
+        )
+    match kind:
         case "conversation":
-            return model.tokenizer.encode(render_conversation(request.conversation, model.tokenizer))
+            variables = read_template_variables(request.chat_template_variables_json)
+            text = render_conversation(request.conversation.messages, tools.shown, model.tokenizer, variables)
+            return model.tokenizer.encode(text)
         case "raw_prompt":
             if not request.raw_prompt:
                 raise InvalidRequest("raw_prompt: empty; send some text", field="raw_prompt")

@@ -22,7 +22,6 @@ from cluster.gateway.mailbox import Mailbox
 from cluster.gateway.requests import PreparedRequest
 from mull.v1 import router_pb2 as pb
 from mull.v1.router_pb2_grpc import RouterServiceStub
-from workers.step import SamplingParams
 
 if TYPE_CHECKING:
     # Exists for type checkers only.
@@ -99,12 +98,12 @@ class RouterLink:
             await asyncio.gather(self.task, return_exceptions=True)
         self._forget_session("this server is shutting down")
 
-    def submit(self, request: PreparedRequest) -> Mailbox:
-        """Send a request to the Router. Raises NotReady or Overloaded. Pair with `release`."""
+    def submit(self, request: PreparedRequest, choice: int = 0) -> Mailbox:
+        """Send one of a request's generations to the Router. Raises NotReady or Overloaded. Pair with `release`."""
         if self._session is None:
             raise NotReady(f"{self.state.reason}; try again soon")
         mailbox = Mailbox(next(self._keys), self._max_unread_tokens)
-        self._session.send(_submit_message(mailbox.key, request))
+        self._session.send(_submit_message(mailbox.key, request, choice))
         self._mailboxes[mailbox.key] = mailbox
         return mailbox
 
@@ -112,6 +111,12 @@ class RouterLink:
         """The stream has ended; a request that has not is cancelled at once."""
         if self._mailboxes.pop(mailbox.key, None) is not None and self._session is not None:
             self._session.cancel(mailbox.key)
+
+    def set_budget(self, mailbox: Mailbox, thinking_budget: int) -> None:
+        """Let a request that is under way think no longer than that, in tokens. Raises Overloaded."""
+        if mailbox.key in self._mailboxes and self._session is not None:
+            budget = pb.SetBudget(key=mailbox.key, thinking_budget=thinking_budget)
+            self._session.send(pb.GatewayMessage(set_budget=budget))
 
     @property
     def is_connected(self) -> bool:
@@ -242,20 +247,28 @@ class _Session:
             yield await self._outbox.get()
 
 
-def _submit_message(key: int, request: PreparedRequest) -> pb.GatewayMessage:
+def _submit_message(key: int, request: PreparedRequest, choice: int) -> pb.GatewayMessage:
     submit = pb.Submit(
         key=key,
         request_id=request.request_id,
         prompt_ids=request.prompt_ids,
-        sampling=_sampling_message(request.sampling),
+        sampling=_sampling_message(request, choice),
         max_tokens=request.max_tokens,
         stop_token_ids=sorted(request.stop_token_ids),
         starts_thinking=request.starts_thinking,
+        thinking_budget=request.thinking_budget,
+        close_thinking_ids=request.close_thinking_ids,
+        min_tokens=request.min_tokens,
+        priority=request.priority,
+        grammar=request.grammar,
+        bad_words=[pb.TokenSequence(ids=ids) for ids in request.bad_words],
+        num_prompt_logprobs=request.num_prompt_logprobs,
     )
     return pb.GatewayMessage(submit=submit)
 
 
-def _sampling_message(params: SamplingParams) -> pb.RouterSampling:
+def _sampling_message(request: PreparedRequest, choice: int) -> pb.RouterSampling:
+    params = request.sampling
     return pb.RouterSampling(
         temperature=params.temperature,
         top_k=params.top_k,
@@ -264,8 +277,9 @@ def _sampling_message(params: SamplingParams) -> pb.RouterSampling:
         presence_penalty=params.presence_penalty,
         frequency_penalty=params.frequency_penalty,
         repetition_penalty=params.repetition_penalty,
-        seed=params.seed,
+        seed=request.seed_of(choice),
         num_logprobs=params.num_logprobs,
+        logit_bias=request.logit_bias,
     )
 
 

@@ -1,7 +1,8 @@
 """GatewayServer: everything a gateway listens on, started together and drained together.
 
-Hop 1. One grpc.aio server with the generation service, health and reflection; beside it Prometheus' exposition. Health
-is SERVING only while the Router can take requests. Knows nothing of Ray: the deployment is a thin shell around it.
+Hop 1. One grpc.aio server with the generation service, health and reflection; beside it HTTP and Prometheus'
+exposition. Health is SERVING only while the Router can take requests. Knows nothing of Ray: the deployment is a thin
+shell around it.
 """
 
 from __future__ import annotations
@@ -21,16 +22,21 @@ from prometheus_client import CollectorRegistry, start_http_server
 
 from cluster.config import GatewayConfig
 from cluster.errors import ConfigError
+from cluster.gateway.admin import AdminServicer
+from cluster.gateway.core import DRAINING, GenerationCore
+from cluster.gateway.http.server import BACKLOG, HttpServer
 from cluster.gateway.router_link import LinkTimes, RouterAddress, RouterLink
 from cluster.gateway.served_model import ServedModel
 from cluster.gateway.servicer import GenerationServicer
 from cluster.metrics import GatewayMetrics
-from mull.v1 import generation_pb2
+from mull.v1 import admin_pb2, generation_pb2
+from mull.v1.admin_pb2_grpc import add_AdminServiceServicer_to_server
 from mull.v1.generation_pb2_grpc import add_GenerationServiceServicer_to_server
 
 logger = logging.getLogger(__name__)
 
 SERVICE_NAME = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
+ADMIN_NAME = admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name
 HEALTH_NAMES = ("", SERVICE_NAME)
 UNARY_GRACE_S = 1.0
 """For the last events on their way and for short calls, once all streams have ended."""
@@ -42,6 +48,7 @@ class GatewayPorts:
 
     grpc: int
     metrics: int
+    http: int
 
 
 class GatewayServer:
@@ -63,65 +70,89 @@ class GatewayServer:
         self._credentials = credentials
         self._registry = registry or CollectorRegistry()
         self._metrics = GatewayMetrics(self._registry)
-        self._servicer = GenerationServicer(model, self.link, self._metrics, max_streams=config.max_streams)
+        self._core = GenerationCore(model, self.link, self._metrics, max_streams=config.max_streams)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the package has no stubs for it
+        self._http = HttpServer(self._core, config, self._why_not_ready)
         self._server: aio.Server | None = None
         self._exposition: tuple[WSGIServer, Thread] | None = None
         self._follower: asyncio.Task[None] | None = None
 
     @property
+    def core(self) -> GenerationCore:
+        """What its protocols share."""
+        return self._core
+
+    @property
     def num_streams(self) -> int:
         """Generate streams that are open."""
-        return self._servicer.num_streams
+        return self._core.num_streams
 
     @property
     def is_draining(self) -> bool:
         """Whether new requests are refused because it is to stop."""
-        return self._servicer.is_draining
+        return self._core.is_draining
 
     @property
     def is_serving(self) -> bool:
         """Whether its tasks run as they should; a Router that is away does not count."""
         tasks = (self._follower, self.link.task)
-        return self._server is not None and all(task is not None and not task.done() for task in tasks)
+        is_listening = self._server is not None and self._http.is_serving
+        return is_listening and all(task is not None and not task.done() for task in tasks)
 
     async def start(self) -> GatewayPorts:
         """Listen. Raises ConfigError, one line with the remedy, for a port that is taken."""
         await self._set_health(ready=False)
         metrics_port = self._start_exposition()
         try:
-            grpc_port = await self._start_grpc()
+            listener = _listener(self._config.host, self._config.http_port)
+            http_port: int = listener.getsockname()[1]
+            try:
+                grpc_port = await self._start_grpc()
+                await self._http.start(listener)
+                self._core.http_port = http_port
+            except BaseException:
+                listener.close()
+                raise
         except BaseException:
             self._stop_exposition()
             raise
         self.link.start()
         self._follower = asyncio.create_task(self._follow_router(), name="health follower")
-        return GatewayPorts(grpc_port, metrics_port)
+        return GatewayPorts(grpc_port, metrics_port, http_port)
 
     async def drain(self, grace_s: float) -> int:
         """Refuse new requests, let open streams go on for `grace_s`, cancel the rest, and close all ports.
 
         Returns how many were cancelled. A second call finds nothing to do.
         """
-        self._servicer.refuse_new()
+        self._core.refuse_new()
         await self._health.enter_graceful_shutdown()
-        num_cut = await self._servicer.wait_until_idle(grace_s)
+        num_cut = await self._core.wait_until_idle(grace_s)
         if self._follower is not None:
             self._follower.cancel()
             await asyncio.gather(self._follower, return_exceptions=True)
         if self._server is not None:
             await self._server.stop(UNARY_GRACE_S if num_cut == 0 else None)
             self._server = None
+        await self._http.stop()
         await self.link.close()
         self._stop_exposition()
         return num_cut
 
+    def _why_not_ready(self) -> str | None:
+        if self._core.is_draining:
+            return DRAINING
+        state = self.link.state
+        return None if state.ready else state.reason
+
     async def _start_grpc(self) -> int:
         config = self._config
         server = aio.server(options=_server_options(config))
-        add_GenerationServiceServicer_to_server(self._servicer, server)
+        add_GenerationServiceServicer_to_server(GenerationServicer(self._core), server)
+        add_AdminServiceServicer_to_server(AdminServicer(self._core.budgets), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        names = (SERVICE_NAME, ADMIN_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, server)
         _check_free(config.host, config.grpc_port, "grpc_port")
         host = f"[{config.host}]" if ":" in config.host else config.host
         address = f"{host}:{config.grpc_port}"
@@ -181,6 +212,14 @@ def _server_options(config: GatewayConfig) -> list[tuple[str, int]]:
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
     ]
+
+
+def _listener(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        raise _port_error("http_port", host, port, error) from error
 
 
 def _check_free(host: str, port: int, field: str) -> None:

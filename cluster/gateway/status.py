@@ -9,6 +9,7 @@ import grpc.aio
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]  # the package has no stubs
 
 from cluster.errors import (
+    DeadlinePassed,
     EngineError,
     MullError,
     NotReady,
@@ -25,6 +26,7 @@ STATUS_CODES: dict[type[MullError], grpc.StatusCode] = {
     Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
     SlowReader: grpc.StatusCode.RESOURCE_EXHAUSTED,
     NotReady: grpc.StatusCode.UNAVAILABLE,
+    DeadlinePassed: grpc.StatusCode.DEADLINE_EXCEEDED,
     EngineError: grpc.StatusCode.INTERNAL,
 }
 """A class without a row has its nearest ancestor's code."""

@@ -3,14 +3,14 @@
 Hop 5. The groups have their own sequences, slots, KV and prefix caches, and meet in every layer with experts: so each
 step has a plan for every group, an empty one for a group without work. Pure, like the schedulers below it.
 
-Requests wait in one queue, in the order of arrival, and go to a group only when it can admit them in its next step. So
+Requests wait in one queue, by priority and arrival, and go to a group only when it can admit them in its next step. So
 no group is idle while requests wait for another, and within a group nobody overtakes: the head of the queue is bound
 to some group or nobody is.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import dataclasses
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, fields
 
@@ -20,6 +20,7 @@ from cluster.errors import InvalidRequest, Overloaded
 from cluster.router.blocks import BlockAllocator, chain_hashes, root_hash
 from cluster.router.scheduler import Scheduler, SchedulerConfig, SchedulerStats
 from cluster.router.sequence import FinishReason, SequenceRequest, SequenceUpdate
+from cluster.router.waiting import WaitingQueue
 from workers.step import StepPlan, StepResult
 
 LOAD_SLACK = 0.25
@@ -33,8 +34,8 @@ class CopyScheduler:
         self._config = config
         self._groups = [_Group(index, config, blocks) for index, blocks in enumerate(pools)]
         self._group_of: dict[Hashable, _Group] = {}
-        # OrderedDict and not dict: popping the oldest entry of a dict walks over all holes left by earlier pops.
-        self._queue: OrderedDict[Hashable, SequenceRequest] = OrderedDict()
+        self._queue: WaitingQueue[SequenceRequest] = WaitingQueue()
+        self._num_added_total = 0
 
     @property
     def context_limit(self) -> int:
@@ -77,14 +78,22 @@ class CopyScheduler:
             raise Overloaded(
                 f"{stats.num_running} requests run and {stats.num_waiting} wait, the limit is {limit}; try again later"
             )
-        self._queue[request.key] = request
+        self._queue.add(request.key, request, priority=request.priority, arrival=self._num_added_total)
+        self._num_added_total += 1
 
     def cancel(self, key: Hashable) -> SequenceUpdate | None:
         """End a sequence now: its blocks are free on return. Gives its last update, or None where it has ended."""
-        if self._queue.pop(key, None) is not None:
+        if self._queue.remove(key) is not None:
             return SequenceUpdate(key, finish=FinishReason.CANCELLED)
         group = self._group_of.pop(key, None)
         return group.scheduler.cancel(key) if group is not None else None
+
+    def set_budget(self, key: Hashable, thinking_budget: int) -> None:
+        """Thinking tokens at most from now on, of a request that waits or runs; see `Scheduler.set_budget`."""
+        if (request := self._queue.get(key)) is not None:
+            self._queue.replace(key, dataclasses.replace(request, thinking_budget=thinking_budget))
+        elif (group := self._group_of.get(key)) is not None:
+            group.scheduler.set_budget(key, thinking_budget)
 
     def schedule(self) -> list[StepPlan] | None:
         """The next step: one plan per group, all of one number, at least one of them with a token to compute.
@@ -107,7 +116,7 @@ class CopyScheduler:
         return [replace(plan, group_tokens=group_tokens) for plan in plans]
 
     def apply(self, results: Sequence[StepResult]) -> list[SequenceUpdate]:
-        """Take each group's result of the oldest step in flight: at most one update per sequence.
+        """Take each group's result of the oldest step in flight; see `Scheduler.apply`.
 
         Raises EngineError when a result is of another step or has not one token per sampling slot.
         """
@@ -128,7 +137,7 @@ class CopyScheduler:
             for group in groups:
                 group.count_backlog()
         while self._queue and (groups := [group for group in groups if group.has_room]):
-            key, request = self._queue.popitem(last=False)
+            key, request = self._queue.pop()
             hashes = groups[0].hash_blocks(request)
             fit = _best_fit(groups, request, hashes)
             fit.group.take(request, hashes, fit.num_uncached)

@@ -123,6 +123,12 @@ class Engine:
         self._wake.set()
         return update
 
+    def set_budget(self, key: Hashable, thinking_budget: int) -> None:
+        """Thinking tokens at most from now on; nothing happens where the sequence is not live."""
+        if self._scheduler is not None:
+            self._scheduler.set_budget(key, thinking_budget)
+            self._wake.set()
+
     async def _supervise(self) -> None:
         """Start a group, step it; when it is lost, tell everyone and start the next one, as the supervisor decides."""
         try:

@@ -184,6 +184,10 @@ class Router:
                 self._submit(session, message.submit)
             case "cancel":
                 self._cancel(session, message.cancel.key)
+            case "set_budget":
+                # Of a request that has ended meanwhile, it is not an error: the two messages crossed.
+                key = RequestKey(session.id, message.set_budget.key)
+                self._engine.set_budget(key, message.set_budget.thinking_budget)
             case kind:
                 raise EngineError(f"a gateway sent {kind or 'nothing'}; gateways and Routers must be of one release")
 

@@ -3,9 +3,10 @@
 Hops 5 and 10: requests in, plans out; results in, updates out. A state machine without clock, socket or await. Knows
 nothing of ranks, gateways or what a token means, beyond the ids that end a thought or a sequence.
 
-Order is the order of arrival, always: everyone who runs came before everyone who waits. Admission takes the head of the
-queue or nobody; preemption takes the last admitted and puts it back at the head. So nobody starves: the oldest sequence
-can take the blocks of all others, and `context_limit` makes sure that the whole pool is enough for it.
+Order is priority, and the order of arrival among equals. Admission takes the head of the queue or nobody, and nobody is
+preempted for it. Where blocks run out, the last admitted of the lowest priority goes back to its place in the queue. So
+among equals everyone who runs came before everyone who waits, and nobody starves: the first in order can take the
+blocks of all others, and `context_limit` makes sure that the whole pool is enough for it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from cluster.router.blocks import BlockAllocator
 from cluster.router.sequence import FinishReason, Phase, Sequence, SequenceRequest, SequenceUpdate
 from cluster.router.slots import SlotTable
 from cluster.router.step_draft import StepDraft, StepInFlight
+from cluster.router.waiting import WaitingQueue
 from workers.step import StepPlan, StepResult
 
 
@@ -71,7 +73,8 @@ class Scheduler:
         self._config = config
         self._blocks = blocks
         self._sequences: dict[Hashable, Sequence] = {}
-        self._waiting: deque[Sequence] = deque()
+        self._waiting: WaitingQueue[Sequence] = WaitingQueue()
+        self._num_added_total = 0
         self._slots = SlotTable(config.max_num_seqs, blocks)
         self._in_flight: deque[StepInFlight] = deque()
         self._next_step = 0
@@ -145,10 +148,11 @@ class Scheduler:
         self.check(request)
         self._check_room()
         max_output = min(request.max_tokens, self.context_limit - len(request.prompt_ids))
-        seq = Sequence.start(request, max_output=max_output)
+        seq = Sequence.start(request, max_output=max_output, arrival=self._num_added_total)
+        self._num_added_total += 1
         seq.block_hashes += block_hashes
         self._sequences[request.key] = seq
-        self._waiting.append(seq)
+        self._wait(seq)
 
     def check(self, request: SequenceRequest) -> None:
         """Raises InvalidRequest or PromptTooLong where the request can never run here."""
@@ -178,6 +182,18 @@ class Scheduler:
         self._end(seq)
         return SequenceUpdate(key, finish=seq.finish)
 
+    def set_budget(self, key: Hashable, thinking_budget: int) -> None:
+        """Thinking tokens at most from now on; the thoughts are closed at once where there are as many already.
+
+        Nothing happens to a sequence that has ended or closed its thoughts meanwhile.
+        """
+        seq = self._sequences.get(key)
+        if seq is None:
+            return
+        seq.thinking_budget = thinking_budget
+        if seq.is_over_budget:
+            seq.close_thoughts()
+
     def schedule(self) -> StepPlan | None:
         """The next plan, with at least one token to compute. None: nothing to send now, or enough plans are out."""
         if len(self._in_flight) >= self._config.max_in_flight:
@@ -196,25 +212,33 @@ class Scheduler:
         return self._send(StepDraft(budget=0), close=[])
 
     def apply(self, result: StepResult) -> list[SequenceUpdate]:
-        """Take the group's result of the oldest plan in flight: at most one update per sequence.
+        """Take the group's result of the oldest plan in flight.
 
+        At most two updates per sequence: one with forced tokens, and one with the token that was sampled after them.
         Raises EngineError when the result is of another step or has not one token per sampling slot.
         """
         done = self._take_in_flight(result)
-        cached_tokens = {seq.request.key: cached for seq, cached in done.admitted if seq.finish is None}
-        updates = []
+        admitted = [seq for seq, _ in done.admitted if seq.finish is None]
+        for seq, cached_tokens in done.admitted:
+            seq.unannounced_cached_tokens = cached_tokens
+        for prefill, seq, start in done.scored:
+            seq.take_scores(start, result.prompt_logprobs[prefill])
+        updates: list[SequenceUpdate | None] = []
         for index, (seq, token_id) in enumerate(zip(done.sampled, result.token_ids, strict=True)):
-            seq.num_pending -= 1
             if seq.finish is not None:
                 continue  # it ended while this step was under way: the token is one too many
-            seq.append(token_id)
-            logprobs = [result.logprobs[index]] if index in result.logprobs else []
-            key = seq.request.key
-            updates.append(SequenceUpdate(key, cached_tokens.pop(key, None), [token_id], logprobs, seq.finish))
+            if seq.num_stale:
+                seq.num_stale -= 1
+                continue  # another one was forced in its place
+            seq.num_pending -= 1
+            updates.append(seq.take_forced())
+            if seq.finish is None:
+                logprobs = [result.logprobs[index]] if index in result.logprobs else []
+                updates.append(seq.take_sampled(token_id, logprobs))
             if seq.finish is not None:
                 self._end(seq)
-        updates += [SequenceUpdate(key, cached) for key, cached in cached_tokens.items()]
-        return updates
+        updates += [seq.take_announcement() for seq in admitted]
+        return [update for update in updates if update is not None]
 
     def _check_room(self) -> None:
         limit = self._config.max_num_seqs + self._config.max_waiting
@@ -224,11 +248,13 @@ class Scheduler:
             )
 
     def _draft_decodes(self, draft: StepDraft) -> list[Sequence]:
-        """A decode for everyone who can have one. Returns those who are still prefilling. Both oldest first."""
+        """A decode for everyone who can have one. Returns those who are still prefilling. Both in order."""
         prefilling = []
-        for seq in list(self._slots.running):
+        for seq in self._slots.ranked:
             if seq.slot is None:
-                continue  # preempted for an older one in this very loop
+                continue  # preempted for an earlier one in this very loop
+            if seq.must_reopen and not self._reopen(seq, draft):
+                continue
             if seq.is_prefilling:
                 prefilling.append(seq)
             elif seq.can_sample_more and self._make_room(seq, draft):
@@ -238,27 +264,41 @@ class Scheduler:
     def _make_room(self, seq: Sequence, draft: StepDraft) -> bool:
         """A block for the next position of `seq`, if need be at the cost of later sequences.
 
-        False: it is the last itself. It then keeps what it has and waits for older ones, who may still preempt it.
+        False: it is the last itself. It then keeps what it has and waits for earlier ones, who may still preempt it.
         """
         if seq.num_computed < len(seq.block_ids) * self._blocks.block_size:
             return True
-        while self._blocks.num_free == 0:
+        if not self._free(1, seq):
+            return False
+        draft.extend(seq, self._blocks.allocate(1))
+        return True
+
+    def _reopen(self, seq: Sequence, draft: StepDraft) -> bool:
+        """Tell the ranks of the tokens that were forced, with blocks for them; False: as for `_make_room`."""
+        num_missing = max(0, self._blocks.num_blocks_for(seq.num_known) - len(seq.block_ids))
+        if not self._free(num_missing, seq):
+            return False
+        draft.reopen(seq, self._blocks.allocate(num_missing))
+        return True
+
+    def _free(self, num_blocks: int, seq: Sequence) -> bool:
+        """Have so many blocks free, if need be at the cost of sequences after `seq`; False: those are not enough."""
+        while self._blocks.num_free < num_blocks:
             # Victims come after `seq` in this step's order, so none of them is in the draft yet.
             victim = self._slots.last
             if victim is seq:
                 return False
             self._preempt(victim)
-        draft.extend(seq, self._blocks.allocate(1))
         return True
 
     def _draft_admissions(self, draft: StepDraft) -> None:
         """Slots for those who wait, in order. Nobody overtakes a head that does not fit yet."""
         while self._waiting and self._slots.has_free_slot and draft.budget:
-            seq = self._waiting[0]
+            seq = self._waiting.head
             # A preempted sequence whose last token is still being sampled comes back when that token is known.
             if seq.num_pending or not self._slots.try_enter(seq):
                 return
-            self._waiting.popleft()
+            self._waiting.pop()
             draft.open(seq)
             if not seq.was_admitted:
                 self._count_first_admission(seq, draft)
@@ -267,7 +307,7 @@ class Scheduler:
     def _count_first_admission(self, seq: Sequence, draft: StepDraft) -> None:
         seq.was_admitted = True
         draft.admitted.append((seq, seq.num_computed))
-        if self._blocks.enable_prefix_cache:
+        if self._blocks.enable_prefix_cache and not seq.needs_scores:
             self._prefix_query_tokens_total += len(seq.request.prompt_ids)
             self._prefix_hit_tokens_total += seq.num_computed
 
@@ -293,17 +333,20 @@ class Scheduler:
         return self._in_flight.popleft()
 
     def _preempt(self, seq: Sequence) -> None:
-        """Back to the head of the queue. Its tokens are all that is kept; they are prefilled again later."""
+        """Back to its place in the queue. Its tokens are all that is kept; they are prefilled again later."""
         self._slots.publish_known(seq)
         self._slots.leave(seq)
-        self._waiting.appendleft(seq)
+        self._wait(seq)
         self._num_preempted_total += 1
+
+    def _wait(self, seq: Sequence) -> None:
+        self._waiting.add(seq.request.key, seq, priority=seq.request.priority, arrival=seq.arrival)
 
     def _end(self, seq: Sequence) -> None:
         """It has finished: drop it wherever it is."""
         del self._sequences[seq.request.key]
         self._slots.forget_output(seq)
         if seq.slot is None:
-            self._waiting.remove(seq)
+            self._waiting.remove(seq.request.key)
         else:
             self._slots.leave(seq)

@@ -11,7 +11,7 @@ from enum import Enum
 
 import msgspec
 
-from workers.step import SamplingParams, TokenLogprobs
+from workers.step import Grammar, SamplingParams, TokenLogprobs, TokenRules
 
 
 class Phase(Enum):
@@ -42,10 +42,38 @@ class SequenceRequest:
     stop_token_ids: frozenset[int] = frozenset()
     starts_thinking: bool = False
     think_end_id: int | None = None
+    thinking_budget: int | None = None
+    """Thinking tokens at most, to begin with; None: no limit."""
+    close_thinking_ids: list[int] = field(default_factory=list)
+    """What is forced when the budget is used up, `think_end_id` among them; empty: the thoughts cannot be closed."""
+    min_tokens: int = 0
+    """Stop tokens do not end the sequence before so many output tokens."""
+    priority: int = 0
+    """Higher goes first among those that wait."""
+    logit_bias: list[tuple[int, float]] = field(default_factory=list)
+    """(token id, what is added to its raw logit)."""
+    bad_words: list[list[int]] = field(default_factory=list)
+    """Sequences of token ids that must not come."""
+    grammar: Grammar | None = None
+    num_prompt_logprobs: int | None = None
+    """Logprobs of the prompt, and of so many of the likeliest tokens beside each; None: not asked for."""
     cache_salt: str = ""
     """Only requests with the same salt share cached blocks."""
     request_id: str = ""
     """For log lines only."""
+
+    @property
+    def rules(self) -> TokenRules | None:
+        """What the ranks must know of which tokens may come; None for most requests, which take any."""
+        if not (self.logit_bias or self.bad_words or self.min_tokens or self.grammar):
+            return None
+        return TokenRules(
+            logit_bias=self.logit_bias,
+            bad_words=self.bad_words,
+            stop_ids=sorted(self.stop_token_ids) if self.min_tokens or self.grammar else [],
+            first_stop_position=len(self.prompt_ids) + self.min_tokens if self.min_tokens else 0,
+            grammar=self.grammar,
+        )
 
 
 class SequenceUpdate(msgspec.Struct, frozen=True):
@@ -60,6 +88,14 @@ class SequenceUpdate(msgspec.Struct, frozen=True):
     """One per token id where the request asked for logprobs; else empty."""
     finish: FinishReason | None = None
     """Present in the last update of a request."""
+    num_forced: int = 0
+    """All of `token_ids`, or none: forced tokens come in an update of their own."""
+    prompt_logprobs: list[TokenLogprobs] = []
+    """With `admitted_cached_tokens`, where asked for: one per prompt token but the first."""
+
+
+FORCED = TokenLogprobs(0.0, [])
+"""A forced token had no choice: probability one."""
 
 
 @dataclass(eq=False, slots=True)
@@ -70,14 +106,27 @@ class Sequence:
                       [0, num_computed) in KV, or in a plan that has been sent
                       [0, num_known) values known here: prompt, then output
                       [num_known, num_known + num_pending) being sampled by plans in flight: the ranks know them first
+    Where tokens were forced, the plans in flight sample others in their places: those `num_stale` are thrown away.
     """
 
     request: SequenceRequest
     max_output: int
     """`request.max_tokens`, or what the context leaves if that is less."""
     phase: Phase
+    arrival: int = 0
+    """Its place among all requests of its scheduler."""
     output_ids: list[int] = field(default_factory=list)
     num_pending: int = 0
+    num_stale: int = 0
+    """Tokens that plans in flight will bring, before the pending ones, and that nobody gets."""
+
+    thinking_budget: int | None = None
+    num_thinking: int = 0
+    """Sampled tokens in its thoughts, the closing tag included."""
+    num_undelivered: int = 0
+    """Forced tokens at the end of `output_ids`; they go out before the next token that is sampled."""
+    unannounced_cached_tokens: int | None = None
+    """What its first update is to tell; None before that update is due, and after it."""
 
     slot: int | None = None
     """None while it waits: it then holds no blocks either."""
@@ -85,6 +134,8 @@ class Sequence:
     num_computed: int = 0
     prefill_end: int = 0
     """Tokens that were known when the slot was opened: these are prefilled, later ones decoded."""
+    must_reopen: bool = False
+    """Tokens were forced since its slot was opened: the ranks must be told of them, and it may need more blocks."""
 
     block_hashes: list[bytes] = field(default_factory=list)
     """Chain hashes of its first full blocks; grown when it is admitted, so that each block is hashed once."""
@@ -95,12 +146,20 @@ class Sequence:
     wanted_at_growth: int = 0
     """unless the allocator's `num_cache_growths` has changed from this: it may need fewer blocks then."""
     was_admitted: bool = False
+    num_scored: int = 0
+    """Prompt tokens behind the first whose logprobs are known."""
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """Those, until they are told."""
     finish: FinishReason | None = None
 
     @classmethod
-    def start(cls, request: SequenceRequest, *, max_output: int) -> Sequence:
+    def start(cls, request: SequenceRequest, *, max_output: int, arrival: int = 0) -> Sequence:
         """A new sequence that waits."""
-        return cls(request, max_output, Phase.THINKING if request.starts_thinking else Phase.ANSWER)
+        phase = Phase.THINKING if request.starts_thinking else Phase.ANSWER
+        seq = cls(request, max_output, phase, arrival, thinking_budget=request.thinking_budget)
+        if seq.is_over_budget:
+            seq.close_thoughts()
+        return seq
 
     @property
     def num_known(self) -> int:
@@ -111,6 +170,25 @@ class Sequence:
     def is_prefilling(self) -> bool:
         """Some of the tokens known at the opening of its slot are not in a plan yet."""
         return self.num_computed < self.prefill_end
+
+    @property
+    def is_over_budget(self) -> bool:
+        """It thinks, and may not any more."""
+        budget = self.thinking_budget
+        if budget is None or self.phase is not Phase.THINKING or not self.request.close_thinking_ids:
+            return False
+        return self.num_thinking >= budget
+
+    @property
+    def needs_scores(self) -> bool:
+        """Logprobs of its prompt are asked for, and some are not known: no block of it may come from the cache."""
+        is_asked = self.request.num_prompt_logprobs is not None
+        return is_asked and self.num_scored < len(self.request.prompt_ids) - 1
+
+    @property
+    def is_full(self) -> bool:
+        """max_output is reached."""
+        return len(self.output_ids) >= self.max_output
 
     @property
     def can_sample_more(self) -> bool:
@@ -129,9 +207,63 @@ class Sequence:
     def append(self, token_id: int) -> None:
         """Take a sampled token: it may end the thoughts, or the sequence (`finish` is then set)."""
         self.output_ids.append(token_id)
+        self.num_thinking += self.phase is Phase.THINKING
         if token_id == self.request.think_end_id:
             self.phase = Phase.ANSWER
-        if token_id in self.request.stop_token_ids:
+        if token_id in self.request.stop_token_ids and len(self.output_ids) > self.request.min_tokens:
             self.finish = FinishReason.STOP
-        elif len(self.output_ids) >= self.max_output:
+        elif self.is_full:
             self.finish = FinishReason.LENGTH
+
+    def close_thoughts(self) -> None:
+        """Force the closing tokens, as far as max_output allows: known tokens, which are prefilled like a prompt.
+
+        What plans in flight sample in their place is thrown away. They cannot end the sequence: it does so with the
+        next token that is sampled, which is one too many where it is full.
+        """
+        num_true = self.num_known
+        forced = self.request.close_thinking_ids[: self.max_output - len(self.output_ids)]
+        self.output_ids += forced
+        self.num_undelivered = len(forced)
+        self.num_stale, self.num_pending = self.num_stale + self.num_pending, 0
+        self.phase = Phase.ANSWER
+        if self.slot is not None:
+            self.num_computed = min(self.num_computed, num_true)
+            self.prefill_end = self.num_known
+            self.must_reopen = True
+
+    def take_forced(self) -> SequenceUpdate | None:
+        """What tells of the forced tokens, once; the last one where it is full."""
+        if not self.num_undelivered:
+            return None
+        token_ids = self.output_ids[-self.num_undelivered :]
+        self.num_undelivered = 0
+        if self.is_full:
+            self.finish = FinishReason.LENGTH
+        logprobs = [FORCED] * len(token_ids) if self.request.sampling.num_logprobs is not None else []
+        return self._update(token_ids, logprobs, num_forced=len(token_ids))
+
+    def take_sampled(self, token_id: int, logprobs: list[TokenLogprobs]) -> SequenceUpdate:
+        """Take a sampled token, and what tells of it. The thoughts are closed where it was the last of them."""
+        self.append(token_id)
+        update = self._update([token_id], logprobs)
+        if self.finish is None and self.is_over_budget:
+            self.close_thoughts()
+        return update
+
+    def take_scores(self, start: int, scores: list[TokenLogprobs]) -> None:
+        """Take logprobs of the prompt tokens behind `start`; some may be known from before a preemption."""
+        fresh = scores[max(0, self.num_scored - start) :]
+        self.prompt_logprobs += fresh
+        self.num_scored += len(fresh)
+
+    def take_announcement(self) -> SequenceUpdate | None:
+        """What tells that it was admitted, where no token told it yet; with a scored prompt, its first token does."""
+        if self.unannounced_cached_tokens is None or self.request.num_prompt_logprobs is not None:
+            return None
+        return self._update([], [])
+
+    def _update(self, token_ids: list[int], logprobs: list[TokenLogprobs], num_forced: int = 0) -> SequenceUpdate:
+        cached_tokens, self.unannounced_cached_tokens = self.unannounced_cached_tokens, None
+        scores, self.prompt_logprobs = self.prompt_logprobs, []
+        return SequenceUpdate(self.request.key, cached_tokens, token_ids, logprobs, self.finish, num_forced, scores)

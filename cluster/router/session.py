@@ -53,6 +53,8 @@ class Session:
             merge_update(entry.update, update)
         if update.finish is not None:
             self._forget(key)
+        elif update.num_forced:
+            self._newest.pop(key, None)  # forced tokens are the last ones of their message
 
     def end(self, key: int, reason: pb.End.Reason, message: str) -> None:
         """End a request that cannot run, or cannot run on."""

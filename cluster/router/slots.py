@@ -34,9 +34,14 @@ class SlotTable:
         return self._running.values()
 
     @property
+    def ranked(self) -> list[Sequence]:
+        """Highest priority first; of equal ones, the oldest admission."""
+        return sorted(self._running.values(), key=lambda seq: -seq.request.priority)
+
+    @property
     def last(self) -> Sequence:
-        """The last admitted."""
-        return next(reversed(self._running.values()))
+        """The last of `ranked`: who gives way first."""
+        return min(reversed(self._running.values()), key=lambda seq: seq.request.priority)
 
     @property
     def has_free_slot(self) -> bool:
@@ -58,7 +63,8 @@ class SlotTable:
             return False
         self._hash_full_blocks(seq)
         # At least one token is computed, or there would be no logits to sample from.
-        cached = blocks.match(seq.block_hashes[: (seq.num_known - 1) // blocks.block_size])
+        findable = 0 if seq.needs_scores else (seq.num_known - 1) // blocks.block_size
+        cached = blocks.match(seq.block_hashes[:findable])
         num_fresh = blocks.num_blocks_for(seq.num_known) - len(cached)
         seq.num_blocks_wanted = num_fresh + blocks.num_idle(cached)
         seq.wanted_at_growth = blocks.num_cache_growths
@@ -83,6 +89,7 @@ class SlotTable:
         seq.slot = None
         seq.block_ids = []
         seq.num_computed = seq.prefill_end = seq.num_blocks_wanted = 0
+        seq.must_reopen = False
 
     def publish_prompt(self, seq: Sequence) -> None:
         """Let later requests hit the prompt blocks that are computed by now.

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from msgspec.structs import replace
 
 from cluster.router.sequence import Sequence
-from workers.step import ExtendSlot, OpenSlot, Prefill, StepPlan
+from workers.step import ExtendSlot, OpenSlot, Prefill, Score, StepPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +22,8 @@ class StepInFlight:
     """Who gets the tokens of `StepResult.token_ids`, in its order."""
     admitted: list[tuple[Sequence, int]]
     """Sequences that got a slot for the first time, and their cached prompt tokens."""
+    scored: list[tuple[int, Sequence, int]]
+    """Index of a prefill that scores its prompt, whose it is, and where it starts."""
 
 
 @dataclass(slots=True)
@@ -30,6 +32,8 @@ class StepDraft:
 
     budget: int
     """Tokens that may still be added."""
+    closed: list[int] = field(default_factory=list)
+    """Slots that are opened again for the same sequence."""
     opened: list[OpenSlot] = field(default_factory=list)
     extended: list[ExtendSlot] = field(default_factory=list)
     prefills: list[Prefill] = field(default_factory=list)
@@ -51,9 +55,22 @@ class StepDraft:
         request = seq.request
         # Lists that grow are copied: the plan may be read later than they do.
         opened = OpenSlot(seq.slot, seq.block_ids.copy(), seq.num_computed, request.sampling)
+        rules = request.rules
         if request.sampling.has_penalties:
-            opened = replace(opened, prompt_ids=request.prompt_ids, output_ids=seq.output_ids.copy())
+            opened = replace(opened, prompt_ids=request.prompt_ids)
+        if request.sampling.has_penalties or (rules is not None and rules.needs_output):
+            opened = replace(opened, output_ids=seq.output_ids.copy())
+        if rules is not None:
+            opened = replace(opened, rules=rules)
         self.opened.append(opened)
+
+    def reopen(self, seq: Sequence, block_ids: list[int]) -> None:
+        """Tell the ranks of tokens that were forced; what is computed before those stays."""
+        assert seq.slot is not None
+        self.closed.append(seq.slot)
+        seq.block_ids += block_ids
+        seq.must_reopen = False
+        self.open(seq)
 
     def extend(self, seq: Sequence, block_ids: list[int]) -> None:
         """Append blocks to a running sequence's table."""
@@ -75,7 +92,7 @@ class StepDraft:
         assert seq.slot is not None
         start, end = seq.num_computed, min(seq.prefill_end, seq.num_computed + self.budget)
         samples = end == seq.prefill_end
-        self.prefills.append(Prefill(seq.slot, start, seq.token_ids(start, end), samples))
+        self.prefills.append(Prefill(seq.slot, start, seq.token_ids(start, end), samples, _score(seq, start, end)))
         self.prefilled.append(seq)
         self.budget -= end - start
         seq.num_computed = end
@@ -83,9 +100,20 @@ class StepDraft:
 
     def plan(self, step: int, close: list[int]) -> StepPlan:
         """What is sent to the ranks."""
-        return StepPlan(step, close, self.opened, self.extended, self.prefills, self.decodes)
+        return StepPlan(step, close + self.closed, self.opened, self.extended, self.prefills, self.decodes)
 
     def in_flight(self, step: int) -> StepInFlight:
         """What is kept until the result is back."""
         sampled = [seq for prefill, seq in zip(self.prefills, self.prefilled, strict=True) if prefill.sample]
-        return StepInFlight(step, sampled + self.decoded, self.admitted)
+        chunks = enumerate(zip(self.prefills, self.prefilled, strict=True))
+        scored = [(index, seq, prefill.start) for index, (prefill, seq) in chunks if prefill.score is not None]
+        return StepInFlight(step, sampled + self.decoded, self.admitted, scored)
+
+
+def _score(seq: Sequence, start: int, end: int) -> Score | None:
+    """What a chunk of these positions has to score."""
+    num_logprobs = seq.request.num_prompt_logprobs
+    if num_logprobs is None or not seq.needs_scores:
+        return None
+    target_ids = seq.request.prompt_ids[start + 1 : end + 1]
+    return Score(target_ids, num_logprobs) if target_ids else None

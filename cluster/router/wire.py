@@ -15,8 +15,18 @@ from cluster.router.balancer import ModelExperts
 from cluster.router.sequence import FinishReason, SequenceRequest, SequenceUpdate
 from cluster.text.sampling_ranges import SAMPLING_RANGES
 from mull.v1 import router_pb2 as pb
-from workers.step import SamplingParams, TokenLogprobs
+from workers.step import Grammar, GrammarKind, SamplingParams, TokenLogprobs
 
+MAX_LOGIT_BIAS = 100
+MAX_PROMPT_SCORES = 2**18
+"""At most 3 MiB on the wire, where gRPC takes 4."""
+
+_GRAMMAR_KINDS: dict[int, GrammarKind] = {
+    pb.Grammar.KIND_JSON_SCHEMA: "json_schema",
+    pb.Grammar.KIND_JSON_OBJECT: "json_object",
+    pb.Grammar.KIND_REGEX: "regex",
+    pb.Grammar.KIND_EBNF: "ebnf",
+}
 _END = {
     FinishReason.STOP: pb.End.REASON_STOP,
     FinishReason.LENGTH: pb.End.REASON_LENGTH,
@@ -54,16 +64,85 @@ def to_request(submit: pb.Submit, session: int, model: ModelInfo) -> SequenceReq
         raise InvalidRequest("max_tokens is 0; ask for at least 1", field="max_tokens")
     _check_vocabulary(submit.prompt_ids, model, "input")
     _check_vocabulary(submit.stop_token_ids, model, "stop_token_ids")
+    grammar = _grammar(submit, model)
     return SequenceRequest(
         key=RequestKey(session, submit.key),
         prompt_ids=list(submit.prompt_ids),
         sampling=_sampling(submit.sampling),
         max_tokens=submit.max_tokens,
         stop_token_ids=frozenset(submit.stop_token_ids),
-        starts_thinking=submit.starts_thinking,
+        # What must match a grammar from its first token on is an answer.
+        starts_thinking=submit.starts_thinking and (grammar is None or grammar.start_id is not None),
         think_end_id=model.think_end_id,
+        thinking_budget=submit.thinking_budget if submit.HasField("thinking_budget") else None,
+        close_thinking_ids=_close_thinking_ids(submit, model),
+        min_tokens=submit.min_tokens,
+        priority=submit.priority,
+        logit_bias=_logit_bias(submit.sampling, model),
+        bad_words=_bad_words(submit, model),
+        grammar=grammar,
+        num_prompt_logprobs=_num_prompt_logprobs(submit),
         request_id=submit.request_id,
     )
+
+
+def _num_prompt_logprobs(submit: pb.Submit) -> int | None:
+    if not submit.HasField("num_prompt_logprobs"):
+        return None
+    count, num_prompt, field = submit.num_prompt_logprobs, len(submit.prompt_ids), "prompt_logprobs"
+    if count not in SAMPLING_RANGES["logprobs"]:
+        raise InvalidRequest(f"{field} {count} is outside of {SAMPLING_RANGES['logprobs']}", field=field)
+    if num_prompt * (1 + count) > MAX_PROMPT_SCORES:
+        raise InvalidRequest(
+            f"{count} logprobs for each of {num_prompt} prompt tokens are too much for one message, which holds "
+            f"{MAX_PROMPT_SCORES}; ask for fewer",
+            field=field,
+        )
+    return count
+
+
+def _close_thinking_ids(submit: pb.Submit, model: ModelInfo) -> list[int]:
+    """What closes the thoughts: without a phrase, the tag alone."""
+    if model.think_end_id is None:
+        if submit.HasField("thinking_budget"):
+            raise InvalidRequest("this model has no tag that ends its thoughts; leave it out", field="thinking_budget")
+        return []
+    ids = list(submit.close_thinking_ids) or [model.think_end_id]
+    _check_vocabulary(ids, model, "close_thinking_ids")
+    if model.think_end_id not in ids:
+        raise InvalidRequest(f"close_thinking_ids lack {model.think_end_id}, the tag", field="close_thinking_ids")
+    return ids
+
+
+def _grammar(submit: pb.Submit, model: ModelInfo) -> Grammar | None:
+    """The gateway has compiled it."""
+    if not submit.HasField("grammar"):
+        return None
+    kind = _GRAMMAR_KINDS.get(submit.grammar.kind)
+    if kind is None:
+        raise InvalidRequest(f"unknown kind of grammar {submit.grammar.kind}", field="response_format")
+    waits = submit.grammar.after_thinking and submit.starts_thinking
+    if submit.starts_thinking and not waits and submit.HasField("thinking_budget"):
+        raise InvalidRequest("a grammar from the first token on leaves no thoughts to limit", field="thinking_budget")
+    return Grammar(kind, submit.grammar.text, model.think_end_id if waits else None)
+
+
+def _logit_bias(wire: pb.RouterSampling, model: ModelInfo) -> list[tuple[int, float]]:
+    _check_vocabulary(wire.logit_bias, model, "logit_bias")
+    for token_id, value in wire.logit_bias.items():
+        if not abs(value) <= MAX_LOGIT_BIAS:
+            limit = f"[-{MAX_LOGIT_BIAS}, {MAX_LOGIT_BIAS}]"
+            raise InvalidRequest(f"logit_bias {value:g} of token {token_id} is outside of {limit}", field="logit_bias")
+    return list(wire.logit_bias.items())
+
+
+def _bad_words(submit: pb.Submit, model: ModelInfo) -> list[list[int]]:
+    words = [list(word.ids) for word in submit.bad_words]
+    if not all(words):
+        raise InvalidRequest("a bad word has 0 tokens; each needs at least 1", field="bad_words")
+    for word in words:
+        _check_vocabulary(word, model, "bad_words")
+    return words
 
 
 def _check_vocabulary(token_ids: Iterable[int], model: ModelInfo, field: str) -> None:
@@ -100,7 +179,8 @@ def _check_ranges(params: SamplingParams) -> None:
 
 def update_weight(update: SequenceUpdate) -> int:
     """Items in it: itself, its tokens and its logprobs; each takes at most 12 bytes on the wire."""
-    return 1 + len(update.token_ids) + sum(1 + len(item.top) for item in update.logprobs)
+    scores = [*update.logprobs, *update.prompt_logprobs]
+    return 1 + len(update.token_ids) + sum(1 + len(item.top) for item in scores)
 
 
 def merge_update(into: pb.SequenceUpdate, update: SequenceUpdate) -> None:
@@ -108,8 +188,11 @@ def merge_update(into: pb.SequenceUpdate, update: SequenceUpdate) -> None:
     if update.admitted_cached_tokens is not None:
         into.admitted.cached_tokens = update.admitted_cached_tokens
     into.token_ids.extend(update.token_ids)
+    into.num_forced = update.num_forced
     if update.logprobs:
         into.logprobs.extend([_logprobs(item) for item in update.logprobs])
+    if update.prompt_logprobs:
+        into.prompt_logprobs.extend([_logprobs(item) for item in update.prompt_logprobs])
     if update.finish is not None:
         into.end.reason = _END[update.finish]
 

@@ -51,10 +51,19 @@ class ChatTemplate:
                 f"{file}: line {error.lineno}: {error.message}; copy it again from the checkpoint"
             ) from error
 
-    def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
-        """The prompt, up to where the model goes on. Raises TemplateError with the template's own words."""
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] = (),
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt, up to where the model goes on; `variables` are the template's own.
+
+        Raises TemplateError with the template's own words.
+        """
+        known = {**(variables or {}), "messages": messages, "tools": list(tools) or None, "add_generation_prompt": True}
         try:
-            return self._template.render(messages=messages, tools=list(tools) or None, add_generation_prompt=True)
+            return self._template.render(known)
         except jinja2.TemplateError as error:
             raise TemplateError(str(error)) from error
         except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:

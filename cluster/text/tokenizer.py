@@ -46,9 +46,19 @@ class Tokenizer:
         """A new incremental decoder."""
         return Detokenizer(self.token_bytes)
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
+    def token_text(self, token_id: int) -> str:
+        """A token by itself, for people: its text, broken characters replaced; a special one's name."""
+        text = self.token_bytes[token_id].decode("utf-8", "replace")
+        return text or self._encoder.id_to_token(token_id) or ""
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] = (),
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
         """The prompt of a conversation. Raises TemplateError."""
-        return self._template.render(messages, tools)
+        return self._template.render(messages, tools, variables)
 
     def token_id(self, token: str) -> int | None:
         """The id of a token by its name, such as `</think>`."""

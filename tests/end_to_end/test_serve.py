@@ -172,7 +172,7 @@ def test_a_bad_request_is_refused_with_the_field_that_is_wrong(
 def test_a_second_server_on_the_same_port_is_refused_with_one_line(server: Server) -> None:
     port = server.address.rpartition(":")[2]
 
-    done = mull("serve", "--grpc-port", port, "--metrics-port", "0")
+    done = mull("serve", "--grpc-port", port, "--http-port", "0", "--metrics-port", "0")
 
     assert done.returncode == 2
     assert port in done.stderr
@@ -203,7 +203,21 @@ def test_a_wrong_flag_ends_in_one_line_before_anything_starts(flags: tuple[str, 
 
 @pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="there are GPUs here")
 def test_more_ranks_than_gpus_are_refused_with_both_numbers() -> None:
-    done = mull("serve", "--device", "cuda", "--tp", "2", "--dp", "2", "--grpc-port", "0", "--metrics-port", "0")
+    done = mull(
+        "serve",
+        "--device",
+        "cuda",
+        "--tp",
+        "2",
+        "--dp",
+        "2",
+        "--grpc-port",
+        "0",
+        "--http-port",
+        "0",
+        "--metrics-port",
+        "0",
+    )
 
     assert done.returncode == 2
     assert "needs 4 GPUs for --tp 2 --dp 2, found 0" in done.stderr

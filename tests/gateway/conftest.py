@@ -68,7 +68,7 @@ async def router() -> AsyncIterator[ScriptedRouter]:
 
 @pytest.fixture
 def gateway_config() -> GatewayConfig:
-    return GatewayConfig(grpc_port=0, metrics_port=0, max_streams=8, max_unread_tokens=2000, drain_s=5)
+    return GatewayConfig(grpc_port=0, http_port=0, metrics_port=0, max_streams=8, max_unread_tokens=2000, drain_s=5)
 
 
 @pytest.fixture

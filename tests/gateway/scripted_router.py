@@ -35,7 +35,10 @@ class ScriptedRouter(RouterServiceServicer):
         self.address = ""
         self.submits: list[pb.Submit] = []
         self.cancelled_keys: list[int] = []
-        self.num_sessions_ended = 0
+        self.budgets: list[tuple[int, int]] = []
+        """Keys and thinking budgets, as they came."""
+        self.num_sessions = 0
+        """How many came, the ended ones included."""
         self.on_submit: Callable[[pb.Submit], object] | None = None
         self._changed = asyncio.Condition()
         self._session: ScriptedSession | None = None
@@ -60,13 +63,13 @@ class ScriptedRouter(RouterServiceServicer):
         self, requests: AsyncIterator[pb.GatewayMessage], _context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.RouterMessage]:
         session = self._session = ScriptedSession()
+        self.num_sessions += 1
         reader = asyncio.create_task(self._read(requests))
         try:
             while (message := await session.outbox.get()) is not None:
                 yield message
         finally:
             reader.cancel()
-            self.num_sessions_ended += 1
 
     @property
     def has_session(self) -> bool:
@@ -87,6 +90,9 @@ class ScriptedRouter(RouterServiceServicer):
         await self._until(lambda: len(self.submits) >= count, f"{count} submits")
         return self.submits[-1]
 
+    async def budgeted(self, count: int) -> None:
+        await self._until(lambda: len(self.budgets) >= count, f"{count} budgets")
+
     async def cancelled(self, key: int) -> None:
         await self._until(lambda: key in self.cancelled_keys, f"a cancel of {key}")
 
@@ -97,6 +103,8 @@ class ScriptedRouter(RouterServiceServicer):
                     self.submits.append(message.submit)
                     if self.on_submit is not None:
                         self.on_submit(message.submit)
+                elif message.HasField("set_budget"):
+                    self.budgets.append((message.set_budget.key, message.set_budget.thinking_budget))
                 else:
                     self.cancelled_keys.append(message.cancel.key)
                 self._changed.notify_all()
@@ -116,9 +124,10 @@ def update(
     admitted: int | None = None,
     end: pb.End.Reason | None = None,
     message: str = "",
+    num_forced: int = 0,
 ) -> pb.SequenceUpdate:
     """A SequenceUpdate; `admitted` is the number of cached tokens."""
-    made = pb.SequenceUpdate(key=key, token_ids=token_ids)
+    made = pb.SequenceUpdate(key=key, token_ids=token_ids, num_forced=num_forced)
     if admitted is not None:
         made.admitted.cached_tokens = admitted
     if end is not None:

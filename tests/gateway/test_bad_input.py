@@ -34,6 +34,13 @@ def call(**fields: str) -> pb.GenerateRequest:
     return chat(user(), pb.Message(role="assistant", tool_calls=[pb.ToolCall(**fields)]))
 
 
+def with_tools(*names: str, **more: object) -> pb.GenerateRequest:
+    tools = [pb.Tool(name=name) for name in names or ("f",)]
+    return pb.GenerateRequest(conversation=pb.Conversation(messages=[user()], tools=tools), **more)
+
+
+AUTO = pb.ToolChoice(mode=pb.ToolChoice.MODE_AUTO)
+REQUIRED = pb.ToolChoice(mode=pb.ToolChoice.MODE_REQUIRED)
 BAD_REQUESTS = [
     (pb.GenerateRequest(), "input", "nothing given"),
     (chat(), "conversation.messages", "empty"),
@@ -71,6 +78,52 @@ BAD_REQUESTS = [
     (sampling(repetition_penalty=100.1), "sampling.repetition_penalty", "[0.01, 100]"),
     (sampling(logprobs=21), "sampling.logprobs", "20"),
     (sampling(seed=2**63), "sampling.seed", "outside"),
+    (ask(n=0), "n", "1 to 16"),
+    (ask(n=17), "n", "17"),
+    (ask(n=2, sampling=pb.SamplingOptions(seed=2**63 - 1)), "sampling.seed", "+ 1"),
+    (ask(stop=["x"] * 17), "stop", "16"),
+    (ask(stop=["x", ""]), "stop[1]", "empty"),
+    (ask(stop_token_ids=[1] * 65), "stop_token_ids", "64"),
+    (ask(stop_token_ids=[5, 1024]), "stop_token_ids[1]", "1024"),
+    (ask(max_tokens=5, min_tokens=6), "min_tokens", "5"),
+    (ask(max_tokens=5, thinking_budget=6), "thinking_budget", "max_tokens 5"),
+    (ask(timeout_seconds=0), "timeout_seconds", "above 0"),
+    (ask(timeout_seconds=float("nan")), "timeout_seconds", "nan"),
+    (ask(metadata={str(i): "" for i in range(17)}), "metadata", "16"),
+    (sampling(logit_bias={1024: 1}), "sampling.logit_bias[1024]", "1024"),
+    (sampling(logit_bias={7: 101}), "sampling.logit_bias[7]", "[-100, 100]"),
+    (sampling(logit_bias={7: float("nan")}), "sampling.logit_bias[7]", "nan"),
+    (sampling(logit_bias=dict.fromkeys(range(1025), 1)), "sampling.logit_bias", "1024"),
+    (sampling(bad_words=["x"] * 65), "sampling.bad_words", "64"),
+    (sampling(bad_words=[" "]), "sampling.bad_words[0]", "blank"),
+    (sampling(prompt_logprobs=21), "sampling.prompt_logprobs", "20"),
+    (ask(tool_choice=AUTO), "tool_choice", "no tools"),
+    (ask(parallel_tool_calls=True), "parallel_tool_calls", "no tools"),
+    (with_tools(tool_choice=pb.ToolChoice()), "tool_choice", "empty"),
+    (with_tools(tool_choice=pb.ToolChoice(mode=99)), "tool_choice.mode", "99"),
+    (with_tools(tool_choice=pb.ToolChoice(mode=0)), "tool_choice.mode", "0"),
+    (with_tools(tool_choice=pb.ToolChoice(tool_name="g")), "tool_choice.tool_name", "f"),
+    (with_tools("f", "f"), "conversation.tools[1].name", "twice"),
+    (with_tools(parallel_tool_calls=False, raw_tool_calls=True), "parallel_tool_calls", "raw_tool_calls"),
+    (
+        with_tools(tool_choice=REQUIRED, response_format=pb.ResponseFormat(regex="a")),
+        "response_format",
+        "tool_choice",
+    ),
+    (ask(response_format=pb.ResponseFormat()), "response_format", "no format"),
+    (ask(response_format=pb.ResponseFormat(regex="a", scope=9)), "response_format.scope", "9"),
+    (ask(response_format=pb.ResponseFormat(regex="")), "response_format.regex", "empty"),
+    (ask(response_format=pb.ResponseFormat(json_schema="{")), "response_format.json_schema", "JSON"),
+    (ask(response_format=pb.ResponseFormat(json_schema="[]")), "response_format.json_schema", "list"),
+    (ask(response_format=pb.ResponseFormat(choices=pb.Choices())), "response_format.choices.texts", "0 texts"),
+    (
+        ask(response_format=pb.ResponseFormat(choices=pb.Choices(texts=[""]))),
+        "response_format.choices.texts[0]",
+        "empty",
+    ),
+    (ask(chat_template_variables_json="["), "chat_template_variables_json", "JSON"),
+    (ask(chat_template_variables_json='{"tools": 1}'), "chat_template_variables_json", "tools"),
+    (pb.GenerateRequest(raw_prompt="x", chat_template_variables_json="{}"), "chat_template_variables_json", "template"),
 ]
 
 
@@ -174,7 +227,7 @@ def test_any_prompt_that_ends_with_an_open_tag_starts_in_its_thoughts(
 async def test_an_unexpected_fault_is_internal_and_tells_nothing_but_the_request_id(
     gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gateway.server.link, "submit", lambda _request: 1 / 0)
+    monkeypatch.setattr(gateway.server.link, "submit", lambda *_: 1 / 0)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await gateway.stub.Generate(ask(request_id="mine")).read()
     assert caught.value.code() is grpc.StatusCode.INTERNAL

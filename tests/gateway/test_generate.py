@@ -184,8 +184,9 @@ async def test_a_lost_router_ends_its_streams_and_is_found_again(gateway: Runnin
 
 
 async def test_a_session_that_the_router_closes_is_opened_again(gateway: RunningGateway) -> None:
+    await until(lambda: gateway.router.num_sessions == 1, "the first session")
     gateway.router.end_session()
-    await until(lambda: gateway.router.num_sessions_ended == 1, "the end of the session")
+    await until(lambda: gateway.router.num_sessions == 2, "the next session")
     gateway.router.on_submit = lambda submit: gateway.router.send(update(submit.key, [5], admitted=0, end=LENGTH))
     await until(lambda: gateway.server.link.is_connected, "a new session")
     assert kinds(await collect(gateway.stub.Generate(ask())))[-1] == "finished"

@@ -44,7 +44,7 @@ async def test_health_follows_the_router(gateway: RunningGateway) -> None:
 
 
 async def test_a_gateway_without_a_router_is_up_but_not_serving(model: ServedModel) -> None:
-    server = GatewayServer(GatewayConfig(grpc_port=0, metrics_port=0), model, NOWHERE, link_times=FAST)
+    server = GatewayServer(GatewayConfig(grpc_port=0, http_port=0, metrics_port=0), model, NOWHERE, link_times=FAST)
     ports = await server.start()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{ports.grpc}") as channel:
         stub = GenerationServiceStub(channel)
@@ -158,10 +158,10 @@ async def test_metrics_count_tokens_by_phase_and_finishes_by_reason(
     assert "mull_streams_open 0.0" in text
 
 
-@pytest.mark.parametrize("field", ["grpc_port", "metrics_port"])
+@pytest.mark.parametrize("field", ["grpc_port", "http_port", "metrics_port"])
 async def test_a_busy_port_is_one_line_with_the_remedy(gateway: RunningGateway, model: ServedModel, field: str) -> None:
     taken = gateway.ports.grpc if field == "grpc_port" else gateway.ports.metrics
-    config = GatewayConfig(**{"grpc_port": 0, "metrics_port": 0, field: taken})
+    config = GatewayConfig(**{"grpc_port": 0, "http_port": 0, "metrics_port": 0, field: taken})
     with pytest.raises(ConfigError, match=rf"{field}.*{taken}.*choose another") as caught:
         await GatewayServer(config, model, NOWHERE).start()
     assert "\n" not in str(caught.value)
@@ -198,15 +198,17 @@ async def test_draining_cuts_what_does_not_end_in_time(gateway: RunningGateway) 
 
 
 async def test_ports_are_free_again_after_draining(model: ServedModel) -> None:
-    config = GatewayConfig(grpc_port=fixed_port(), metrics_port=fixed_port())
+    config = GatewayConfig(grpc_port=fixed_port(), http_port=fixed_port(), metrics_port=fixed_port())
     for _ in range(2):
         server = GatewayServer(config, model, NOWHERE, link_times=FAST)
-        assert await server.start() == GatewayPorts(config.grpc_port, config.metrics_port)
+        assert await server.start() == GatewayPorts(config.grpc_port, config.metrics_port, config.http_port)
         await server.drain(0)
 
 
 async def test_a_gateway_listens_on_an_ipv6_host(model: ServedModel) -> None:
-    server = GatewayServer(GatewayConfig(host="::1", grpc_port=0, metrics_port=0), model, NOWHERE, link_times=FAST)
+    server = GatewayServer(
+        GatewayConfig(host="::1", grpc_port=0, http_port=0, metrics_port=0), model, NOWHERE, link_times=FAST
+    )
     ports = await server.start()
     async with grpc.aio.insecure_channel(f"[::1]:{ports.grpc}") as channel:
         info = await GenerationServiceStub(channel).GetServerInfo(pb.GetServerInfoRequest())

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Hashable
+from dataclasses import replace
 from typing import Any
 
 from cluster.router.blocks import BlockAllocator
 from cluster.router.scheduler import Scheduler, SchedulerConfig
-from cluster.router.sequence import FinishReason, SequenceRequest, SequenceUpdate
+from cluster.router.sequence import FinishReason, Phase, SequenceRequest, SequenceUpdate
 from tests.fakes import FakeRanks, generate_alone
 from workers.step import SamplingParams, StepPlan, TokenLogprobs
 
@@ -60,6 +61,8 @@ class FakeCopy:
         self.logprobs: dict[Hashable, list[TokenLogprobs]] = {}
         self.cached_tokens: dict[Hashable, int] = {}
         self.finish: dict[Hashable, FinishReason] = {}
+        self.forced: dict[Hashable, list[int]] = {}
+        self.prompt_logprobs: dict[Hashable, list[TokenLogprobs]] = {}
 
     def add(self, new: SequenceRequest) -> None:
         self.scheduler.add(new)
@@ -73,6 +76,15 @@ class FakeCopy:
         assert (update is None) == (key in self.finish)
         if update is not None:
             self._take(update)
+        self.check_books()
+
+    def set_budget(self, key: Hashable, thinking_budget: int) -> None:
+        """Lower or raise a budget; what is known by then cannot be taken back, so that `alone` must yield it, too."""
+        thinking = [seq for seq in self.scheduler.sequences if seq.request.key == key and seq.phase is Phase.THINKING]
+        for seq in thinking:
+            effective = max(thinking_budget, seq.num_thinking)
+            self.requests[key] = replace(self.requests[key], thinking_budget=effective)
+        self.scheduler.set_budget(key, thinking_budget)
         self.check_books()
 
     def send(self) -> StepPlan | None:
@@ -90,7 +102,9 @@ class FakeCopy:
     def receive(self) -> list[SequenceUpdate]:
         """Let the ranks execute the oldest plan only now, as slow ranks would, and apply its result."""
         updates = self.scheduler.apply(self.ranks.execute(self.in_flight.popleft()))
-        assert len({update.key for update in updates}) == len(updates)
+        for is_forced in (False, True):
+            keys = [update.key for update in updates if bool(update.num_forced) is is_forced]
+            assert len(set(keys)) == len(keys)
         for update in updates:
             self._take(update)
         self.check_books()
@@ -119,7 +133,7 @@ class FakeCopy:
         return generate_alone(self.requests[key], context_limit=limit, vocab_size=self.ranks.vocab_size)
 
     def check_books(self) -> None:
-        """Blocks are counted once per owner; arrival order is admission order; limits hold."""
+        """Blocks are counted once per owner; arrival order of equals is admission order; limits hold."""
         sequences = list(self.scheduler.sequences)
         owners = Counter(block_id for seq in sequences for block_id in seq.block_ids)
         users = [self.blocks.num_users(block_id) for block_id in range(self.blocks.num_blocks)]
@@ -129,10 +143,12 @@ class FakeCopy:
         assert len(slots) == len(set(slots)) == self.scheduler.num_running <= self.config.max_num_seqs
         assert self.scheduler.num_waiting == len(sequences) - len(slots)
         assert all(seq.slot is not None or not seq.block_ids for seq in sequences)
-        runs = [seq.slot is not None for seq in sequences]
-        admitted = [seq.was_admitted for seq in sequences]
-        assert runs == sorted(runs, reverse=True), "someone overtook an older request"
-        assert admitted == sorted(admitted, reverse=True), "someone was admitted before an older request"
+        for priority in {seq.request.priority for seq in sequences}:
+            equals = [seq for seq in sequences if seq.request.priority == priority]
+            runs = [seq.slot is not None for seq in equals]
+            admitted = [seq.was_admitted for seq in equals]
+            assert runs == sorted(runs, reverse=True), "someone overtook an older request"
+            assert admitted == sorted(admitted, reverse=True), "someone was admitted before an older request"
 
     def _take(self, update: SequenceUpdate) -> None:
         key = update.key
@@ -143,5 +159,12 @@ class FakeCopy:
         assert not update.token_ids or key in self.cached_tokens, f"{key} got a token before it was admitted"
         self.token_ids[key] += update.token_ids
         self.logprobs[key] += update.logprobs
+        if update.prompt_logprobs:
+            assert update.admitted_cached_tokens == 0, "a prompt that was scored was found in the cache, or came late"
+            self.prompt_logprobs[key] = update.prompt_logprobs
+        if update.num_forced:
+            assert update.num_forced == len(update.token_ids)
+            assert key not in self.forced, f"the thoughts of {key} were closed twice"
+            self.forced[key] = update.token_ids
         if update.finish is not None:
             self.finish[key] = update.finish

@@ -92,7 +92,9 @@ class FakeGroups:
         plans = self.in_flight.popleft()
         results = [ranks.execute(plan) for ranks, plan in zip(self.ranks, plans, strict=True)]
         updates = self.scheduler.apply(results)
-        assert len({update.key for update in updates}) == len(updates)
+        for is_forced in (False, True):
+            keys = [update.key for update in updates if bool(update.num_forced) is is_forced]
+            assert len(set(keys)) == len(keys)
         for update in updates:
             self._take(update)
         self.check_books()

@@ -176,6 +176,20 @@ def test_a_request_in_the_queue_can_be_cancelled() -> None:
     assert copy.token_ids[2] == []
 
 
+def test_a_budget_reaches_a_request_in_the_queue_and_one_in_a_group() -> None:
+    copy = FakeGroups(2, max_num_seqs=1)
+    for key in range(3):
+        thinks: dict[str, Any] = {"starts_thinking": True, "think_end_id": 49, "bad_words": [[49]]}
+        copy.add(request(key, [1, key], max_tokens=9, close_thinking_ids=[7, 49], **thinks))
+    copy.step()
+
+    for key in range(3):
+        copy.scheduler.set_budget(key, 4)
+    copy.run()
+
+    assert [copy.token_ids[key][4:6] for key in range(3)] == [[7, 49]] * 3
+
+
 def test_a_copy_that_is_full_names_its_limit() -> None:
     copy = FakeGroups(2, max_num_seqs=2, max_waiting=1)
     for key in range(5):

@@ -22,10 +22,13 @@ from mull.v1 import router_pb2 as pb
 from mull.v1.router_pb2_grpc import RouterServiceStub
 from tests.fakes import FakeRanks, generate_alone
 from tests.router.fake_group import BLOCK_SIZE, FakeExperts, FakeShardGroup
+from workers.step import Grammar
 
 CONFIG = SchedulerConfig(max_model_len=400, max_num_seqs=8, max_num_batched_tokens=64, max_waiting=40)
 MODEL = ModelInfo(name="fake", vocab_size=50, max_model_len=CONFIG.max_model_len, think_end_id=3)
 NUM_BLOCKS = 300
+THINK_END = 3
+REGEX = pb.Grammar(kind=pb.Grammar.KIND_REGEX, text="[0-9]")
 WAIT_S = 10.0
 MAX_UNREAD = 20_000
 
@@ -190,6 +193,77 @@ async def test_a_stop_token_ends_the_request_and_is_its_last_token(connect: Conn
     assert gateway.tokens(1) == expected[: expected.index(expected[4]) + 1]
 
 
+async def test_rules_of_a_request_reach_the_ranks(connect: Connect) -> None:
+    gateway = await connect()
+
+    words = [pb.TokenSequence(ids=[token]) for token in range(10)]
+    message = await gateway.submit(1, bad_words=words, stop_token_ids=range(10, 40), min_tokens=5)
+    end = await gateway.end_of(1)
+
+    assert end.reason == pb.End.REASON_STOP
+    assert gateway.tokens(1) == alone(message)
+    assert [token // 10 for token in gateway.tokens(1)[:5]] == [4] * 5
+
+
+async def test_a_thinking_budget_closes_the_thoughts(connect: Connect) -> None:
+    gateway = await connect()
+    close = [8, THINK_END, 9]
+
+    fields: dict[str, object] = {"starts_thinking": True, "bad_words": [pb.TokenSequence(ids=[THINK_END])]}
+    message = await gateway.submit(1, thinking_budget=6, close_thinking_ids=close, **fields)
+    await gateway.submit(2, thinking_budget=0, **fields)
+    await gateway.end_of(1)
+    await gateway.end_of(2)
+
+    assert gateway.tokens(1) == alone(message)
+    [forced] = [update for update in gateway.updates[1] if update.num_forced]
+    assert list(forced.token_ids)[-3:] == close == gateway.tokens(1)[6:9]
+    assert gateway.tokens(2)[0] == THINK_END, "without a phrase, the tag alone is forced"
+
+
+async def test_a_gateway_lowers_the_budget_of_a_running_request(groups: Groups, connect: Connect) -> None:
+    gateway = await connect()
+    fields: dict[str, object] = {"starts_thinking": True, "bad_words": [pb.TokenSequence(ids=[THINK_END])]}
+    await gateway.submit(1, max_tokens=390, **fields)
+    await gateway.read()
+    groups.made[0].hold()
+
+    await gateway.call.write(pb.GatewayMessage(set_budget=pb.SetBudget(key=1, thinking_budget=1)))
+    await gateway.call.write(pb.GatewayMessage(set_budget=pb.SetBudget(key=77, thinking_budget=1)))
+    await gateway.submit(2, prompt_ids=[])
+    await gateway.end_of(2)  # messages are taken in order
+    groups.made[0].release()
+    await gateway.end_of(1)
+
+    assert gateway.tokens(1).index(THINK_END) < 389
+    assert sum(update.num_forced for update in gateway.updates[1]) == 1
+
+
+async def test_logprobs_of_the_prompt_come_with_the_first_token(connect: Connect) -> None:
+    gateway = await connect()
+
+    await gateway.submit(1, prompt_ids=list(range(1, 40)) * 4, num_prompt_logprobs=1)
+    await gateway.end_of(1)
+
+    first = gateway.updates[1][0]
+    assert [item.logprob for item in first.prompt_logprobs] == [-float(token) for token in (list(range(1, 40)) * 4)[1:]]
+    assert first.HasField("admitted")
+    assert first.token_ids
+    assert all(not update.prompt_logprobs for update in gateway.updates[1][1:])
+
+
+def test_a_grammar_waits_for_the_end_of_thoughts_that_there_are() -> None:
+    after = pb.Grammar(kind=pb.Grammar.KIND_EBNF, text="x", after_thinking=True)
+
+    thinks = to_request(submit(1, grammar=after, starts_thinking=True), 0, MODEL)
+    answers = to_request(submit(1, grammar=after), 0, MODEL)
+    at_once = to_request(submit(1, grammar=REGEX, starts_thinking=True), 0, MODEL)
+
+    assert thinks.grammar == Grammar("ebnf", "x", THINK_END)
+    assert answers.grammar == Grammar("ebnf", "x", None)
+    assert (at_once.grammar, at_once.starts_thinking) == (Grammar("regex", "[0-9]", None), False)
+
+
 async def test_logprobs_reach_the_gateway_that_asked(connect: Connect) -> None:
     gateway = await connect()
 
@@ -258,6 +332,16 @@ async def test_a_full_router_refuses_with_a_clear_error(groups: Groups, connect:
         ({"sampling": pb.RouterSampling(top_p=1, repetition_penalty=1, temperature=float("nan"))}, "temperature"),
         ({"sampling": pb.RouterSampling(top_p=1, repetition_penalty=1, num_logprobs=21)}, "logprobs"),
         ({"sampling": pb.RouterSampling(top_p=1, repetition_penalty=1e-45)}, "repetition_penalty"),
+        ({"sampling": pb.RouterSampling(top_p=1, repetition_penalty=1, logit_bias={50: 1})}, "token id 50"),
+        ({"sampling": pb.RouterSampling(top_p=1, repetition_penalty=1, logit_bias={5: float("nan")})}, "logit_bias"),
+        ({"bad_words": [pb.TokenSequence(ids=[1]), pb.TokenSequence()]}, "bad word has 0 tokens"),
+        ({"bad_words": [pb.TokenSequence(ids=[1, 50])]}, "token id 50"),
+        ({"thinking_budget": 3, "close_thinking_ids": [1, 50]}, "token id 50"),
+        ({"thinking_budget": 3, "close_thinking_ids": [1]}, "close_thinking_ids"),
+        ({"grammar": pb.Grammar(text="a")}, "kind of grammar 0"),
+        ({"num_prompt_logprobs": 21}, "prompt_logprobs"),
+        ({"num_prompt_logprobs": 20, "prompt_ids": [1] * 15_000}, "ask for fewer"),
+        ({"grammar": REGEX, "starts_thinking": True, "thinking_budget": 3}, "no thoughts to limit"),
     ],
 )
 async def test_a_request_that_cannot_run_is_invalid(connect: Connect, fields: dict[str, object], words: str) -> None:
@@ -373,13 +457,13 @@ async def test_a_group_that_cannot_be_cleared_away_fails_the_router(
     assert router.has_failed
 
 
-async def test_describe_tells_phases_and_totals(router: Router, groups: Groups, connect: Connect) -> None:
+async def test_describe_tells_phases_and_totals(router: Router, connect: Connect) -> None:
     gateway = await connect()
     await gateway.submit(1, prompt_ids=[1] * 9)
     await gateway.end_of(1)
-    groups.made[0].hold()
-    await gateway.submit(2, prompt_ids=[1] * 9, starts_thinking=True)
-    await gateway.submit(3)
+    thinks: dict[str, object] = {"starts_thinking": True, "bad_words": [pb.TokenSequence(ids=[THINK_END])]}
+    await gateway.submit(2, prompt_ids=[1] * 9, max_tokens=390, **thinks)
+    await gateway.submit(3, max_tokens=390)
     await until(lambda: router.describe().num_running == 2, "both to run")
 
     described = router.describe()

@@ -24,6 +24,12 @@ class Cancel:
 
 
 @dataclass(frozen=True)
+class SetBudget:
+    index: int
+    thinking_budget: int
+
+
+@dataclass(frozen=True)
 class Send:
     pass
 
@@ -45,7 +51,7 @@ def tight_copies(draw: st.DrawFn) -> dict[str, Any]:
         "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": max_num_seqs + draw(st.integers(0, 10)),
         "max_waiting": draw(st.integers(0, 20)),
-        "max_in_flight": draw(st.integers(1, 2)),
+        "max_in_flight": draw(st.integers(1, 3)),
     }
 
 
@@ -59,6 +65,12 @@ def arrivals(draw: st.DrawFn) -> dict[str, Any]:
         "stop_token_ids": draw(st.sampled_from([frozenset(), frozenset({0})])),
         "starts_thinking": draw(st.booleans()),
         "think_end_id": 1,
+        "thinking_budget": draw(st.one_of(st.none(), st.integers(0, 10))),
+        "close_thinking_ids": [6, 7, 1, 5][draw(st.integers(0, 2)) : draw(st.integers(3, 4))],
+        "min_tokens": draw(st.integers(0, 4)),
+        "priority": draw(st.sampled_from([0, 0, 1, -1])),
+        "bad_words": draw(st.lists(st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=3), max_size=2)),
+        "num_prompt_logprobs": draw(st.sampled_from([None, None, 0, 1])),
         "cache_salt": draw(st.sampled_from(["", "tenant"])),
         "sampling": SamplingParams(
             seed=draw(st.integers(0, 1)),
@@ -70,7 +82,14 @@ def arrivals(draw: st.DrawFn) -> dict[str, Any]:
 
 bursts = st.lists(arrivals(), min_size=3, max_size=12)
 moves = st.lists(
-    st.one_of(st.just(Send()), st.just(Receive()), st.just(Send()), arrivals(), st.builds(Cancel, st.integers(0, 20))),
+    st.one_of(
+        st.just(Send()),
+        st.just(Receive()),
+        st.just(Send()),
+        arrivals(),
+        st.builds(Cancel, st.integers(0, 20)),
+        st.builds(SetBudget, st.integers(0, 20), st.integers(0, 10)),
+    ),
     min_size=10,
     max_size=60,
 )
@@ -86,6 +105,9 @@ def make_move(copy: FakeCopy, move: object) -> None:
         case Cancel(index):
             if index in copy.requests:
                 copy.cancel(index)
+        case SetBudget(index, thinking_budget):
+            if index in copy.requests:
+                copy.set_budget(index, thinking_budget)
         case dict():
             offer(copy, request(len(copy.requests), **move))
 
@@ -107,9 +129,16 @@ def assert_as_alone(copy: FakeCopy, key: Hashable) -> None:
         assert copy.token_ids[key] == token_ids[: len(copy.token_ids[key])]
     else:
         assert (copy.token_ids[key], copy.finish[key]) == (token_ids, finish)
+    asked = copy.requests[key]
+    if asked.num_prompt_logprobs is not None and copy.token_ids[key]:
+        scores = [entry.logprob for entry in copy.prompt_logprobs.get(key, [])]
+        assert scores == [-float(token_id) for token_id in asked.prompt_ids[1:]]
     asks_logprobs = copy.requests[key].sampling.num_logprobs is not None
     expected = [-float(token_id) for token_id in copy.token_ids[key]] if asks_logprobs else []
-    assert [entry.logprob for entry in copy.logprobs[key]] == expected
+    got = [entry.logprob for entry in copy.logprobs[key]]
+    # Forced tokens had no choice: their logprob is 0.
+    assert len(got) == len(expected)
+    assert sum(a != b for a, b in zip(got, expected, strict=True)) <= len(copy.forced.get(key, []))
 
 
 def num_prompt_prefixes(copy: FakeCopy) -> int:
@@ -140,5 +169,6 @@ def test_every_sequence_gets_what_it_would_get_alone_and_all_blocks_come_back(
         assert_as_alone(copy, key)
     assert copy.blocks.num_free == copy.blocks.num_blocks
     assert copy.blocks.num_cached <= num_prompt_prefixes(copy), "something else than prompts is left in the cache"
+    event("thoughts closed" if copy.forced else "no thoughts closed")
     event("preempted" if copy.scheduler.num_preempted_total else "not preempted")
     event("prefix hit" if copy.scheduler.stats.prefix_hit_tokens_total else "no prefix hit")

@@ -46,6 +46,18 @@ async def test_a_key_that_is_used_again_does_not_join_its_ended_request() -> Non
     assert (list(ended.token_ids), list(begun.token_ids)) == ([5], [6])
 
 
+async def test_forced_tokens_are_the_last_ones_of_their_message() -> None:
+    session = Session(0)
+
+    session.push(1, update(5))
+    session.push(1, SequenceUpdate(key=None, token_ids=[8, 9], num_forced=2))
+    session.push(1, update(6))
+    first, second = (await session.next()).updates
+
+    assert (list(first.token_ids), first.num_forced) == ([5, 8, 9], 2)
+    assert (list(second.token_ids), second.num_forced) == ([6], 0)
+
+
 @given(st.lists(st.tuples(st.integers(1, 3), st.integers(1, 6), st.integers(0, 2), st.booleans()), max_size=40))
 def test_nothing_is_lost_or_reordered_and_messages_stay_bounded(
     pushes: list[tuple[int, int, int, bool]],

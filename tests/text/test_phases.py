@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.text.phases import Delta, Phase, PhaseSplitter, ThinkTags, ThoughtsClosed
+from cluster.text.phases import PhaseSplitter, ThinkTags
+from cluster.text.pieces import Delta, Phase, ThoughtsClosed
 from cluster.text.tokenizer import Tokenizer
 
 ALPHABET = ["\n", "\n\n", "a", " b", ".\n", "é", "日", "<tool_call>", "<|im_start|>"]
@@ -32,19 +33,18 @@ def split_stream(tokenizer: Tokenizer, chunks: list[list[int]], starts_thinking:
     splitter = PhaseSplitter(tags_of(tokenizer), tokenizer.detokenizer(), starts_thinking=starts_thinking)
     texts = {Phase.THINKING: "", Phase.ANSWER: ""}
     for chunk in chunks:
-        position = 0
-        for piece in splitter.push(chunk):
+        pieces = splitter.push(chunk)
+        assert sum(piece.num_tokens for piece in pieces) == len(chunk)
+        for piece in pieces:
             if isinstance(piece, ThoughtsClosed):
-                assert piece.index == position
-                position += 1
                 continue
             assert isinstance(piece, Delta)
-            assert piece.start == position
-            assert piece.text or piece.stop > piece.start
+            assert piece.text or piece.num_tokens
             texts[piece.phase] += piece.text
-            position = piece.stop
-        assert position == len(chunk)
-    texts[splitter.phase] += splitter.finish()
+    for piece in splitter.finish():
+        assert isinstance(piece, Delta)
+        assert piece.num_tokens == 0
+        texts[splitter.phase] += piece.text
     return Split(texts[Phase.THINKING], texts[Phase.ANSWER], splitter.phase)
 
 
@@ -139,4 +139,4 @@ def test_a_raw_prompt_without_an_open_tag_starts_in_the_answer(pocket: Tokenizer
 
 def test_a_tokenizer_without_tags_has_only_an_answer(pocket: Tokenizer) -> None:
     splitter = PhaseSplitter(ThinkTags(None, None), pocket.detokenizer(), starts_thinking=False)
-    assert splitter.push(pocket.encode("</think>"))[0] == Delta(Phase.ANSWER, "</think>", 0, 1)
+    assert splitter.push(pocket.encode("</think>"))[0] == Delta(Phase.ANSWER, "</think>", 1)

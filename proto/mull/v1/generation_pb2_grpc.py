@@ -39,6 +39,21 @@ class GenerationServiceStub:
                 request_serializer=mull_dot_v1_dot_generation__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=mull_dot_v1_dot_generation__pb2.GenerateEvent.FromString,
                 _registered_method=True)
+        self.Complete = channel.unary_unary(
+                '/mull.v1.GenerationService/Complete',
+                request_serializer=mull_dot_v1_dot_generation__pb2.GenerateRequest.SerializeToString,
+                response_deserializer=mull_dot_v1_dot_generation__pb2.CompleteResponse.FromString,
+                _registered_method=True)
+        self.Tokenize = channel.unary_unary(
+                '/mull.v1.GenerationService/Tokenize',
+                request_serializer=mull_dot_v1_dot_generation__pb2.TokenizeRequest.SerializeToString,
+                response_deserializer=mull_dot_v1_dot_generation__pb2.TokenizeResponse.FromString,
+                _registered_method=True)
+        self.Detokenize = channel.unary_unary(
+                '/mull.v1.GenerationService/Detokenize',
+                request_serializer=mull_dot_v1_dot_generation__pb2.DetokenizeRequest.SerializeToString,
+                response_deserializer=mull_dot_v1_dot_generation__pb2.DetokenizeResponse.FromString,
+                _registered_method=True)
         self.ListModels = channel.unary_unary(
                 '/mull.v1.GenerationService/ListModels',
                 request_serializer=mull_dot_v1_dot_generation__pb2.ListModelsRequest.SerializeToString,
@@ -58,6 +73,26 @@ class GenerationServiceServicer:
         """Streams the events of one generation. The first event is Started, the last one Finished.
         A broken stream or a cancelled call frees everything at once.
         """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Complete(self, request, context):
+        """The same in one message, when all is done.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Tokenize(self, request, context):
+        """Text or a conversation to token ids, as Generate would encode it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Detokenize(self, request, context):
+        """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -83,6 +118,21 @@ def add_GenerationServiceServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=mull_dot_v1_dot_generation__pb2.GenerateRequest.FromString,
                     response_serializer=mull_dot_v1_dot_generation__pb2.GenerateEvent.SerializeToString,
+            ),
+            'Complete': grpc.unary_unary_rpc_method_handler(
+                    servicer.Complete,
+                    request_deserializer=mull_dot_v1_dot_generation__pb2.GenerateRequest.FromString,
+                    response_serializer=mull_dot_v1_dot_generation__pb2.CompleteResponse.SerializeToString,
+            ),
+            'Tokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Tokenize,
+                    request_deserializer=mull_dot_v1_dot_generation__pb2.TokenizeRequest.FromString,
+                    response_serializer=mull_dot_v1_dot_generation__pb2.TokenizeResponse.SerializeToString,
+            ),
+            'Detokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Detokenize,
+                    request_deserializer=mull_dot_v1_dot_generation__pb2.DetokenizeRequest.FromString,
+                    response_serializer=mull_dot_v1_dot_generation__pb2.DetokenizeResponse.SerializeToString,
             ),
             'ListModels': grpc.unary_unary_rpc_method_handler(
                     servicer.ListModels,
@@ -122,6 +172,87 @@ class GenerationService:
             '/mull.v1.GenerationService/Generate',
             mull_dot_v1_dot_generation__pb2.GenerateRequest.SerializeToString,
             mull_dot_v1_dot_generation__pb2.GenerateEvent.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Complete(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mull.v1.GenerationService/Complete',
+            mull_dot_v1_dot_generation__pb2.GenerateRequest.SerializeToString,
+            mull_dot_v1_dot_generation__pb2.CompleteResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Tokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mull.v1.GenerationService/Tokenize',
+            mull_dot_v1_dot_generation__pb2.TokenizeRequest.SerializeToString,
+            mull_dot_v1_dot_generation__pb2.TokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Detokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mull.v1.GenerationService/Detokenize',
+            mull_dot_v1_dot_generation__pb2.DetokenizeRequest.SerializeToString,
+            mull_dot_v1_dot_generation__pb2.DetokenizeResponse.FromString,
             options,
             channel_credentials,
             insecure,

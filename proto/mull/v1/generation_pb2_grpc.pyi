@@ -35,6 +35,11 @@ class GenerationServiceStub:
     """Streams the events of one generation. The first event is Started, the last one Finished.
     A broken stream or a cancelled call frees everything at once.
     """
+    Complete: _grpc.UnaryUnaryMultiCallable[_generation_pb2.GenerateRequest, _generation_pb2.CompleteResponse]
+    """The same in one message, when all is done."""
+    Tokenize: _grpc.UnaryUnaryMultiCallable[_generation_pb2.TokenizeRequest, _generation_pb2.TokenizeResponse]
+    """Text or a conversation to token ids, as Generate would encode it."""
+    Detokenize: _grpc.UnaryUnaryMultiCallable[_generation_pb2.DetokenizeRequest, _generation_pb2.DetokenizeResponse]
     ListModels: _grpc.UnaryUnaryMultiCallable[_generation_pb2.ListModelsRequest, _generation_pb2.ListModelsResponse]
     """The models that this server serves."""
     GetServerInfo: _grpc.UnaryUnaryMultiCallable[_generation_pb2.GetServerInfoRequest, _generation_pb2.GetServerInfoResponse]
@@ -47,6 +52,11 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     """Streams the events of one generation. The first event is Started, the last one Finished.
     A broken stream or a cancelled call frees everything at once.
     """
+    Complete: _aio.UnaryUnaryMultiCallable[_generation_pb2.GenerateRequest, _generation_pb2.CompleteResponse]  # type: ignore[assignment]
+    """The same in one message, when all is done."""
+    Tokenize: _aio.UnaryUnaryMultiCallable[_generation_pb2.TokenizeRequest, _generation_pb2.TokenizeResponse]  # type: ignore[assignment]
+    """Text or a conversation to token ids, as Generate would encode it."""
+    Detokenize: _aio.UnaryUnaryMultiCallable[_generation_pb2.DetokenizeRequest, _generation_pb2.DetokenizeResponse]  # type: ignore[assignment]
     ListModels: _aio.UnaryUnaryMultiCallable[_generation_pb2.ListModelsRequest, _generation_pb2.ListModelsResponse]  # type: ignore[assignment]
     """The models that this server serves."""
     GetServerInfo: _aio.UnaryUnaryMultiCallable[_generation_pb2.GetServerInfoRequest, _generation_pb2.GetServerInfoResponse]  # type: ignore[assignment]
@@ -62,6 +72,29 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         """Streams the events of one generation. The first event is Started, the last one Finished.
         A broken stream or a cancelled call frees everything at once.
         """
+
+    @_abc_1.abstractmethod
+    def Complete(
+        self,
+        request: _generation_pb2.GenerateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_generation_pb2.CompleteResponse, _abc.Awaitable[_generation_pb2.CompleteResponse]]:
+        """The same in one message, when all is done."""
+
+    @_abc_1.abstractmethod
+    def Tokenize(
+        self,
+        request: _generation_pb2.TokenizeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_generation_pb2.TokenizeResponse, _abc.Awaitable[_generation_pb2.TokenizeResponse]]:
+        """Text or a conversation to token ids, as Generate would encode it."""
+
+    @_abc_1.abstractmethod
+    def Detokenize(
+        self,
+        request: _generation_pb2.DetokenizeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_generation_pb2.DetokenizeResponse, _abc.Awaitable[_generation_pb2.DetokenizeResponse]]: ...
 
     @_abc_1.abstractmethod
     def ListModels(

@@ -24,39 +24,51 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14mull/v1/router.proto\x12\x07mull.v1\"a\n\x0eGatewayMessage\x12!\n\x06submit\x18\x01 \x01(\x0b\x32\x0f.mull.v1.SubmitH\x00\x12!\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x0f.mull.v1.CancelH\x00\x42\t\n\x07message\"\xad\x01\n\x06Submit\x12\x0b\n\x03key\x18\x01 \x01(\x04\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x12\n\nprompt_ids\x18\x03 \x03(\r\x12)\n\x08sampling\x18\x04 \x01(\x0b\x32\x17.mull.v1.RouterSampling\x12\x12\n\nmax_tokens\x18\x05 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x06 \x03(\r\x12\x17\n\x0fstarts_thinking\x18\x07 \x01(\x08\"\xdd\x01\n\x0eRouterSampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x18\n\x10presence_penalty\x18\x05 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x06 \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\x07 \x01(\x02\x12\x0c\n\x04seed\x18\x08 \x01(\x04\x12\x19\n\x0cnum_logprobs\x18\t \x01(\rH\x00\x88\x01\x01\x42\x0f\n\r_num_logprobs\"\x15\n\x06\x43\x61ncel\x12\x0b\n\x03key\x18\x01 \x01(\x04\"9\n\rRouterMessage\x12(\n\x07updates\x18\x01 \x03(\x0b\x32\x17.mull.v1.SequenceUpdate\"\xba\x01\n\x0eSequenceUpdate\x12\x0b\n\x03key\x18\x01 \x01(\x04\x12(\n\x08\x61\x64mitted\x18\x02 \x01(\x0b\x32\x11.mull.v1.AdmittedH\x00\x88\x01\x01\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12)\n\x08logprobs\x18\x04 \x03(\x0b\x32\x17.mull.v1.RouterLogprobs\x12\x1e\n\x03\x65nd\x18\x05 \x01(\x0b\x32\x0c.mull.v1.EndH\x01\x88\x01\x01\x42\x0b\n\t_admittedB\x06\n\x04_end\"!\n\x08\x41\x64mitted\x12\x15\n\rcached_tokens\x18\x01 \x01(\r\"H\n\x0eRouterLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12\x0f\n\x07top_ids\x18\x02 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x03 \x03(\x02\"\xed\x01\n\x03\x45nd\x12#\n\x06reason\x18\x01 \x01(\x0e\x32\x13.mull.v1.End.Reason\x12\x0f\n\x07message\x18\x02 \x01(\t\"\xaf\x01\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x0f\n\x0bREASON_STOP\x10\x01\x12\x11\n\rREASON_LENGTH\x10\x02\x12\x14\n\x10REASON_CANCELLED\x10\x03\x12\x15\n\x11REASON_OVERLOADED\x10\x04\x12\x16\n\x12REASON_UNAVAILABLE\x10\x05\x12\x12\n\x0eREASON_INVALID\x10\x06\x12\x10\n\x0cREASON_ERROR\x10\x07\"\x11\n\x0f\x44\x65scribeRequest\"\xb2\x05\n\x10\x44\x65scribeResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05ready\x18\x02 \x01(\x08\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x15\n\rmax_model_len\x18\x04 \x01(\r\x12\x1c\n\x14tensor_parallel_size\x18\x05 \x01(\r\x12\x12\n\nnum_blocks\x18\x06 \x01(\r\x12\x17\n\x0fnum_free_blocks\x18\x07 \x01(\r\x12\x12\n\nblock_size\x18\x08 \x01(\r\x12\x13\n\x0bnum_running\x18\t \x01(\r\x12\x13\n\x0bnum_waiting\x18\n \x01(\r\x12 \n\x05ranks\x18\x0b \x03(\x0b\x32\x11.mull.v1.RankInfo\x12\x14\n\x0cloaded_bytes\x18\x0c \x01(\x04\x12\x13\n\x0btotal_bytes\x18\r \x01(\x04\x12\x0e\n\x06\x66\x61iled\x18\x0e \x01(\x08\x12\x14\n\x0cnum_thinking\x18\x0f \x01(\r\x12\x15\n\rnum_answering\x18\x10 \x01(\r\x12\x17\n\x0fnum_steps_total\x18\x11 \x01(\x04\x12\x1a\n\x12num_restarts_total\x18\x12 \x01(\x04\x12\x1b\n\x13num_preempted_total\x18\x13 \x01(\x04\x12!\n\x19prefix_query_tokens_total\x18\x14 \x01(\x04\x12\x1f\n\x17prefix_hit_tokens_total\x18\x15 \x01(\x04\x12\x1a\n\x12\x64\x61ta_parallel_size\x18\x16 \x01(\r\x12\x1c\n\x14\x65xpert_parallel_size\x18\x17 \x01(\r\x12#\n\x1b\x65xpert_tensor_parallel_size\x18\x18 \x01(\r\x12\x19\n\x11redundant_experts\x18\x19 \x01(\r\x12\x18\n\x10\x65xpert_imbalance\x18\x1a \x01(\x02\x12\x1c\n\x14num_rebalances_total\x18\x1b \x01(\x04\"\xe1\x01\n\x08RankInfo\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0c\n\x04host\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x14\n\x0cweight_bytes\x18\x05 \x01(\x04\x12\x10\n\x08kv_bytes\x18\x06 \x01(\x04\x12\x14\n\x0cload_seconds\x18\x07 \x01(\x02\x12\r\n\x05group\x18\x08 \x01(\r\x12\x11\n\tnum_heads\x18\t \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\n \x01(\r\x12\x13\n\x0bnum_experts\x18\x0b \x01(\r\x12\x11\n\tkv_tokens\x18\x0c \x01(\x04\x32\x90\x01\n\rRouterService\x12>\n\x07Session\x12\x17.mull.v1.GatewayMessage\x1a\x16.mull.v1.RouterMessage(\x01\x30\x01\x12?\n\x08\x44\x65scribe\x12\x18.mull.v1.DescribeRequest\x1a\x19.mull.v1.DescribeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14mull/v1/router.proto\x12\x07mull.v1\"\x8b\x01\n\x0eGatewayMessage\x12!\n\x06submit\x18\x01 \x01(\x0b\x32\x0f.mull.v1.SubmitH\x00\x12!\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x0f.mull.v1.CancelH\x00\x12(\n\nset_budget\x18\x03 \x01(\x0b\x32\x12.mull.v1.SetBudgetH\x00\x42\t\n\x07message\"\xa9\x03\n\x06Submit\x12\x0b\n\x03key\x18\x01 \x01(\x04\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x12\n\nprompt_ids\x18\x03 \x03(\r\x12)\n\x08sampling\x18\x04 \x01(\x0b\x32\x17.mull.v1.RouterSampling\x12\x12\n\nmax_tokens\x18\x05 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x06 \x03(\r\x12\x17\n\x0fstarts_thinking\x18\x07 \x01(\x08\x12\x1c\n\x0fthinking_budget\x18\x08 \x01(\rH\x00\x88\x01\x01\x12\x1a\n\x12\x63lose_thinking_ids\x18\t \x03(\r\x12\x12\n\nmin_tokens\x18\n \x01(\r\x12\x10\n\x08priority\x18\x0b \x01(\x05\x12!\n\x07grammar\x18\x0c \x01(\x0b\x32\x10.mull.v1.Grammar\x12)\n\tbad_words\x18\r \x03(\x0b\x32\x16.mull.v1.TokenSequence\x12 \n\x13num_prompt_logprobs\x18\x0e \x01(\rH\x01\x88\x01\x01\x42\x12\n\x10_thinking_budgetB\x16\n\x14_num_prompt_logprobs\"\xbd\x01\n\x07Grammar\x12#\n\x04kind\x18\x01 \x01(\x0e\x32\x15.mull.v1.Grammar.Kind\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x16\n\x0e\x61\x66ter_thinking\x18\x03 \x01(\x08\"g\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10KIND_JSON_SCHEMA\x10\x01\x12\x0e\n\nKIND_REGEX\x10\x02\x12\r\n\tKIND_EBNF\x10\x03\x12\x14\n\x10KIND_JSON_OBJECT\x10\x04\"\x1c\n\rTokenSequence\x12\x0b\n\x03ids\x18\x01 \x03(\r\"1\n\tSetBudget\x12\x0b\n\x03key\x18\x01 \x01(\x04\x12\x17\n\x0fthinking_budget\x18\x02 \x01(\r\"\xcb\x02\n\x0eRouterSampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x18\n\x10presence_penalty\x18\x05 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x06 \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\x07 \x01(\x02\x12\x0c\n\x04seed\x18\x08 \x01(\x04\x12\x19\n\x0cnum_logprobs\x18\t \x01(\rH\x00\x88\x01\x01\x12:\n\nlogit_bias\x18\n \x03(\x0b\x32&.mull.v1.RouterSampling.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0f\n\r_num_logprobs\"\x15\n\x06\x43\x61ncel\x12\x0b\n\x03key\x18\x01 \x01(\x04\"9\n\rRouterMessage\x12(\n\x07updates\x18\x01 \x03(\x0b\x32\x17.mull.v1.SequenceUpdate\"\x80\x02\n\x0eSequenceUpdate\x12\x0b\n\x03key\x18\x01 \x01(\x04\x12(\n\x08\x61\x64mitted\x18\x02 \x01(\x0b\x32\x11.mull.v1.AdmittedH\x00\x88\x01\x01\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12)\n\x08logprobs\x18\x04 \x03(\x0b\x32\x17.mull.v1.RouterLogprobs\x12\x1e\n\x03\x65nd\x18\x05 \x01(\x0b\x32\x0c.mull.v1.EndH\x01\x88\x01\x01\x12\x12\n\nnum_forced\x18\x06 \x01(\r\x12\x30\n\x0fprompt_logprobs\x18\x07 \x03(\x0b\x32\x17.mull.v1.RouterLogprobsB\x0b\n\t_admittedB\x06\n\x04_end\"!\n\x08\x41\x64mitted\x12\x15\n\rcached_tokens\x18\x01 \x01(\r\"H\n\x0eRouterLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12\x0f\n\x07top_ids\x18\x02 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x03 \x03(\x02\"\xed\x01\n\x03\x45nd\x12#\n\x06reason\x18\x01 \x01(\x0e\x32\x13.mull.v1.End.Reason\x12\x0f\n\x07message\x18\x02 \x01(\t\"\xaf\x01\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x0f\n\x0bREASON_STOP\x10\x01\x12\x11\n\rREASON_LENGTH\x10\x02\x12\x14\n\x10REASON_CANCELLED\x10\x03\x12\x15\n\x11REASON_OVERLOADED\x10\x04\x12\x16\n\x12REASON_UNAVAILABLE\x10\x05\x12\x12\n\x0eREASON_INVALID\x10\x06\x12\x10\n\x0cREASON_ERROR\x10\x07\"\x11\n\x0f\x44\x65scribeRequest\"\xb2\x05\n\x10\x44\x65scribeResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05ready\x18\x02 \x01(\x08\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x15\n\rmax_model_len\x18\x04 \x01(\r\x12\x1c\n\x14tensor_parallel_size\x18\x05 \x01(\r\x12\x12\n\nnum_blocks\x18\x06 \x01(\r\x12\x17\n\x0fnum_free_blocks\x18\x07 \x01(\r\x12\x12\n\nblock_size\x18\x08 \x01(\r\x12\x13\n\x0bnum_running\x18\t \x01(\r\x12\x13\n\x0bnum_waiting\x18\n \x01(\r\x12 \n\x05ranks\x18\x0b \x03(\x0b\x32\x11.mull.v1.RankInfo\x12\x14\n\x0cloaded_bytes\x18\x0c \x01(\x04\x12\x13\n\x0btotal_bytes\x18\r \x01(\x04\x12\x0e\n\x06\x66\x61iled\x18\x0e \x01(\x08\x12\x14\n\x0cnum_thinking\x18\x0f \x01(\r\x12\x15\n\rnum_answering\x18\x10 \x01(\r\x12\x17\n\x0fnum_steps_total\x18\x11 \x01(\x04\x12\x1a\n\x12num_restarts_total\x18\x12 \x01(\x04\x12\x1b\n\x13num_preempted_total\x18\x13 \x01(\x04\x12!\n\x19prefix_query_tokens_total\x18\x14 \x01(\x04\x12\x1f\n\x17prefix_hit_tokens_total\x18\x15 \x01(\x04\x12\x1a\n\x12\x64\x61ta_parallel_size\x18\x16 \x01(\r\x12\x1c\n\x14\x65xpert_parallel_size\x18\x17 \x01(\r\x12#\n\x1b\x65xpert_tensor_parallel_size\x18\x18 \x01(\r\x12\x19\n\x11redundant_experts\x18\x19 \x01(\r\x12\x18\n\x10\x65xpert_imbalance\x18\x1a \x01(\x02\x12\x1c\n\x14num_rebalances_total\x18\x1b \x01(\x04\"\xe1\x01\n\x08RankInfo\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0c\n\x04host\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x14\n\x0cweight_bytes\x18\x05 \x01(\x04\x12\x10\n\x08kv_bytes\x18\x06 \x01(\x04\x12\x14\n\x0cload_seconds\x18\x07 \x01(\x02\x12\r\n\x05group\x18\x08 \x01(\r\x12\x11\n\tnum_heads\x18\t \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\n \x01(\r\x12\x13\n\x0bnum_experts\x18\x0b \x01(\r\x12\x11\n\tkv_tokens\x18\x0c \x01(\x04\x32\x90\x01\n\rRouterService\x12>\n\x07Session\x12\x17.mull.v1.GatewayMessage\x1a\x16.mull.v1.RouterMessage(\x01\x30\x01\x12?\n\x08\x44\x65scribe\x12\x18.mull.v1.DescribeRequest\x1a\x19.mull.v1.DescribeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'mull.v1.router_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_GATEWAYMESSAGE']._serialized_start=33
-  _globals['_GATEWAYMESSAGE']._serialized_end=130
-  _globals['_SUBMIT']._serialized_start=133
-  _globals['_SUBMIT']._serialized_end=306
-  _globals['_ROUTERSAMPLING']._serialized_start=309
-  _globals['_ROUTERSAMPLING']._serialized_end=530
-  _globals['_CANCEL']._serialized_start=532
-  _globals['_CANCEL']._serialized_end=553
-  _globals['_ROUTERMESSAGE']._serialized_start=555
-  _globals['_ROUTERMESSAGE']._serialized_end=612
-  _globals['_SEQUENCEUPDATE']._serialized_start=615
-  _globals['_SEQUENCEUPDATE']._serialized_end=801
-  _globals['_ADMITTED']._serialized_start=803
-  _globals['_ADMITTED']._serialized_end=836
-  _globals['_ROUTERLOGPROBS']._serialized_start=838
-  _globals['_ROUTERLOGPROBS']._serialized_end=910
-  _globals['_END']._serialized_start=913
-  _globals['_END']._serialized_end=1150
-  _globals['_END_REASON']._serialized_start=975
-  _globals['_END_REASON']._serialized_end=1150
-  _globals['_DESCRIBEREQUEST']._serialized_start=1152
-  _globals['_DESCRIBEREQUEST']._serialized_end=1169
-  _globals['_DESCRIBERESPONSE']._serialized_start=1172
-  _globals['_DESCRIBERESPONSE']._serialized_end=1862
-  _globals['_RANKINFO']._serialized_start=1865
-  _globals['_RANKINFO']._serialized_end=2090
-  _globals['_ROUTERSERVICE']._serialized_start=2093
-  _globals['_ROUTERSERVICE']._serialized_end=2237
+  _globals['_ROUTERSAMPLING_LOGITBIASENTRY']._loaded_options = None
+  _globals['_ROUTERSAMPLING_LOGITBIASENTRY']._serialized_options = b'8\001'
+  _globals['_GATEWAYMESSAGE']._serialized_start=34
+  _globals['_GATEWAYMESSAGE']._serialized_end=173
+  _globals['_SUBMIT']._serialized_start=176
+  _globals['_SUBMIT']._serialized_end=601
+  _globals['_GRAMMAR']._serialized_start=604
+  _globals['_GRAMMAR']._serialized_end=793
+  _globals['_GRAMMAR_KIND']._serialized_start=690
+  _globals['_GRAMMAR_KIND']._serialized_end=793
+  _globals['_TOKENSEQUENCE']._serialized_start=795
+  _globals['_TOKENSEQUENCE']._serialized_end=823
+  _globals['_SETBUDGET']._serialized_start=825
+  _globals['_SETBUDGET']._serialized_end=874
+  _globals['_ROUTERSAMPLING']._serialized_start=877
+  _globals['_ROUTERSAMPLING']._serialized_end=1208
+  _globals['_ROUTERSAMPLING_LOGITBIASENTRY']._serialized_start=1143
+  _globals['_ROUTERSAMPLING_LOGITBIASENTRY']._serialized_end=1191
+  _globals['_CANCEL']._serialized_start=1210
+  _globals['_CANCEL']._serialized_end=1231
+  _globals['_ROUTERMESSAGE']._serialized_start=1233
+  _globals['_ROUTERMESSAGE']._serialized_end=1290
+  _globals['_SEQUENCEUPDATE']._serialized_start=1293
+  _globals['_SEQUENCEUPDATE']._serialized_end=1549
+  _globals['_ADMITTED']._serialized_start=1551
+  _globals['_ADMITTED']._serialized_end=1584
+  _globals['_ROUTERLOGPROBS']._serialized_start=1586
+  _globals['_ROUTERLOGPROBS']._serialized_end=1658
+  _globals['_END']._serialized_start=1661
+  _globals['_END']._serialized_end=1898
+  _globals['_END_REASON']._serialized_start=1723
+  _globals['_END_REASON']._serialized_end=1898
+  _globals['_DESCRIBEREQUEST']._serialized_start=1900
+  _globals['_DESCRIBEREQUEST']._serialized_end=1917
+  _globals['_DESCRIBERESPONSE']._serialized_start=1920
+  _globals['_DESCRIBERESPONSE']._serialized_end=2610
+  _globals['_RANKINFO']._serialized_start=2613
+  _globals['_RANKINFO']._serialized_end=2838
+  _globals['_ROUTERSERVICE']._serialized_start=2841
+  _globals['_ROUTERSERVICE']._serialized_end=2985
 # @@protoc_insertion_point(module_scope)

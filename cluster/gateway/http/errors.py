@@ -1,0 +1,77 @@
+"""The one table from error classes to HTTP statuses, and OpenAI's shape of an error."""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import dataclass
+
+from cluster.errors import (
+    DeadlinePassed,
+    MullError,
+    NotReady,
+    Overloaded,
+    PromptTooLong,
+    RequestError,
+    SlowReader,
+    UnknownModel,
+)
+from cluster.gateway.http.parts import Json
+
+logger = logging.getLogger(__name__)
+
+RETRY_AFTER_S = 1
+
+
+class BodyTooLarge(RequestError):
+    """The request's body passes the bound."""
+
+
+@dataclass(frozen=True)
+class HttpStatus:
+    """How an error looks from outside."""
+
+    status: int
+    type: str
+    code: str | None = None
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+_RETRY = (("retry-after", str(RETRY_AFTER_S)),)
+
+STATUSES: dict[type[Exception], HttpStatus] = {
+    RequestError: HttpStatus(400, "invalid_request_error"),
+    PromptTooLong: HttpStatus(400, "invalid_request_error", "context_length_exceeded"),
+    UnknownModel: HttpStatus(404, "invalid_request_error", "model_not_found"),
+    BodyTooLarge: HttpStatus(413, "invalid_request_error", "request_too_large"),
+    Overloaded: HttpStatus(429, "rate_limit_error", "overloaded", _RETRY),
+    SlowReader: HttpStatus(429, "rate_limit_error", "slow_reader"),
+    DeadlinePassed: HttpStatus(504, "server_error", "deadline_passed"),
+    NotReady: HttpStatus(503, "server_error", "not_ready", _RETRY),
+    Exception: HttpStatus(500, "server_error", "internal_error"),
+}
+"""A class without a row has its nearest ancestor's."""
+
+
+def http_status(error: Exception) -> HttpStatus:
+    """The row of an error."""
+    return next(STATUSES[ancestor] for ancestor in type(error).__mro__ if ancestor in STATUSES)
+
+
+def error_json(error: Exception, request_id: str) -> Json:
+    """OpenAI's error document. The text of an error that was not raised on purpose goes to the log alone."""
+    row = http_status(error)
+    message = str(error)
+    param = None
+    if not isinstance(error, MullError):
+        logger.error("request %s failed", request_id, exc_info=error)
+        message = f"an unexpected fault, logged under request id {request_id}"
+    elif isinstance(error, RequestError):
+        param = _http_name(error.field)
+        message = message.replace(error.field, param, 1) if message.startswith(error.field) else message
+    return {"error": {"message": message, "type": row.type, "param": param, "code": row.code}}
+
+
+def _http_name(field: str) -> str:
+    """The field of GenerateRequest → the body's: what is grouped there is flat here."""
+    return re.sub(r"^(sampling|conversation)\.", "", field)

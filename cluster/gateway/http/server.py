@@ -1,0 +1,80 @@
+"""HttpServer: uvicorn on a port of its own, in the event loop of its gateway."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import uvicorn
+
+from cluster.config import GatewayConfig
+from cluster.errors import EngineError
+from cluster.gateway.core import GenerationCore
+from cluster.gateway.http.exchanges import Exchanges
+from cluster.gateway.http.routes import WhyNotReady, build_http_app
+
+START_TIMEOUT_S = 10.0
+CLOSE_S = 1
+"""Seconds for last bytes on their way, once all exchanges have ended or were cut."""
+BACKLOG = 1024
+
+
+class HttpServer:
+    """Start it on an open socket, later stop it."""
+
+    def __init__(self, core: GenerationCore, config: GatewayConfig, why_not_ready: WhyNotReady) -> None:
+        self._exchanges = Exchanges()
+        app = build_http_app(core, config, why_not_ready, self._exchanges)
+        settings = uvicorn.Config(
+            app,
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            backlog=BACKLOG,
+            timeout_graceful_shutdown=CLOSE_S,
+        )
+        self._server = _Uvicorn(settings)
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether its task runs as it should."""
+        return self._task is not None and not self._task.done()
+
+    async def start(self, listener: socket.socket) -> None:
+        """Answer on `listener`, which is closed in the end. Raises EngineError."""
+        self._task = asyncio.create_task(self._server.serve(sockets=[listener]), name="http server")
+        listening = asyncio.create_task(self._server.listening.wait())
+        done, _ = await asyncio.wait({self._task, listening}, timeout=START_TIMEOUT_S, return_when="FIRST_COMPLETED")
+        if listening not in done:
+            listening.cancel()
+            raise EngineError("the HTTP server did not start") from (self._task.exception() if done else None)
+
+    async def stop(self) -> None:
+        """Interrupt what still runs, and close the port."""
+        self._exchanges.cut()
+        if self._task is not None:
+            self._server.should_exit = True
+            await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None
+
+
+class _Uvicorn(uvicorn.Server):
+    """Leaves signals to the process that it runs in, and says when it listens."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.listening = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.listening.set()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
