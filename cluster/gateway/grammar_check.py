@@ -6,19 +6,18 @@ Hop 2. Compiling takes milliseconds and is bounded: it runs in a thread.
 from __future__ import annotations
 
 import asyncio
-import importlib
-import importlib.util
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from cluster.errors import InvalidRequest
+from cluster.text.grammar import check_grammar
 from mull.v1 import router_pb2
+from workers.step import GrammarKind
 
 GrammarCheck = Callable[[router_pb2.Grammar, Path, str], Awaitable[None]]
 """Takes the grammar, the checkpoint's directory and the field that it came from. Raises InvalidRequest."""
 
-_COMPILER = "cluster.text.grammar"
-_KINDS = {
+_KINDS: dict[router_pb2.Grammar.Kind, GrammarKind] = {
     router_pb2.Grammar.KIND_JSON_SCHEMA: "json_schema",
     router_pb2.Grammar.KIND_JSON_OBJECT: "json_object",
     router_pb2.Grammar.KIND_REGEX: "regex",
@@ -28,11 +27,8 @@ _KINDS = {
 
 async def compiled(grammar: router_pb2.Grammar, model_dir: Path, field: str) -> None:
     """Compile it with the same compiler and bounds as the ranks."""
-    if importlib.util.find_spec(_COMPILER) is None:
-        raise InvalidRequest(f"{field}: not supported yet; leave it out", field=field)
-    check = importlib.import_module(_COMPILER).check_grammar
     try:
-        await asyncio.to_thread(check, _KINDS[grammar.kind], grammar.text, model_dir)
+        await asyncio.to_thread(check_grammar, _KINDS[grammar.kind], grammar.text, model_dir)
     except InvalidRequest as error:
         words = str(error).removeprefix(f"{error.field}: ")
         raise InvalidRequest(f"{field}: {words}", field=field) from error
