@@ -265,7 +265,7 @@ def test_answers_match_their_grammars_whatever_happens_on_the_way(runner: ModelR
     requests = [asked(key, tokenizer) for key in range(16)]
 
     alone = [drive(runner, [request], num_blocks=64, chunk=64) for request in requests]
-    tight = drive(runner, requests, num_blocks=26, chunk=11)
+    tight = drive(runner, requests, num_blocks=12, chunk=11)
 
     assert tight.num_preempted > 0
     for request, one in zip(requests, alone, strict=True):
