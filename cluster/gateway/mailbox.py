@@ -73,9 +73,10 @@ class Mailbox:
         """Take an update from the Router."""
         if update.HasField("admitted"):
             self._cached_tokens = update.admitted.cached_tokens
-        self._token_ids.extend(update.token_ids)
+        token_ids = update.token_ids
+        self._token_ids.extend(token_ids)
         self._logprobs.extend(update.logprobs)
-        self._num_received += len(update.token_ids)
+        self._num_received += len(token_ids)
         if update.num_forced:
             self._forced = range(self._num_received - update.num_forced, self._num_received)
         if update.prompt_logprobs:
@@ -83,7 +84,8 @@ class Mailbox:
         if update.HasField("end"):
             self._on_end(update.end)
         num_unread = len(self._token_ids)
-        self.num_unread_tokens_peak = max(self.num_unread_tokens_peak, num_unread)
+        if num_unread > self.num_unread_tokens_peak:
+            self.num_unread_tokens_peak = num_unread
         if num_unread > self._max_unread_tokens:
             self._on_too_many(num_unread)
         self._wake()
@@ -144,8 +146,9 @@ class Mailbox:
 
 async def wait_for_news(mailboxes: Sequence[Mailbox]) -> None:
     """Until one of them has news. One waiter per mailbox."""
-    if any(mailbox.has_news for mailbox in mailboxes):
-        return
+    for mailbox in mailboxes:
+        if mailbox.has_news:
+            return
     waiter = asyncio.get_running_loop().create_future()
     for mailbox in mailboxes:
         mailbox.wake_with(waiter)

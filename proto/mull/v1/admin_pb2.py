@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13mull/v1/admin.proto\x12\x07mull.v1\"\x91\x01\n\x18SetThinkingBudgetRequest\x12\x14\n\nrequest_id\x18\x01 \x01(\tH\x00\x12#\n\x03\x61ll\x18\x02 \x01(\x0b\x32\x14.mull.v1.AllRequestsH\x00\x12\x1c\n\x0fthinking_budget\x18\x03 \x01(\rH\x01\x88\x01\x01\x42\x08\n\x06targetB\x12\n\x10_thinking_budget\"\r\n\x0b\x41llRequests\"0\n\x19SetThinkingBudgetResponse\x12\x13\n\x0bnum_lowered\x18\x01 \x01(\r2j\n\x0c\x41\x64minService\x12Z\n\x11SetThinkingBudget\x12!.mull.v1.SetThinkingBudgetRequest\x1a\".mull.v1.SetThinkingBudgetResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13mull/v1/admin.proto\x12\x07mull.v1\"\xa3\x01\n\x18SetThinkingBudgetRequest\x12\x14\n\nrequest_id\x18\x01 \x01(\tH\x00\x12#\n\x03\x61ll\x18\x02 \x01(\x0b\x32\x14.mull.v1.AllRequestsH\x00\x12\x10\n\x06tenant\x18\x04 \x01(\tH\x00\x12\x1c\n\x0fthinking_budget\x18\x03 \x01(\rH\x01\x88\x01\x01\x42\x08\n\x06targetB\x12\n\x10_thinking_budget\"\r\n\x0b\x41llRequests\"0\n\x19SetThinkingBudgetResponse\x12\x13\n\x0bnum_lowered\x18\x01 \x01(\r2j\n\x0c\x41\x64minService\x12Z\n\x11SetThinkingBudget\x12!.mull.v1.SetThinkingBudgetRequest\x1a\".mull.v1.SetThinkingBudgetResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,11 +32,11 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'mull.v1.admin_pb2', _global
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SETTHINKINGBUDGETREQUEST']._serialized_start=33
-  _globals['_SETTHINKINGBUDGETREQUEST']._serialized_end=178
-  _globals['_ALLREQUESTS']._serialized_start=180
-  _globals['_ALLREQUESTS']._serialized_end=193
-  _globals['_SETTHINKINGBUDGETRESPONSE']._serialized_start=195
-  _globals['_SETTHINKINGBUDGETRESPONSE']._serialized_end=243
-  _globals['_ADMINSERVICE']._serialized_start=245
-  _globals['_ADMINSERVICE']._serialized_end=351
+  _globals['_SETTHINKINGBUDGETREQUEST']._serialized_end=196
+  _globals['_ALLREQUESTS']._serialized_start=198
+  _globals['_ALLREQUESTS']._serialized_end=211
+  _globals['_SETTHINKINGBUDGETRESPONSE']._serialized_start=213
+  _globals['_SETTHINKINGBUDGETRESPONSE']._serialized_end=261
+  _globals['_ADMINSERVICE']._serialized_start=263
+  _globals['_ADMINSERVICE']._serialized_end=369
 # @@protoc_insertion_point(module_scope)

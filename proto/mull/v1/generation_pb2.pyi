@@ -18,7 +18,7 @@ PHASE_THINKING: Phase
 PHASE_ANSWER: Phase
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("model", "request_id", "conversation", "raw_prompt", "token_ids", "sampling", "max_tokens", "n", "tool_choice", "response_format", "thinking_budget", "priority", "stop", "stop_token_ids", "min_tokens", "ignore_eos", "parallel_tool_calls", "timeout_seconds", "metadata", "raw_tool_calls", "chat_template_variables_json")
+    __slots__ = ("model", "request_id", "conversation", "raw_prompt", "token_ids", "sampling", "max_tokens", "n", "tool_choice", "response_format", "thinking_budget", "priority", "stop", "stop_token_ids", "min_tokens", "ignore_eos", "parallel_tool_calls", "timeout_seconds", "metadata", "raw_tool_calls", "chat_template_variables_json", "resume")
     class MetadataEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -47,6 +47,7 @@ class GenerateRequest(_message.Message):
     METADATA_FIELD_NUMBER: _ClassVar[int]
     RAW_TOOL_CALLS_FIELD_NUMBER: _ClassVar[int]
     CHAT_TEMPLATE_VARIABLES_JSON_FIELD_NUMBER: _ClassVar[int]
+    RESUME_FIELD_NUMBER: _ClassVar[int]
     model: str
     request_id: str
     conversation: Conversation
@@ -68,7 +69,26 @@ class GenerateRequest(_message.Message):
     metadata: _containers.ScalarMap[str, str]
     raw_tool_calls: bool
     chat_template_variables_json: str
-    def __init__(self, model: _Optional[str] = ..., request_id: _Optional[str] = ..., conversation: _Optional[_Union[Conversation, _Mapping]] = ..., raw_prompt: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[SamplingOptions, _Mapping]] = ..., max_tokens: _Optional[int] = ..., n: _Optional[int] = ..., tool_choice: _Optional[_Union[ToolChoice, _Mapping]] = ..., response_format: _Optional[_Union[ResponseFormat, _Mapping]] = ..., thinking_budget: _Optional[int] = ..., priority: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., min_tokens: _Optional[int] = ..., ignore_eos: _Optional[bool] = ..., parallel_tool_calls: _Optional[bool] = ..., timeout_seconds: _Optional[float] = ..., metadata: _Optional[_Mapping[str, str]] = ..., raw_tool_calls: _Optional[bool] = ..., chat_template_variables_json: _Optional[str] = ...) -> None: ...
+    resume: Resume
+    def __init__(self, model: _Optional[str] = ..., request_id: _Optional[str] = ..., conversation: _Optional[_Union[Conversation, _Mapping]] = ..., raw_prompt: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[SamplingOptions, _Mapping]] = ..., max_tokens: _Optional[int] = ..., n: _Optional[int] = ..., tool_choice: _Optional[_Union[ToolChoice, _Mapping]] = ..., response_format: _Optional[_Union[ResponseFormat, _Mapping]] = ..., thinking_budget: _Optional[int] = ..., priority: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., min_tokens: _Optional[int] = ..., ignore_eos: _Optional[bool] = ..., parallel_tool_calls: _Optional[bool] = ..., timeout_seconds: _Optional[float] = ..., metadata: _Optional[_Mapping[str, str]] = ..., raw_tool_calls: _Optional[bool] = ..., chat_template_variables_json: _Optional[str] = ..., resume: _Optional[_Union[Resume, _Mapping]] = ...) -> None: ...
+
+class Resume(_message.Message):
+    __slots__ = ("choices",)
+    CHOICES_FIELD_NUMBER: _ClassVar[int]
+    choices: _containers.RepeatedCompositeFieldContainer[ResumedChoice]
+    def __init__(self, choices: _Optional[_Iterable[_Union[ResumedChoice, _Mapping]]] = ...) -> None: ...
+
+class ResumedChoice(_message.Message):
+    __slots__ = ("choice", "token_ids", "next_sequence", "finished")
+    CHOICE_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    NEXT_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    FINISHED_FIELD_NUMBER: _ClassVar[int]
+    choice: int
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    next_sequence: int
+    finished: bool
+    def __init__(self, choice: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., next_sequence: _Optional[int] = ..., finished: _Optional[bool] = ...) -> None: ...
 
 class ToolChoice(_message.Message):
     __slots__ = ("mode", "tool_name")

@@ -18,7 +18,7 @@ class GatewayMessage(_message.Message):
     def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., set_budget: _Optional[_Union[SetBudget, _Mapping]] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("key", "request_id", "prompt_ids", "sampling", "max_tokens", "stop_token_ids", "starts_thinking", "thinking_budget", "close_thinking_ids", "min_tokens", "priority", "grammar", "bad_words", "num_prompt_logprobs")
+    __slots__ = ("key", "request_id", "prompt_ids", "sampling", "max_tokens", "stop_token_ids", "starts_thinking", "thinking_budget", "close_thinking_ids", "min_tokens", "priority", "grammar", "bad_words", "num_prompt_logprobs", "output_ids", "cache_salt")
     KEY_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -33,6 +33,8 @@ class Submit(_message.Message):
     GRAMMAR_FIELD_NUMBER: _ClassVar[int]
     BAD_WORDS_FIELD_NUMBER: _ClassVar[int]
     NUM_PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_IDS_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     key: int
     request_id: str
     prompt_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -47,7 +49,9 @@ class Submit(_message.Message):
     grammar: Grammar
     bad_words: _containers.RepeatedCompositeFieldContainer[TokenSequence]
     num_prompt_logprobs: int
-    def __init__(self, key: _Optional[int] = ..., request_id: _Optional[str] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[RouterSampling, _Mapping]] = ..., max_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., starts_thinking: _Optional[bool] = ..., thinking_budget: _Optional[int] = ..., close_thinking_ids: _Optional[_Iterable[int]] = ..., min_tokens: _Optional[int] = ..., priority: _Optional[int] = ..., grammar: _Optional[_Union[Grammar, _Mapping]] = ..., bad_words: _Optional[_Iterable[_Union[TokenSequence, _Mapping]]] = ..., num_prompt_logprobs: _Optional[int] = ...) -> None: ...
+    output_ids: _containers.RepeatedScalarFieldContainer[int]
+    cache_salt: str
+    def __init__(self, key: _Optional[int] = ..., request_id: _Optional[str] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[RouterSampling, _Mapping]] = ..., max_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., starts_thinking: _Optional[bool] = ..., thinking_budget: _Optional[int] = ..., close_thinking_ids: _Optional[_Iterable[int]] = ..., min_tokens: _Optional[int] = ..., priority: _Optional[int] = ..., grammar: _Optional[_Union[Grammar, _Mapping]] = ..., bad_words: _Optional[_Iterable[_Union[TokenSequence, _Mapping]]] = ..., num_prompt_logprobs: _Optional[int] = ..., output_ids: _Optional[_Iterable[int]] = ..., cache_salt: _Optional[str] = ...) -> None: ...
 
 class Grammar(_message.Message):
     __slots__ = ("kind", "text", "after_thinking")
@@ -193,7 +197,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribeResponse(_message.Message):
-    __slots__ = ("model", "ready", "reason", "max_model_len", "tensor_parallel_size", "num_blocks", "num_free_blocks", "block_size", "num_running", "num_waiting", "ranks", "loaded_bytes", "total_bytes", "failed", "num_thinking", "num_answering", "num_steps_total", "num_restarts_total", "num_preempted_total", "prefix_query_tokens_total", "prefix_hit_tokens_total", "data_parallel_size", "expert_parallel_size", "expert_tensor_parallel_size", "redundant_experts", "expert_imbalance", "num_rebalances_total")
+    __slots__ = ("model", "ready", "reason", "max_model_len", "tensor_parallel_size", "num_blocks", "num_free_blocks", "block_size", "num_running", "num_waiting", "ranks", "loaded_bytes", "total_bytes", "failed", "num_thinking", "num_answering", "num_steps_total", "num_restarts_total", "num_preempted_total", "prefix_query_tokens_total", "prefix_hit_tokens_total", "data_parallel_size", "expert_parallel_size", "expert_tensor_parallel_size", "redundant_experts", "expert_imbalance", "num_rebalances_total", "heartbeat_age_seconds", "num_replayed_tokens_total", "num_quarantined_total")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
@@ -221,6 +225,9 @@ class DescribeResponse(_message.Message):
     REDUNDANT_EXPERTS_FIELD_NUMBER: _ClassVar[int]
     EXPERT_IMBALANCE_FIELD_NUMBER: _ClassVar[int]
     NUM_REBALANCES_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    HEARTBEAT_AGE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    NUM_REPLAYED_TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    NUM_QUARANTINED_TOTAL_FIELD_NUMBER: _ClassVar[int]
     model: str
     ready: bool
     reason: str
@@ -248,7 +255,10 @@ class DescribeResponse(_message.Message):
     redundant_experts: int
     expert_imbalance: float
     num_rebalances_total: int
-    def __init__(self, model: _Optional[str] = ..., ready: _Optional[bool] = ..., reason: _Optional[str] = ..., max_model_len: _Optional[int] = ..., tensor_parallel_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., ranks: _Optional[_Iterable[_Union[RankInfo, _Mapping]]] = ..., loaded_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., failed: _Optional[bool] = ..., num_thinking: _Optional[int] = ..., num_answering: _Optional[int] = ..., num_steps_total: _Optional[int] = ..., num_restarts_total: _Optional[int] = ..., num_preempted_total: _Optional[int] = ..., prefix_query_tokens_total: _Optional[int] = ..., prefix_hit_tokens_total: _Optional[int] = ..., data_parallel_size: _Optional[int] = ..., expert_parallel_size: _Optional[int] = ..., expert_tensor_parallel_size: _Optional[int] = ..., redundant_experts: _Optional[int] = ..., expert_imbalance: _Optional[float] = ..., num_rebalances_total: _Optional[int] = ...) -> None: ...
+    heartbeat_age_seconds: float
+    num_replayed_tokens_total: int
+    num_quarantined_total: int
+    def __init__(self, model: _Optional[str] = ..., ready: _Optional[bool] = ..., reason: _Optional[str] = ..., max_model_len: _Optional[int] = ..., tensor_parallel_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., ranks: _Optional[_Iterable[_Union[RankInfo, _Mapping]]] = ..., loaded_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., failed: _Optional[bool] = ..., num_thinking: _Optional[int] = ..., num_answering: _Optional[int] = ..., num_steps_total: _Optional[int] = ..., num_restarts_total: _Optional[int] = ..., num_preempted_total: _Optional[int] = ..., prefix_query_tokens_total: _Optional[int] = ..., prefix_hit_tokens_total: _Optional[int] = ..., data_parallel_size: _Optional[int] = ..., expert_parallel_size: _Optional[int] = ..., expert_tensor_parallel_size: _Optional[int] = ..., redundant_experts: _Optional[int] = ..., expert_imbalance: _Optional[float] = ..., num_rebalances_total: _Optional[int] = ..., heartbeat_age_seconds: _Optional[float] = ..., num_replayed_tokens_total: _Optional[int] = ..., num_quarantined_total: _Optional[int] = ...) -> None: ...
 
 class RankInfo(_message.Message):
     __slots__ = ("rank", "host", "pid", "device", "weight_bytes", "kv_bytes", "load_seconds", "group", "num_heads", "num_kv_heads", "num_experts", "kv_tokens")
