@@ -17,16 +17,17 @@ from importlib.metadata import version
 from cluster.errors import NotReady, Overloaded
 from cluster.gateway.budgets import RunningBudgets
 from cluster.gateway.conversations import render_conversation
+from cluster.gateway.copies import Copies
 from cluster.gateway.generation import Generation
 from cluster.gateway.grammar_check import GrammarCheck, compiled
 from cluster.gateway.interruption import Interruption
 from cluster.gateway.mailbox import Mailbox, wait_for_news
 from cluster.gateway.requests import PreparedRequest, check_model, new_request_id, prepare
-from cluster.gateway.router_link import RouterLink
 from cluster.gateway.sampling_options import default_options
 from cluster.gateway.served_model import ServedModel
 from cluster.gateway.status import status_code
 from cluster.gateway.stopping import check_vocabulary
+from cluster.gateway.submission import submit_message
 from cluster.metrics import GatewayMetrics, RequestTimer
 from mull.v1 import generation_pb2 as pb
 
@@ -52,7 +53,7 @@ class GenerationCore:
     def __init__(
         self,
         model: ServedModel,
-        link: RouterLink,
+        copies: Copies,
         metrics: GatewayMetrics,
         *,
         max_streams: int,
@@ -62,9 +63,9 @@ class GenerationCore:
         self.is_draining = False
         self.http_port = 0
         """Where this server answers HTTP, for those who ask by gRPC; 0: it does not."""
-        self.budgets = RunningBudgets(link)
+        self.budgets = RunningBudgets(copies)
         self._model = model
-        self._link = link
+        self._copies = copies
         self._metrics = metrics
         self._max_streams = max_streams
         self._check_grammar = check_grammar
@@ -74,8 +75,8 @@ class GenerationCore:
 
     @property
     def model(self) -> ServedModel:
-        """The model within the context that the Router has room for."""
-        limit = self._link.context_limit
+        """The model within the context that every Router has room for."""
+        limit = self._copies.context_limit
         return self._model if limit is None else self._model.limited_to(limit)
 
     async def stream(self, request: pb.GenerateRequest) -> AsyncGenerator[list[pb.GenerateEvent]]:
@@ -129,8 +130,8 @@ class GenerationCore:
         return pb.ListModelsResponse(models=[listed])
 
     async def server_info(self) -> pb.GetServerInfoResponse:
-        """How this server and its Router are now."""
-        state = await self._link.describe()
+        """How this server and its Routers are now."""
+        state = await self._copies.describe()
         return pb.GetServerInfoResponse(
             version=version("mull"),
             ready=state.ready and not self.is_draining,
@@ -138,7 +139,7 @@ class GenerationCore:
             uptime_seconds=time.monotonic() - self._start_s,
             num_streams=self.num_streams,
             http_port=self.http_port,
-            routers=[state.description] if state.description is not None else [],
+            routers=state.descriptions.values(),
         )
 
     def refuse_new(self) -> None:
@@ -188,7 +189,7 @@ class GenerationCore:
         choices: list[_Choice] = []
         try:
             for number in range(request.n):
-                mailbox = self._link.submit(request, number)
+                mailbox = self._copies.submit(submit_message(request, number))
                 mailbox.on_overflow = interruption.interrupt
                 own_timer = timer if number == 0 else timer.sibling()
                 choices.append(_Choice(Generation(request, self._model, number), mailbox, own_timer))
@@ -197,7 +198,7 @@ class GenerationCore:
         finally:
             for choice in choices:
                 choice.mailbox.on_overflow = None
-                self._link.release(choice.mailbox)
+                self._copies.release(choice.mailbox)
 
 
 def _accept(choice: _Choice) -> list[pb.GenerateEvent]:
