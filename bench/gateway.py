@@ -62,7 +62,7 @@ async def serve_router(step_s: float) -> None:
 
     config = SchedulerConfig(max_model_len=4096, max_num_seqs=MAX_STREAMS, max_num_batched_tokens=1024)
     model = ModelInfo(name="pocket", vocab_size=1024, max_model_len=4096, think_end_id=1023)
-    router = Router(model, config, lambda _on_progress: NullGroup(step_s))
+    router = Router(model, config, lambda _on_progress, _survivors: NullGroup(step_s))
     await router.start()
     print(router.address, flush=True)
     await asyncio.Event().wait()
@@ -75,6 +75,8 @@ class NullGroup:
         self._step_s = step_s
         self._plans: asyncio.Queue[Any] = asyncio.Queue()
         self._next_s = 0.0
+
+    silence_s = 0.0
 
     async def start(self) -> Any:
         from cluster.router.shards import GroupInfo
@@ -96,6 +98,9 @@ class NullGroup:
         await asyncio.sleep(max(0.0, self._next_s - now_s))
         self._next_s = max(self._next_s, now_s) + self._step_s
         return [StepResult(plan.step, 0, [NULL_TOKEN_ID] * len(plan.sampling_slots)) for plan in plans]
+
+    async def dissolve(self) -> Any:
+        return {}
 
     async def stop(self) -> None:
         pass

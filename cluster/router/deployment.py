@@ -89,7 +89,7 @@ def group_factory(config: ClusterConfig, max_model_len: int, device: Device, lau
     """Makes the copy's group of ranks, once per start."""
     bounds = GroupBounds(start_timeout_s=config.router.start_timeout_s, step_timeout_s=config.router.step_timeout_s)
     runners = runner_configs(config, max_model_len, device)
-    return lambda on_progress: RankGroup(launcher, runners, bounds, on_progress)
+    return lambda on_progress, survivors: RankGroup(launcher, runners, bounds, on_progress, survivors)
 
 
 def make_router(config: ClusterConfig, device: Device, launcher: Launcher) -> Router:

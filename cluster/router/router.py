@@ -55,12 +55,18 @@ class RouterStats:
     """None while no group takes plans."""
     ranks: list[RankReady]
     scheduler: SchedulerStats | None
-    """None while no group takes plans."""
+    """None before the first start, and at the end."""
     num_sessions: int
     num_unread: int
     """Items that gateways have not read yet."""
     num_steps_total: int
     num_restarts_total: int
+    num_replayed_tokens_total: int
+    """Put through the model again, after losses of ranks."""
+    num_given_up_total: int
+    """Requests that brought down the ranks more than once."""
+    heartbeat_age_s: float
+    """Since a step, or an idle sign of life of every rank, came."""
     expert_imbalance: float | None
     """Largest over mean load of ranks; None: nothing to balance."""
     num_rebalances_total: int
@@ -90,7 +96,7 @@ class Router:
             config,
             make_group,
             on_updates=self._deliver,
-            on_lost=self._end_all,
+            on_ended=self._end_all,
             enable_prefix_cache=enable_prefix_cache,
             restarts=restarts,
             make_balancer=self._make_balancer,
@@ -126,23 +132,23 @@ class Router:
 
     @property
     def is_ready(self) -> bool:
-        return self._engine.state is EngineState.READY
+        return self._engine.core.state is EngineState.READY
 
     @property
     def has_failed(self) -> bool:
         """It has given up: only a new Router helps."""
-        return self._engine.state is EngineState.FAILED
+        return self._engine.core.state is EngineState.FAILED
 
     async def wait_ready(self) -> None:
         """Until the ranks can take plans. Raises EngineError with the rank's own words where the first start failed."""
         await self._engine.wait_settled()
         if not self.is_ready:
-            raise EngineError(self._engine.reason)
+            raise EngineError(self._engine.core.reason)
 
     async def wait_failed(self) -> str:
         """Until the engine has given up, or was stopped; returns why."""
         await self._engine.wait_ended()
-        return self._engine.reason
+        return self._engine.core.reason
 
     async def stop(self, grace_s: float = 0.0) -> None:
         """Refuse new requests, let the live ones run for at most `grace_s`, then end sessions and ranks."""
@@ -237,18 +243,21 @@ class Router:
     # What it looks like
 
     def stats(self) -> RouterStats:
-        engine = self._engine
+        engine, core = self._engine, self._engine.core
         return RouterStats(
-            state=engine.state,
-            reason=engine.reason,
+            state=core.state,
+            reason=core.reason,
             loading=[engine.loading[rank] for rank in sorted(engine.loading)],
             layout=engine.info.layout if engine.info else None,
             ranks=engine.info.ranks if engine.info else [],
-            scheduler=engine.scheduler_stats,
+            scheduler=core.stats,
             num_sessions=len(self._sessions),
             num_unread=sum(session.num_unread for session in self._sessions.values()),
-            num_steps_total=engine.num_steps_total,
-            num_restarts_total=engine.num_restarts_total,
+            num_steps_total=core.num_steps_total,
+            num_restarts_total=core.num_restarts_total,
+            num_replayed_tokens_total=core.num_replayed_tokens_total,
+            num_given_up_total=core.num_given_up_total,
+            heartbeat_age_s=engine.heartbeat_age_s,
             expert_imbalance=engine.balancer.imbalance if engine.balancer else None,
             num_rebalances_total=engine.balancer.num_rebalances_total if engine.balancer else 0,
         )
@@ -259,7 +268,7 @@ class Router:
             model=self._model.name,
             ready=self.is_ready,
             reason=stats.reason,
-            max_model_len=self._engine.context_limit or self._model.max_model_len,
+            max_model_len=self._engine.core.context_limit or self._model.max_model_len,
             block_size=stats.ranks[0].block_size if stats.ranks else 0,
             loaded_bytes=sum(rank.read_bytes for rank in stats.loading),
             total_bytes=sum(rank.total_bytes for rank in stats.loading),
@@ -267,6 +276,9 @@ class Router:
             num_steps_total=stats.num_steps_total,
             num_restarts_total=stats.num_restarts_total,
             num_rebalances_total=stats.num_rebalances_total,
+            heartbeat_age_seconds=stats.heartbeat_age_s,
+            num_replayed_tokens_total=stats.num_replayed_tokens_total,
+            num_quarantined_total=stats.num_given_up_total,
             expert_imbalance=stats.expert_imbalance or 0.0,
             ranks=self._rank_infos(stats),
         )

@@ -25,7 +25,7 @@ from cluster.router.rendezvous import Rendezvous
 from cluster.router.shards import GroupBounds, GroupInfo, RankGroup
 from workers.config import RunnerConfig
 from workers.layout import ParallelLayout
-from workers.shard import Progress, ShardConfig
+from workers.shard import Progress, Runner, ShardConfig
 from workers.step import PlacementUpdate, RankLoading, StepPlan, StepResult
 
 FAKE_SHARD = str(Path(__file__).with_name("fake_shard.py"))
@@ -258,12 +258,20 @@ class EchoRunner:
     weight_bytes = 1
     kv_bytes = 2
 
-    def __init__(self, config: ShardConfig, progress: Progress) -> None:
-        del config
+    num_exchanges = 0
+
+    def __init__(self, config: ShardConfig, progress: Progress, previous: Runner | None) -> None:
+        del config, previous
         progress(1, 1)
 
     def place(self, update: PlacementUpdate) -> None:
         raise NotImplementedError
+
+    def abort(self) -> None:
+        pass
+
+    def leave(self) -> None:
+        pass
 
     def execute(self, plan: StepPlan) -> StepResult:
         if plan.prefills:
