@@ -146,6 +146,10 @@ class RequestTimer:
         timer._start_s = self._start_s
         return timer
 
+    def on_resumed(self, num_thinking: int, num_answer: int) -> None:
+        """So many tokens were generated in an earlier call."""
+        self._last_s, self._num_thinking, self._num_answer = time.perf_counter(), num_thinking, num_answer
+
     def on_admitted(self, prompt_tokens: int, cached_tokens: int) -> None:
         """The request took a slot."""
         self._metrics.prompt_tokens.inc(prompt_tokens)

@@ -95,12 +95,20 @@ class Copies:
 
     # Requests
 
-    def submit(self, submit: pb.Submit, output_ids: Sequence[int] = ()) -> Mailbox:
-        """Let a sequence run, from behind the output that it has. Raises NotReady. Pair with `release`."""
-        if self._is_closed or not (output_ids or self._recovery.has_ready_copy):
+    def submit(self, submit: pb.Submit) -> Mailbox:
+        """Let a new sequence run. Raises NotReady, Overloaded. Pair with `release`."""
+        if self._is_closed or not self._recovery.has_ready_copy:
             raise NotReady(f"{self.state.reason}; try again soon")
-        flight, actions = self._recovery.open(submit, self._now_s(), output_ids)
-        mailbox = Mailbox(flight.number, self._max_unread_tokens, num_received=len(output_ids))
+        return self._opened(*self._recovery.open(submit, self._now_s()))
+
+    def resume(self, submit: pb.Submit, output_ids: Sequence[int]) -> Mailbox:
+        """Let a sequence go on behind its output, at the first copy that is ready. Raises NotReady."""
+        if self._is_closed:
+            raise NotReady("this server is shutting down; try again elsewhere")
+        return self._opened(*self._recovery.resume(submit, self._now_s(), output_ids))
+
+    def _opened(self, flight: Flight, actions: list[Action]) -> Mailbox:
+        mailbox = Mailbox(flight.number, self._max_unread_tokens, num_received=len(flight.output_ids))
         self._mailboxes[flight.number] = flight, mailbox
         self._do(actions)
         return mailbox

@@ -7,11 +7,11 @@ what is left when the consumer stops or the deadline passes. Knows neither gRPC 
 from __future__ import annotations
 
 import asyncio
+import enum
 import logging
 import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.metadata import version
 
 from cluster.errors import NotReady, Overloaded
@@ -23,6 +23,8 @@ from cluster.gateway.grammar_check import GrammarCheck, compiled
 from cluster.gateway.interruption import Interruption
 from cluster.gateway.mailbox import Mailbox, wait_for_news
 from cluster.gateway.requests import PreparedRequest, check_model, new_request_id, prepare
+from cluster.gateway.resumption import MissingEvents, check_repeatable, rebuild
+from cluster.gateway.running import RunningChoice
 from cluster.gateway.sampling_options import default_options
 from cluster.gateway.served_model import ServedModel
 from cluster.gateway.status import status_code
@@ -38,13 +40,11 @@ LARGE_REQUEST_BYTES = 16 * 1024
 DRAINING = "this server is shutting down"
 
 
-@dataclass
-class _Choice:
-    """One of a request's generations, while it runs."""
+class HeldEvents(enum.Enum):
+    """What a resumed request gets of the events that its client has."""
 
-    generation: Generation
-    mailbox: Mailbox
-    timer: RequestTimer
+    LEFT_OUT = enum.auto()
+    REPEATED = enum.auto()
 
 
 class GenerationCore:
@@ -79,7 +79,9 @@ class GenerationCore:
         limit = self._copies.context_limit
         return self._model if limit is None else self._model.limited_to(limit)
 
-    async def stream(self, request: pb.GenerateRequest) -> AsyncGenerator[list[pb.GenerateEvent]]:
+    async def stream(
+        self, request: pb.GenerateRequest, held: HeldEvents = HeldEvents.LEFT_OUT
+    ) -> AsyncGenerator[list[pb.GenerateEvent]]:
         """The events of all generations of a request, in batches as they come; gives it a request id where it has none.
 
         Raises RequestError, Overloaded, NotReady, SlowReader, DeadlinePassed or EngineError. Close it
@@ -92,12 +94,16 @@ class GenerationCore:
         try:
             with self._stream_slot():
                 prepared = await self._prepare(request)
+                if held is HeldEvents.REPEATED:
+                    check_repeatable(prepared)
                 async with Interruption(prepared.timeout_s) as interruption:
-                    with self._submitted(prepared, interruption, timer) as choices:
+                    with self._submitted(prepared, interruption, timer, held) as (events, choices):
+                        if events:
+                            yield events
                         while choices:
                             await wait_for_news([choice.mailbox for choice in choices])
-                            yield [event for choice in choices if choice.mailbox.has_news for event in _accept(choice)]
-                            choices = [choice for choice in choices if choice.generation.finished is None]
+                            yield [event for choice in choices if choice.mailbox.has_news for event in choice.take()]
+                            choices = [choice for choice in choices if not choice.has_finished]
         except (asyncio.CancelledError, GeneratorExit):
             timer.on_failed("CANCELLED")
             raise
@@ -183,44 +189,46 @@ class GenerationCore:
 
     @contextmanager
     def _submitted(
-        self, request: PreparedRequest, interruption: Interruption, timer: RequestTimer
-    ) -> Iterator[list[_Choice]]:
-        """Inside, the request's generations run; what has not finished at the end is cancelled."""
-        choices: list[_Choice] = []
+        self, request: PreparedRequest, interruption: Interruption, timer: RequestTimer, held: HeldEvents
+    ) -> Iterator[tuple[list[pb.GenerateEvent], list[RunningChoice]]]:
+        """Inside, the request's generations run; what has not finished at the end is cancelled.
+
+        Gives the events that come of what the client has held, and the generations that go on.
+        """
+        choices: list[RunningChoice] = []
+        events: list[pb.GenerateEvent] = []
         try:
             for number in range(request.n):
-                mailbox = self._copies.submit(submit_message(request, number))
-                mailbox.on_overflow = interruption.interrupt
                 own_timer = timer if number == 0 else timer.sibling()
-                choices.append(_Choice(Generation(request, self._model, number), mailbox, own_timer))
+                generation, missing = Generation(request, self._model, number), None
+                has = request.held.get(number)
+                if has is not None:
+                    if has.finished and held is HeldEvents.LEFT_OUT:
+                        continue
+                    missing = MissingEvents(has) if held is HeldEvents.LEFT_OUT else None
+                    rebuilt = rebuild(generation, has, request, number)
+                    events += rebuilt if missing is None else missing.of(rebuilt)
+                    own_timer.on_resumed(generation.num_thinking_tokens, generation.num_answer_tokens)
+                if generation.finished is None:
+                    mailbox = self._submit(request, number)
+                    mailbox.on_overflow = interruption.interrupt
+                    choices.append(RunningChoice(generation, mailbox, own_timer, missing))
             with self.budgets.running(request, [choice.mailbox for choice in choices]):
-                yield choices
+                yield events, choices
         finally:
             for choice in choices:
                 choice.mailbox.on_overflow = None
                 self._copies.release(choice.mailbox)
 
-
-def _accept(choice: _Choice) -> list[pb.GenerateEvent]:
-    generation, timer = choice.generation, choice.timer
-    delivery = choice.mailbox.take()
-    events = generation.accept(delivery)
-    if delivery.cached_tokens is not None:
-        timer.on_admitted(generation.num_prompt_tokens, delivery.cached_tokens)
-    timer.on_tokens(generation.num_thinking_tokens, generation.num_answer_tokens)
-    if generation.finished is not None:
-        ended = generation.thinking_ended
-        timer.on_finished(
-            finish_reason=_label(pb.Finished.Reason.Name(generation.finished.reason)),
-            phase=generation.phase.value,
-            thinking_ended=None if ended is None else _label(pb.ThinkingEnded.Reason.Name(ended.reason)),
-        )
-    return events
-
-
-def _label(enum_name: str) -> str:
-    """REASON_STOP → stop."""
-    return enum_name.removeprefix("REASON_").lower()
+    def _submit(self, request: PreparedRequest, number: int) -> Mailbox:
+        submit = submit_message(request, number)
+        if not request.is_resumed:
+            return self._copies.submit(submit)
+        has = request.held.get(number)
+        if has is not None:
+            # Its Started has come, and with it those logprobs.
+            submit.ClearField("num_prompt_logprobs")
+        return self._copies.resume(submit, has.token_ids if has is not None else ())
 
 
 def _tokenize(request: pb.TokenizeRequest, model: ServedModel) -> pb.TokenizeResponse:

@@ -57,6 +57,8 @@ class Flight:
     """Where it runs; None: it waits for a copy."""
     key: int = 0
     """Its name at that copy."""
+    was_resumed: bool = False
+    """It began in an earlier call."""
     was_admitted: bool = False
     num_replays: int = 0
     num_refused: int = 0
@@ -72,7 +74,7 @@ class Flight:
     @property
     def has_begun(self) -> bool:
         """Whether there is something to lose."""
-        return self.was_admitted or len(self.output_ids) > 0
+        return self.was_resumed or self.was_admitted or len(self.output_ids) > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,15 +181,17 @@ class Recovery:
 
     # Flights
 
-    def open(self, submit: pb.Submit, now_s: float, output_ids: Iterable[int] = ()) -> tuple[Flight, list[Action]]:
-        """Take a sequence, the output that it has already included. Raises NotReady where a new one finds no copy."""
-        flight = Flight(
-            next(self._numbers), submit, array("I", output_ids), prefix_hashes(submit.prompt_ids, submit.cache_salt)
-        )
-        if not flight.has_begun and not self.has_ready_copy:
+    def open(self, submit: pb.Submit, now_s: float) -> tuple[Flight, list[Action]]:
+        """Take a new sequence. Raises NotReady where no copy is ready."""
+        if not self.has_ready_copy:
             raise NotReady("no copy of the model can take work; try again soon")
-        flight.paused_s = now_s if flight.has_begun else None
-        self._waiting[flight.number] = flight
+        flight = self._flight(submit, ())
+        return flight, self._place(now_s)
+
+    def resume(self, submit: pb.Submit, now_s: float, output_ids: Iterable[int]) -> tuple[Flight, list[Action]]:
+        """Take one that goes on behind this output; it waits for a copy where none is ready."""
+        flight = self._flight(submit, output_ids)
+        flight.was_resumed, flight.paused_s = True, now_s
         return flight, self._place(now_s)
 
     def release(self, flight: Flight) -> list[Action]:
@@ -230,6 +234,12 @@ class Recovery:
         return self._place(now_s)
 
     # Inside
+
+    def _flight(self, submit: pb.Submit, output_ids: Iterable[int]) -> Flight:
+        prefix = prefix_hashes(submit.prompt_ids, submit.cache_salt)
+        flight = Flight(next(self._numbers), submit, array("I", output_ids), prefix)
+        self._waiting[flight.number] = flight
+        return flight
 
     def _admit(self, flight: Flight, update: pb.SequenceUpdate) -> None:
         """A reader is told once."""

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import grpc.aio
 
-from cluster.gateway.core import GenerationCore
+from cluster.gateway.core import GenerationCore, HeldEvents
 from cluster.gateway.requests import new_request_id
 from cluster.gateway.status import abort
 from mull.client.completion import CompletionBuilder
@@ -44,7 +44,7 @@ class GenerationServicer(GenerationServiceServicer):
         """All of it in one message."""
         builder = CompletionBuilder()
         try:
-            async with aclosing(self._core.stream(request)) as batches:
+            async with aclosing(self._core.stream(request, HeldEvents.REPEATED)) as batches:
                 async for events in batches:
                     builder.add(events)
         except Exception as error:

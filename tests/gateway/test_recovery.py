@@ -133,7 +133,7 @@ def test_a_full_queue_fails_what_has_not_begun_once_every_copy_has_refused(recov
 
 def test_a_full_queue_does_not_fail_what_has_begun(recovery: Recovery) -> None:
     recovery.connected("a", READY, 0)
-    _, actions = recovery.open(ask(), 0, output_ids=[4])
+    _, actions = recovery.resume(ask(), 0, [4])
     ((_, submit),) = sent(actions)
     assert recovery.updated("a", update(submit.key, end=OVERLOADED, message="full"), 0) == []
     ((_, again),) = sent(recovery.tick(1))
