@@ -47,13 +47,8 @@ class FakeCopy:
             max_in_flight=max_in_flight,
         )
         self.scheduler = Scheduler(self.config, self.blocks)
-        self.ranks = FakeRanks(
-            num_blocks=num_blocks,
-            block_size=block_size,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            vocab_size=vocab_size,
-        )
+        self.vocab_size = vocab_size
+        self.ranks = self._new_ranks()
         self.in_flight: deque[StepPlan] = deque()
         self.plans: list[StepPlan] = []
         self.requests: dict[Hashable, SequenceRequest] = {}
@@ -63,6 +58,24 @@ class FakeCopy:
         self.finish: dict[Hashable, FinishReason] = {}
         self.forced: dict[Hashable, list[int]] = {}
         self.prompt_logprobs: dict[Hashable, list[TokenLogprobs]] = {}
+
+    def _new_ranks(self) -> FakeRanks:
+        return FakeRanks(
+            num_blocks=self.blocks.num_blocks,
+            block_size=self.blocks.block_size,
+            max_num_seqs=self.config.max_num_seqs,
+            max_num_batched_tokens=self.config.max_num_batched_tokens,
+            vocab_size=self.vocab_size,
+        )
+
+    def lose_ranks(self) -> None:
+        """Others take their place, with nothing computed; the plans under way have no results."""
+        blocks = self.blocks
+        self.blocks = BlockAllocator(blocks.num_blocks, blocks.block_size, blocks.enable_prefix_cache)
+        self.ranks = self._new_ranks()
+        self.in_flight.clear()
+        self.scheduler.restart(self.blocks)
+        self.check_books()
 
     def add(self, new: SequenceRequest) -> None:
         self.scheduler.add(new)

@@ -367,9 +367,7 @@ async def test_a_key_that_is_used_twice_breaks_the_session(connect: Connect, gro
     assert "key 1" in await gateway.call.details()
 
 
-async def test_live_requests_outlive_the_ranks_that_computed_them(
-    router: Router, groups: Groups, connect: Connect
-) -> None:
+async def test_live_requests_outlive_the_ranks_that_computed_them(groups: Groups, connect: Connect) -> None:
     gateway = await connect()
     messages = {key: await gateway.submit(key, max_tokens=100 * key) for key in (1, 2, 3)}
     while len(gateway.tokens(3)) < 20:
