@@ -16,11 +16,12 @@ from importlib.metadata import version
 
 from cluster.errors import NotReady, Overloaded
 from cluster.gateway.budgets import RunningBudgets
-from cluster.gateway.conversations import render_conversation
+from cluster.gateway.conversations import read_template_variables, render_conversation, variables_without_template
 from cluster.gateway.generation import Generation
 from cluster.gateway.grammar_check import GrammarCheck, compiled
 from cluster.gateway.interruption import Interruption
 from cluster.gateway.mailbox import Mailbox, wait_for_news
+from cluster.gateway.request_log import RequestRecord
 from cluster.gateway.requests import PreparedRequest, check_model, new_request_id, prepare
 from cluster.gateway.router_link import RouterLink
 from cluster.gateway.sampling_options import default_options
@@ -87,22 +88,27 @@ class GenerationCore:
         error comes out of the closing.
         """
         request.request_id = request.request_id or new_request_id()
-        timer = RequestTimer(self._metrics)
+        timer, record = RequestTimer(self._metrics), RequestRecord(request)
         try:
             with self._stream_slot():
                 prepared = await self._prepare(request)
                 async with Interruption(prepared.timeout_s) as interruption:
                     with self._submitted(prepared, interruption, timer) as choices:
+                        record.on_submitted([choice.generation for choice in choices])
                         while choices:
                             await wait_for_news([choice.mailbox for choice in choices])
                             yield [event for choice in choices if choice.mailbox.has_news for event in _accept(choice)]
                             choices = [choice for choice in choices if choice.generation.finished is None]
         except (asyncio.CancelledError, GeneratorExit):
             timer.on_failed("CANCELLED")
+            record.on_ended("CANCELLED")
             raise
         except Exception as error:
-            timer.on_failed(status_code(error).name)
+            code = status_code(error).name
+            timer.on_failed(code)
+            record.on_ended(code)
             raise
+        record.on_ended("OK")
 
     async def tokenize(self, request: pb.TokenizeRequest) -> pb.TokenizeResponse:
         """Text or a conversation as token ids. Raises RequestError."""
@@ -227,7 +233,10 @@ def _tokenize(request: pb.TokenizeRequest, model: ServedModel) -> pb.TokenizeRes
     tokenizer = model.tokenizer
     text = request.text
     if request.WhichOneof("input") == "conversation":
-        text = render_conversation(request.conversation.messages, request.conversation.tools, tokenizer)
+        variables = read_template_variables(request.chat_template_variables_json)
+        text = render_conversation(request.conversation.messages, request.conversation.tools, tokenizer, variables)
+    elif request.chat_template_variables_json:
+        raise variables_without_template()
     token_ids = tokenizer.encode(text)
     texts = [tokenizer.token_text(token_id) for token_id in token_ids]
     return pb.TokenizeResponse(token_ids=token_ids, max_model_len=model.max_model_len, texts=texts)

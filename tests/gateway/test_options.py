@@ -391,3 +391,18 @@ def test_more_variables_reach_the_template(model: ServedModel, monkeypatch: pyte
     monkeypatch.setattr(model.tokenizer, "_template", ChatTemplate("{{ mood }}", {}))
     prepared = prepare(ask(chat_template_variables_json='{"mood": "calm"}'), model)
     assert model.tokenizer.decode(prepared.prompt_ids) == "calm"
+
+
+async def test_tokenize_renders_with_the_same_variables(
+    gateway: RunningGateway, model: ServedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cluster.text.chat_template import ChatTemplate
+
+    monkeypatch.setattr(model.tokenizer, "_template", ChatTemplate("{{ mood }}", {}))
+    conversation, variables = ask().conversation, '{"mood": "calm"}'
+    done = await gateway.stub.Tokenize(
+        pb.TokenizeRequest(conversation=conversation, chat_template_variables_json=variables)
+    )
+    assert model.tokenizer.decode(done.token_ids) == "calm"
+    with pytest.raises(grpc.aio.AioRpcError, match="template"):
+        await gateway.stub.Tokenize(pb.TokenizeRequest(text="x", chat_template_variables_json=variables))

@@ -33,6 +33,7 @@ class WrittenCore:
     model: ServedModel
     batches: Sequence[list[pb.GenerateEvent] | Exception | asyncio.Event] = ()
     requests: list[pb.GenerateRequest] = field(default_factory=list)
+    tokenized: list[pb.TokenizeRequest] = field(default_factory=list)
     num_yielded: int = 0
     closed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -52,6 +53,7 @@ class WrittenCore:
             self.closed.set()
 
     async def tokenize(self, request: pb.TokenizeRequest) -> pb.TokenizeResponse:
+        self.tokenized.append(request)
         ids = self.model.tokenizer.encode(request.text or request.conversation.messages[0].content)
         texts = [self.model.tokenizer.decode([id_]) for id_ in ids]
         return pb.TokenizeResponse(token_ids=ids, max_model_len=self.model.max_model_len, texts=texts)

@@ -127,3 +127,9 @@ async def test_text_goes_to_token_ids_and_back(site: Site) -> None:
     assert back == {"prompt": "What is 2+2?"}
     assert (await site.post("/tokenize", question())).json()["count"] > 0
     assert (await site.post("/tokenize", {})).json()["error"]["param"] == "prompt"
+
+
+async def test_template_variables_reach_the_tokenizer(site: Site) -> None:
+    await site.post("/tokenize", question(chat_template_kwargs={"mood": "calm"}))
+
+    assert site.core.tokenized[-1].chat_template_variables_json == '{"mood":"calm"}'
