@@ -40,7 +40,7 @@ def question(text: str, **fields: object) -> pb.GenerateRequest:
     conversation = pb.Conversation(messages=[pb.Message(role="user", content=text)])
     fields.setdefault("sampling", pb.SamplingOptions(temperature=0))
     fields.setdefault("max_tokens", 300)
-    return pb.GenerateRequest(conversation=conversation, **fields)  # type: ignore[arg-type]  # protobuf's own field types
+    return pb.GenerateRequest(conversation=conversation, **fields)
 
 
 def wait_until(condition: object, what: str, timeout_s: float = 20.0) -> None:
@@ -224,21 +224,47 @@ def test_more_ranks_than_gpus_are_refused_with_both_numbers() -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_attention_groups_answer_side_by_side_and_status_shows_the_layout() -> None:
-    with serving("--tp", "2", "--dp", "2", "--redundant-experts", "4", "--threads-per-rank", "1") as server:
-        with ThreadPoolExecutor(4) as threads:
-            asked = [("What is 347 + 285?", "632"), ("What is 12 + 30?", "42"), ("What is 99 + 11?", "110")]
-            flags = ("--address", server.address, "--temperature", "0")
-            answers = threads.map(lambda pair: mull("chat", pair[0], *flags).stdout, asked)
-            assert all(right in answer for answer, (_, right) in zip(answers, asked, strict=True))
-        state = json.loads(mull("status", "--address", server.address, "--json").stdout)
-        shown = mull("status", "--address", server.address).stdout
+@pytest.fixture(scope="module")
+def groups_server() -> Iterator[Server]:
+    with serving("--tp", "2", "--dp", "2", "--redundant-experts", "4", "--threads-per-rank", "1") as running:
+        yield running
+
+
+def test_attention_groups_answer_side_by_side_and_status_shows_the_layout(groups_server: Server) -> None:
+    server = groups_server
+    with ThreadPoolExecutor(4) as threads:
+        asked = [("What is 347 + 285?", "632"), ("What is 12 + 30?", "42"), ("What is 99 + 11?", "110")]
+        flags = ("--address", server.address, "--temperature", "0")
+        answers = threads.map(lambda pair: mull("chat", pair[0], *flags).stdout, asked)
+        assert all(right in answer for answer, (_, right) in zip(answers, asked, strict=True))
+    state = json.loads(mull("status", "--address", server.address, "--json").stdout)
+    shown = mull("status", "--address", server.address).stdout
 
     assert [rank["group"] for rank in state["ranks"]] == [0, 0, 1, 1]
     assert {rank["num_experts"] for rank in state["ranks"]} == {3}
     assert "tp 2 · dp 2 · 4 redundant experts" in shown
     assert "KV tokens" in shown
     assert any(line.startswith("ready") and "tp 2 · dp 2" in line for line in server.lines)
+
+
+def test_a_second_ctrl_c_cuts_streams_off_and_their_clients_say_why_in_one_line(groups_server: Server) -> None:
+    """The last test of this server."""
+    state = json.loads(mull("status", "--address", groups_server.address, "--json").stdout)
+    command = [*MULL, "chat", "What is 347 + 285?", "--address", groups_server.address, "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as chat:
+        assert chat.stdout is not None
+        assert '"started"' in chat.stdout.readline()
+        for rank in state["ranks"]:
+            psutil.Process(rank["pid"]).suspend()  # the stream stays open for as long as this test needs
+
+        groups_server.process.send_signal(signal.SIGINT)
+        wait_until(lambda: groups_server.lines[-1].startswith("draining"), "the first Ctrl-C to be taken")
+        groups_server.process.send_signal(signal.SIGINT)
+        _, errors = chat.communicate(timeout=60)
+
+    assert (chat.returncode, len(errors.splitlines())) == (1, 1), errors
+    assert errors.startswith("mull: ")
+    assert groups_server.wait() == 130
 
 
 def test_chat_without_a_server_says_so_in_one_line() -> None:

@@ -204,9 +204,7 @@ async def test_an_operator_lowers_the_budget_of_running_requests(gateway: Runnin
     admin = AdminServiceStub(gateway.channel)
     # when: one, then all, and never up
     for target, budget in (({"request_id": "a"}, 7), ({"all": admin_pb2.AllRequests()}, 50)):
-        reply = await admin.SetThinkingBudget(
-            admin_pb2.SetThinkingBudgetRequest(thinking_budget=budget, **target)  # type: ignore[arg-type]
-        )
+        reply = await admin.SetThinkingBudget(admin_pb2.SetThinkingBudgetRequest(thinking_budget=budget, **target))
         assert reply.num_lowered == 1
     # then
     await gateway.router.budgeted(2)
@@ -286,7 +284,7 @@ async def test_a_required_tool_is_a_grammar_of_its_calls(model: ServedModel) -> 
     assert prepared.grammar_field == "tool_choice"
     assert '<[1012]> "\\n" (body_0) "\\n" <[1013]>' in prepared.grammar.text
     named = with_tool(tool_choice=pb.ToolChoice(tool_name="f"), parallel_tool_calls=False)
-    assert "start: call\n" in prepare(named, model).grammar.text  # type: ignore[union-attr]
+    assert "start: call\n" in prepare(named, model).grammar.text
 
 
 async def test_prompt_logprobs_are_in_started(gateway: RunningGateway) -> None:

@@ -93,7 +93,7 @@ def http_config() -> GatewayConfig:
 @pytest.fixture
 async def site(model: ServedModel, http_config: GatewayConfig) -> AsyncIterator[Site]:
     core, not_ready = WrittenCore(model, ANSWER), []
-    server = HttpServer(core, http_config, lambda: not_ready[0] if not_ready else None)  # type: ignore[arg-type]
+    server = HttpServer(core, http_config, lambda: not_ready[0] if not_ready else None)
     listener = socket.create_server(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     await server.start(listener)

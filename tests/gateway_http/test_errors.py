@@ -81,7 +81,7 @@ async def test_a_body_that_is_no_object_is_400(site: Site, body: bytes) -> None:
 
 
 async def test_a_body_over_the_bound_is_413_whether_it_says_its_length_or_not(site: Site) -> None:
-    async def pieces():  # type: ignore[no-untyped-def]
+    async def pieces():
         for _ in range(100):
             yield b" " * 1000
 
