@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 # Template and encoding of a larger request take over a millisecond or so: they run in a thread, the streams go on.
 LARGE_REQUEST_BYTES = 16 * 1024
 DRAINING = "this server is shutting down"
+LAST_WORD_S = 1.0
+"""For clients to read why their streams were cut."""
 
 
 @dataclass
@@ -70,6 +72,8 @@ class GenerationCore:
         self._max_streams = max_streams
         self._check_grammar = check_grammar
         self._start_s = time.monotonic()
+        self._interruptions: set[Interruption] = set()
+        """Of the streams that are open."""
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -160,6 +164,12 @@ class GenerationCore:
             logger.warning("%d streams are still open after %g s", self.num_streams, timeout_s)
         return self.num_streams
 
+    async def cut_streams(self) -> None:
+        """End those that are still open; their clients are told why."""
+        for interruption in tuple(self._interruptions):
+            interruption.interrupt(NotReady(f"{DRAINING}; send the request to another server"))
+        await self.wait_until_idle(LAST_WORD_S)
+
     @contextmanager
     def _stream_slot(self) -> Iterator[None]:
         if self.is_draining:
@@ -192,6 +202,7 @@ class GenerationCore:
     ) -> Iterator[list[_Choice]]:
         """Inside, the request's generations run; what has not finished at the end is cancelled."""
         choices: list[_Choice] = []
+        self._interruptions.add(interruption)
         try:
             for number in range(request.n):
                 mailbox = self._link.submit(request, number)
@@ -201,6 +212,7 @@ class GenerationCore:
             with self.budgets.running(request, [choice.mailbox for choice in choices]):
                 yield choices
         finally:
+            self._interruptions.discard(interruption)
             for choice in choices:
                 choice.mailbox.on_overflow = None
                 self._link.release(choice.mailbox)

@@ -304,27 +304,26 @@ def test_a_server_that_is_stopped_while_it_starts_leaves_no_process(number: sign
         wait_until(lambda: not any(p.is_running() for p in seen), "all processes of a half-started server to end")
 
 
-def test_a_gateway_that_dies_comes_back_at_its_address_and_the_server_stays() -> None:
-    with serving("--tp", "1") as server:
-        (gateway,) = [p for p in descendants(server.process) if "Gateway" in p.name() + "".join(p.cmdline())]
-        gateway.kill()
+def test_a_gateway_that_dies_comes_back_at_its_address_and_the_server_stays(server: Server) -> None:
+    (gateway,) = [p for p in descendants(server.process) if "Gateway" in p.name() + "".join(p.cmdline())]
+    gateway.kill()
 
-        def answers() -> bool:
-            return mull("status", "--address", server.address).returncode == 0
+    def answers() -> bool:
+        return mull("status", "--address", server.address).returncode == 0
 
-        wait_until(lambda: not gateway.is_running(), "the gateway to die")
-        wait_until(answers, "the gateway to come back", timeout_s=60.0)
-        done = mull("chat", "hello", "--address", server.address, "--max-tokens", "60")
-        assert done.returncode == 0, done.stderr
+    wait_until(lambda: not gateway.is_running(), "the gateway to die")
+    wait_until(answers, "the gateway to come back", timeout_s=60.0)
+    done = mull("chat", "hello", "--address", server.address, "--max-tokens", "60")
+    assert done.returncode == 0, done.stderr
 
 
-def test_kill_9_leaves_no_process() -> None:
-    with serving("--tp", "2") as server:
-        started = descendants(server.process)
-        os.kill(server.process.pid, signal.SIGKILL)
-        server.wait()
+def test_kill_9_leaves_no_process(server: Server) -> None:
+    """The last test of this server."""
+    started = descendants(server.process)
+    os.kill(server.process.pid, signal.SIGKILL)
+    server.wait()
 
-        wait_until(lambda: not any(p.is_running() for p in started), "all processes of a killed server to end")
+    wait_until(lambda: not any(p.is_running() for p in started), "all processes of a killed server to end")
 
 
 def test_a_checkpoint_that_is_cut_short_is_refused_naming_the_file(tmp_path: Path) -> None:
