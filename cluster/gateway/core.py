@@ -16,11 +16,12 @@ from importlib.metadata import version
 
 from cluster.errors import NotReady, Overloaded
 from cluster.gateway.budgets import RunningBudgets
-from cluster.gateway.conversations import render_conversation
+from cluster.gateway.conversations import read_template_variables, render_conversation, variables_without_template
 from cluster.gateway.generation import Generation
 from cluster.gateway.grammar_check import GrammarCheck, compiled
 from cluster.gateway.interruption import Interruption
 from cluster.gateway.mailbox import Mailbox, wait_for_news
+from cluster.gateway.request_log import RequestRecord
 from cluster.gateway.requests import PreparedRequest, check_model, new_request_id, prepare
 from cluster.gateway.router_link import RouterLink
 from cluster.gateway.sampling_options import default_options
@@ -35,6 +36,8 @@ logger = logging.getLogger(__name__)
 # Template and encoding of a larger request take over a millisecond or so: they run in a thread, the streams go on.
 LARGE_REQUEST_BYTES = 16 * 1024
 DRAINING = "this server is shutting down"
+LAST_WORD_S = 1.0
+"""For clients to read why their streams were cut."""
 
 
 @dataclass
@@ -69,6 +72,8 @@ class GenerationCore:
         self._max_streams = max_streams
         self._check_grammar = check_grammar
         self._start_s = time.monotonic()
+        self._interruptions: set[Interruption] = set()
+        """Of the streams that are open."""
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -87,22 +92,27 @@ class GenerationCore:
         error comes out of the closing.
         """
         request.request_id = request.request_id or new_request_id()
-        timer = RequestTimer(self._metrics)
+        timer, record = RequestTimer(self._metrics), RequestRecord(request)
         try:
             with self._stream_slot():
                 prepared = await self._prepare(request)
                 async with Interruption(prepared.timeout_s) as interruption:
                     with self._submitted(prepared, interruption, timer) as choices:
+                        record.on_submitted([choice.generation for choice in choices])
                         while choices:
                             await wait_for_news([choice.mailbox for choice in choices])
                             yield [event for choice in choices if choice.mailbox.has_news for event in _accept(choice)]
                             choices = [choice for choice in choices if choice.generation.finished is None]
         except (asyncio.CancelledError, GeneratorExit):
             timer.on_failed("CANCELLED")
+            record.on_ended("CANCELLED")
             raise
         except Exception as error:
-            timer.on_failed(status_code(error).name)
+            code = status_code(error).name
+            timer.on_failed(code)
+            record.on_ended(code)
             raise
+        record.on_ended("OK")
 
     async def tokenize(self, request: pb.TokenizeRequest) -> pb.TokenizeResponse:
         """Text or a conversation as token ids. Raises RequestError."""
@@ -154,6 +164,12 @@ class GenerationCore:
             logger.warning("%d streams are still open after %g s", self.num_streams, timeout_s)
         return self.num_streams
 
+    async def cut_streams(self) -> None:
+        """End those that are still open; their clients are told why."""
+        for interruption in tuple(self._interruptions):
+            interruption.interrupt(NotReady(f"{DRAINING}; send the request to another server"))
+        await self.wait_until_idle(LAST_WORD_S)
+
     @contextmanager
     def _stream_slot(self) -> Iterator[None]:
         if self.is_draining:
@@ -186,6 +202,7 @@ class GenerationCore:
     ) -> Iterator[list[_Choice]]:
         """Inside, the request's generations run; what has not finished at the end is cancelled."""
         choices: list[_Choice] = []
+        self._interruptions.add(interruption)
         try:
             for number in range(request.n):
                 mailbox = self._link.submit(request, number)
@@ -195,6 +212,7 @@ class GenerationCore:
             with self.budgets.running(request, [choice.mailbox for choice in choices]):
                 yield choices
         finally:
+            self._interruptions.discard(interruption)
             for choice in choices:
                 choice.mailbox.on_overflow = None
                 self._link.release(choice.mailbox)
@@ -227,7 +245,10 @@ def _tokenize(request: pb.TokenizeRequest, model: ServedModel) -> pb.TokenizeRes
     tokenizer = model.tokenizer
     text = request.text
     if request.WhichOneof("input") == "conversation":
-        text = render_conversation(request.conversation.messages, request.conversation.tools, tokenizer)
+        variables = read_template_variables(request.chat_template_variables_json)
+        text = render_conversation(request.conversation.messages, request.conversation.tools, tokenizer, variables)
+    elif request.chat_template_variables_json:
+        raise variables_without_template()
     token_ids = tokenizer.encode(text)
     texts = [tokenizer.token_text(token_id) for token_id in token_ids]
     return pb.TokenizeResponse(token_ids=token_ids, max_model_len=model.max_model_len, texts=texts)

@@ -142,7 +142,7 @@ def test_the_end_of_the_app_leaves_no_rank(stub: RouterServiceStub) -> None:
 
 
 async def test_a_replica_whose_constructor_failed_ends_without_a_second_error() -> None:
-    await RouterDeployment.__del__(SimpleNamespace())  # type: ignore[arg-type]  # an object that has nothing yet
+    await RouterDeployment.__del__(SimpleNamespace())
 
 
 def iter_open(messages: list[pb.GatewayMessage]) -> Iterator[pb.GatewayMessage]:

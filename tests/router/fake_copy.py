@@ -10,16 +10,23 @@ from typing import Any
 from cluster.router.blocks import BlockAllocator
 from cluster.router.scheduler import Scheduler, SchedulerConfig
 from cluster.router.sequence import FinishReason, Phase, SequenceRequest, SequenceUpdate
-from tests.fakes import FakeRanks, generate_alone
+from tests.fakes import FakeRanks, generate_alone, next_token
 from workers.step import SamplingParams, StepPlan, TokenLogprobs
 
 MAX_STEPS = 100_000
+PROMPT = list(range(10, 19))
+"""9 tokens: two full blocks of 4, and one token."""
 
 
 def request(key: Hashable, prompt_ids: list[int], *, max_tokens: int = 4, **more: Any) -> SequenceRequest:
     """A request that stops at nothing unless told so."""
     more.setdefault("sampling", SamplingParams(seed=7))
     return SequenceRequest(key=key, prompt_ids=prompt_ids, max_tokens=max_tokens, **more)
+
+
+def first_token(prompt_ids: list[int]) -> int:
+    """What the fake ranks sample after this prompt for `request`."""
+    return next_token(prompt_ids, 7, 50)
 
 
 class FakeCopy:

@@ -130,7 +130,7 @@ async def connect(router: Router) -> AsyncIterator[Connect]:
 def submit(key: int, **fields: object) -> pb.Submit:
     sampling = pb.RouterSampling(temperature=0.6, top_p=0.95, repetition_penalty=1, seed=key)
     values: dict[str, object] = {"prompt_ids": [1, 2, 3], "max_tokens": 20, "sampling": sampling} | fields
-    return pb.Submit(key=key, **values)  # type: ignore[arg-type]  # protobuf's own field types
+    return pb.Submit(key=key, **values)
 
 
 def alone(message: pb.Submit) -> list[int]:
