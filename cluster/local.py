@@ -6,6 +6,7 @@ Owns every process that it starts: on any way out, Ctrl-C and errors included, t
 from __future__ import annotations
 
 import contextlib
+import logging
 import socket
 import subprocess
 import time
@@ -24,10 +25,13 @@ from cluster.ray_cluster import check_gpus, check_nodes, last_line, start_ray
 from mull.v1 import generation_pb2 as pb
 from mull.v1.generation_pb2_grpc import GenerationServiceStub
 
+logger = logging.getLogger(__name__)
+
 _POLL_S = 0.2
 _CALL_TIMEOUT_S = 10.0
 _STOP_MARGIN_S = 10.0
 _SILENCE_S = 60.0
+_CUT_S = 3.0
 _RAY_LOGS = "/tmp/ray/session_latest/logs/serve"
 
 
@@ -139,11 +143,23 @@ class LocalCluster:
         with self._interrupts.at_once():
             try:
                 cut: int = self._gateway.drain.remote(grace_s).result(timeout_s=grace_s + _STOP_MARGIN_S)
+            except KeyboardInterrupt:
+                self._cut_streams()
+                raise
             except (RayError, TimeoutError) as error:
                 raise EngineError(
                     f"the gateway was lost while draining ({last_line(error)}); streams may be cut"
                 ) from error
         return cut
+
+    def _cut_streams(self) -> None:
+        """Let clients be told that the server goes, rather than see their connection break."""
+        from ray.exceptions import RayError
+
+        try:
+            self._gateway.drain.remote(0).result(timeout_s=_CUT_S)
+        except (RayError, TimeoutError) as error:
+            logger.warning("streams could not be ended in order: %s", last_line(error))
 
     def stop(self) -> None:
         """Stop the app and Ray, with all their processes."""

@@ -71,7 +71,7 @@ def check_nodes(config: ClusterConfig) -> None:
 
     layout = config.engine.layout
     together, num_ranks = ranks_per_bundle(layout), layout.world_size
-    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]  # Ray has no types there
     cpus = sorted((int(resources.get("CPU", 0)) for resources in alive), reverse=True)
     if sum(cpus) <= num_ranks or sum(cpu // together * together for cpu in cpus) < num_ranks:
         raise ConfigError(

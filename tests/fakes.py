@@ -210,7 +210,7 @@ class FakeRanks:
         for index in range(-(-state.num_computed // self.block_size)):
             for token_id in self.memory[state.block_ids[index]][: state.num_computed - index * self.block_size]:
                 expect(token_id is not None, f"block {state.block_ids[index]} is read before it is written")
-                token_ids.append(token_id)  # type: ignore[arg-type]  # mypy does not narrow through expect()
+                token_ids.append(token_id)
         return token_ids
 
     def _sample(self, slot: int) -> int:

@@ -16,15 +16,16 @@ from importlib.metadata import version
 
 from cluster.errors import NotReady, Overloaded
 from cluster.gateway.budgets import RunningBudgets
-from cluster.gateway.conversations import render_conversation
+from cluster.gateway.conversations import read_template_variables, render_conversation, variables_without_template
 from cluster.gateway.copies import Copies
 from cluster.gateway.generation import Generation
 from cluster.gateway.grammar_check import GrammarCheck, compiled
 from cluster.gateway.interruption import Interruption
 from cluster.gateway.mailbox import Mailbox, wait_for_news
+from cluster.gateway.request_log import RequestRecord
 from cluster.gateway.requests import PreparedRequest, check_model, new_request_id, prepare
 from cluster.gateway.resumption import MissingEvents, check_repeatable, rebuild
-from cluster.gateway.running import RunningChoice
+from cluster.gateway.running import RunningChoice, RunningRequest
 from cluster.gateway.sampling_options import default_options
 from cluster.gateway.served_model import ServedModel
 from cluster.gateway.status import status_code
@@ -38,6 +39,8 @@ logger = logging.getLogger(__name__)
 # Template and encoding of a larger request take over a millisecond or so: they run in a thread, the streams go on.
 LARGE_REQUEST_BYTES = 16 * 1024
 DRAINING = "this server is shutting down"
+LAST_WORD_S = 1.0
+"""For clients to read why their streams were cut."""
 
 
 class HeldEvents(enum.Enum):
@@ -70,6 +73,8 @@ class GenerationCore:
         self._max_streams = max_streams
         self._check_grammar = check_grammar
         self._start_s = time.monotonic()
+        self._interruptions: set[Interruption] = set()
+        """Of the streams that are open."""
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -90,26 +95,32 @@ class GenerationCore:
         error comes out of the closing.
         """
         request.request_id = request.request_id or new_request_id()
-        timer = RequestTimer(self._metrics)
+        timer, record = RequestTimer(self._metrics), RequestRecord(request)
         try:
             with self._stream_slot():
                 prepared = await self._prepare(request)
                 if held is HeldEvents.REPEATED:
                     check_repeatable(prepared)
                 async with Interruption(prepared.timeout_s) as interruption:
-                    with self._submitted(prepared, interruption, timer, held) as (events, choices):
-                        if events:
-                            yield events
+                    with self._submitted(prepared, interruption, timer, held) as running:
+                        record.on_submitted(running.generations)
+                        if running.events:
+                            yield running.events
+                        choices = running.choices
                         while choices:
                             await wait_for_news([choice.mailbox for choice in choices])
                             yield [event for choice in choices if choice.mailbox.has_news for event in choice.take()]
                             choices = [choice for choice in choices if not choice.has_finished]
         except (asyncio.CancelledError, GeneratorExit):
             timer.on_failed("CANCELLED")
+            record.on_ended("CANCELLED")
             raise
         except Exception as error:
-            timer.on_failed(status_code(error).name)
+            code = status_code(error).name
+            timer.on_failed(code)
+            record.on_ended(code)
             raise
+        record.on_ended("OK")
 
     async def tokenize(self, request: pb.TokenizeRequest) -> pb.TokenizeResponse:
         """Text or a conversation as token ids. Raises RequestError."""
@@ -161,6 +172,12 @@ class GenerationCore:
             logger.warning("%d streams are still open after %g s", self.num_streams, timeout_s)
         return self.num_streams
 
+    async def cut_streams(self) -> None:
+        """End those that are still open; their clients are told why."""
+        for interruption in tuple(self._interruptions):
+            interruption.interrupt(NotReady(f"{DRAINING}; send the request to another server"))
+        await self.wait_until_idle(LAST_WORD_S)
+
     @contextmanager
     def _stream_slot(self) -> Iterator[None]:
         if self.is_draining:
@@ -190,35 +207,41 @@ class GenerationCore:
     @contextmanager
     def _submitted(
         self, request: PreparedRequest, interruption: Interruption, timer: RequestTimer, held: HeldEvents
-    ) -> Iterator[tuple[list[pb.GenerateEvent], list[RunningChoice]]]:
-        """Inside, the request's generations run; what has not finished at the end is cancelled.
-
-        Gives the events that come of what the client has held, and the generations that go on.
-        """
-        choices: list[RunningChoice] = []
-        events: list[pb.GenerateEvent] = []
+    ) -> Iterator[RunningRequest]:
+        """Inside, the request's generations run; what has not finished at the end is cancelled."""
+        running = RunningRequest()
+        self._interruptions.add(interruption)
         try:
             for number in range(request.n):
                 own_timer = timer if number == 0 else timer.sibling()
-                generation, missing = Generation(request, self._model, number), None
-                has = request.held.get(number)
-                if has is not None:
-                    if has.finished and held is HeldEvents.LEFT_OUT:
-                        continue
-                    missing = MissingEvents(has) if held is HeldEvents.LEFT_OUT else None
-                    rebuilt = rebuild(generation, has, request, number)
-                    events += rebuilt if missing is None else missing.of(rebuilt)
-                    own_timer.on_resumed(generation.num_thinking_tokens, generation.num_answer_tokens)
-                if generation.finished is None:
-                    mailbox = self._submit(request, number)
-                    mailbox.on_overflow = interruption.interrupt
-                    choices.append(RunningChoice(generation, mailbox, own_timer, missing))
-            with self.budgets.running(request, [choice.mailbox for choice in choices]):
-                yield events, choices
+                self._open(running, request, number, own_timer, held)
+            for choice in running.choices:
+                choice.mailbox.on_overflow = interruption.interrupt
+            with self.budgets.running(request, [choice.mailbox for choice in running.choices]):
+                yield running
         finally:
-            for choice in choices:
+            self._interruptions.discard(interruption)
+            for choice in running.choices:
                 choice.mailbox.on_overflow = None
                 self._copies.release(choice.mailbox)
+
+    def _open(
+        self, running: RunningRequest, request: PreparedRequest, number: int, timer: RequestTimer, held: HeldEvents
+    ) -> None:
+        """Begin one of the generations, or go on with it, as far as the client does not have all of it."""
+        generation, missing = Generation(request, self._model, number), None
+        has = request.held.get(number)
+        if has is not None:
+            if has.finished and held is HeldEvents.LEFT_OUT:
+                return
+            missing = MissingEvents(has) if held is HeldEvents.LEFT_OUT else None
+            rebuilt = rebuild(generation, has, request, number)
+            running.events += rebuilt if missing is None else missing.of(rebuilt)
+            timer.on_resumed(generation.num_thinking_tokens, generation.num_answer_tokens)
+        running.generations.append(generation)
+        if generation.finished is None:
+            mailbox = self._submit(request, number)
+            running.choices.append(RunningChoice(generation, mailbox, timer, missing))
 
     def _submit(self, request: PreparedRequest, number: int) -> Mailbox:
         submit = submit_message(request, number)
@@ -236,7 +259,10 @@ def _tokenize(request: pb.TokenizeRequest, model: ServedModel) -> pb.TokenizeRes
     tokenizer = model.tokenizer
     text = request.text
     if request.WhichOneof("input") == "conversation":
-        text = render_conversation(request.conversation.messages, request.conversation.tools, tokenizer)
+        variables = read_template_variables(request.chat_template_variables_json)
+        text = render_conversation(request.conversation.messages, request.conversation.tools, tokenizer, variables)
+    elif request.chat_template_variables_json:
+        raise variables_without_template()
     token_ids = tokenizer.encode(text)
     texts = [tokenizer.token_text(token_id) for token_id in token_ids]
     return pb.TokenizeResponse(token_ids=token_ids, max_model_len=model.max_model_len, texts=texts)

@@ -71,7 +71,7 @@ def _directory_of(router: Any) -> CopyDirectory:
 
 def gateway_deployment(config: ClusterConfig, router: serve.Application) -> serve.Application:
     """One gateway per node, on the ports that the config fixes; in a cluster of several nodes on this one."""
-    here = {f"node:{ray.util.get_node_ip_address()}": 0.001} if config.router.ray_address else {}  # type: ignore[no-untyped-call]
+    here = {f"node:{ray.util.get_node_ip_address()}": 0.001} if config.router.ray_address else {}  # type: ignore[no-untyped-call]  # Ray has no types there
     deployment: Any = serve.deployment(
         name=NAME,
         num_replicas=1,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from cluster.errors import InvalidRequest, PromptTooLong, UnknownModel
 from cluster.gateway.answer_format import read_response_format, required_calls
-from cluster.gateway.conversations import read_template_variables, render_conversation
+from cluster.gateway.conversations import read_template_variables, render_conversation, variables_without_template
 from cluster.gateway.resume_options import HeldChoice, read_resume
 from cluster.gateway.sampling_options import read_bad_words, read_logit_bias, read_prompt_logprobs, read_sampling
 from cluster.gateway.served_model import ServedModel
@@ -33,6 +33,8 @@ MAX_REQUEST_ID_CHARS = 128
 DEFAULT_MAX_TOKENS = 32768
 MAX_CHOICES = 16
 MAX_METADATA = 16
+MAX_METADATA_KEY_CHARS = 64
+MAX_METADATA_CHARS = 512
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -159,15 +161,19 @@ def _check_metadata(request: pb.GenerateRequest) -> None:
         raise InvalidRequest(
             f"metadata: {len(request.metadata)} entries; send at most {MAX_METADATA}", field="metadata"
         )
+    for key, note in request.metadata.items():
+        if len(key) > MAX_METADATA_KEY_CHARS or len(note) > MAX_METADATA_CHARS:
+            raise InvalidRequest(
+                f"metadata: a key of {len(key)} and a value of {len(note)} characters; send at most "
+                f"{MAX_METADATA_KEY_CHARS} and {MAX_METADATA_CHARS}",
+                field="metadata",
+            )
 
 
 def _prompt_ids(request: pb.GenerateRequest, model: ServedModel, tools: ToolUse) -> list[int]:
     kind = request.WhichOneof("input")
     if request.chat_template_variables_json and kind != "conversation":
-        raise InvalidRequest(
-            "chat_template_variables_json: only a conversation goes through the template; leave it out",
-            field="chat_template_variables_json",
-        )
+        raise variables_without_template()
     match kind:
         case "conversation":
             variables = read_template_variables(request.chat_template_variables_json)

@@ -5,6 +5,8 @@ Between hops 4 and 11: takes from its mailbox, gives events, tells the metrics.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 from cluster.gateway.generation import Generation
 from cluster.gateway.mailbox import Mailbox
 from cluster.gateway.resumption import MissingEvents
@@ -50,3 +52,14 @@ class RunningChoice:
 def _label(enum_name: str) -> str:
     """REASON_STOP → stop."""
     return enum_name.removeprefix("REASON_").lower()
+
+
+@dataclass
+class RunningRequest:
+    """All of a request's generations."""
+
+    generations: list[Generation] = field(default_factory=list)
+    choices: list[RunningChoice] = field(default_factory=list)
+    """Those that are not over."""
+    events: list[pb.GenerateEvent] = field(default_factory=list)
+    """What comes before any of them goes on."""

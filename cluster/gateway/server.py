@@ -136,6 +136,8 @@ class GatewayServer:
         self._core.refuse_new()
         await self._health.enter_graceful_shutdown()
         num_cut = await self._core.wait_until_idle(grace_s)
+        if num_cut:
+            await self._core.cut_streams()
         if self._follower is not None:
             self._follower.cancel()
             await asyncio.gather(self._follower, return_exceptions=True)

@@ -39,7 +39,7 @@ def resolve_device(engine: EngineConfig) -> Device:
     """ "auto" is a GPU where the Ray cluster has one for each rank."""
     if engine.device != "auto":
         return engine.device
-    resources: dict[str, float] = ray.cluster_resources() if ray.is_initialized() else {}  # type: ignore[no-untyped-call]
+    resources: dict[str, float] = ray.cluster_resources() if ray.is_initialized() else {}  # type: ignore[no-untyped-call]  # Ray has no types there
     num_gpus = resources.get("GPU", 0)
     return "cuda" if num_gpus >= engine.layout.world_size else "cpu"
 

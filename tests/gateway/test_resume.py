@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
@@ -101,13 +102,18 @@ async def test_the_sync_client_resumes_too(router: ScriptedRouter, model: Served
     said = Model(router, model.tokenizer.encode(TEXT), num_now=4)
     port = fixed_port()
 
+    begun = threading.Event()
+
     def use() -> str:
         with Client(f"127.0.0.1:{port}", retry=RETRY, timeout_s=20) as client:
-            return client.chat("hi", tools=TOOLS).answer
+            reply = client.chat("hi", tools=TOOLS)
+            next(iter(reply))
+            begun.set()
+            return reply.answer
 
     async with gateway_at(port, router, model):
         answer = asyncio.create_task(asyncio.to_thread(use))
-        await router.submitted()
+        await until(begun.is_set, "the first event")
     said.num_now = 100
     async with gateway_at(port, router, model):
         assert await answer == "Sure: "

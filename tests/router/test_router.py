@@ -130,7 +130,7 @@ async def connect(router: Router) -> AsyncIterator[Connect]:
 def submit(key: int, **fields: object) -> pb.Submit:
     sampling = pb.RouterSampling(temperature=0.6, top_p=0.95, repetition_penalty=1, seed=key)
     values: dict[str, object] = {"prompt_ids": [1, 2, 3], "max_tokens": 20, "sampling": sampling} | fields
-    return pb.Submit(key=key, **values)  # type: ignore[arg-type]  # protobuf's own field types
+    return pb.Submit(key=key, **values)
 
 
 def alone(message: pb.Submit) -> list[int]:
@@ -367,9 +367,7 @@ async def test_a_key_that_is_used_twice_breaks_the_session(connect: Connect, gro
     assert "key 1" in await gateway.call.details()
 
 
-async def test_live_requests_outlive_the_ranks_that_computed_them(
-    router: Router, groups: Groups, connect: Connect
-) -> None:
+async def test_live_requests_outlive_the_ranks_that_computed_them(groups: Groups, connect: Connect) -> None:
     gateway = await connect()
     messages = {key: await gateway.submit(key, max_tokens=100 * key) for key in (1, 2, 3)}
     while len(gateway.tokens(3)) < 20:

@@ -100,7 +100,7 @@ async def test_describe_tells_the_layout(gateway: Gateway) -> None:
     assert {rank.kv_tokens for rank in described.ranks} == {NUM_BLOCKS * described.block_size}
 
 
-async def test_losing_a_rank_starts_all_groups_again(router: Router, groups: Groups, gateway: Gateway) -> None:
+async def test_losing_a_rank_starts_all_groups_again(groups: Groups, gateway: Gateway) -> None:
     messages = {key: await gateway.submit(key, max_tokens=80) for key in range(10, 16)}
     await gateway.read()
 
