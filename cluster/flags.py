@@ -55,6 +55,15 @@ _CONFIG_FLAGS: dict[str, dict[str, tuple[type, str]]] = {
         "max_streams": (int, "open streams; one more is refused"),
         "drain_s": (float, "seconds for running streams to end after Ctrl-C"),
     },
+    "security": {
+        "tls_cert": (Path, "certificate chain of the gRPC and HTTP ports, PEM; read again when it changes"),
+        "tls_key": (Path, "its key"),
+        "tls_client_ca": (Path, "clients need a certificate that it signed"),
+        "link_cert": (Path, "certificate between gateways and Routers, for the name mull-router"),
+        "link_key": (Path, "its key"),
+        "link_ca": (Path, "signs the certificates of both ends"),
+        "keys_file": (Path, "API keys, as `mull keys` writes them; default: none are asked for"),
+    },
 }
 
 
@@ -64,7 +73,7 @@ def _flag(name: str) -> str:
 
 def add_serve_flags(parser: argparse.ArgumentParser, *, fallbacks: Mapping[str, int]) -> None:
     parser.add_argument(
-        "--config", type=Path, help="YAML file with model, engine, router and gateway; flags win over it"
+        "--config", type=Path, help="YAML file with model, engine, router, gateway and security; flags win"
     )
     parser.add_argument("--model", type=Path, metavar="DIR", help="checkpoint directory; default: the built-in one")
     parser.add_argument(
@@ -75,6 +84,7 @@ def add_serve_flags(parser: argparse.ArgumentParser, *, fallbacks: Mapping[str, 
         for name, (kind, text) in flags.items():
             shown = f"{text} (default {fallbacks[name]})" if name in fallbacks else text
             group.add_argument(_flag(name), type=kind, help=shown)
+    parser.add_argument("--insecure", action="store_true", help="plain text may leave this machine")
     parser.set_defaults(fallbacks=fallbacks)
 
 
@@ -96,6 +106,8 @@ def config_from_flags(args: argparse.Namespace) -> ClusterConfig:
                 values.setdefault(part, {})[name] = getattr(args, name)
             elif name in args.fallbacks:
                 values.setdefault(part, {}).setdefault(name, args.fallbacks[name])
+    if args.insecure:
+        values.setdefault("security", {})["insecure"] = True
     model = values.setdefault("model", {})
     path = str(args.model or model.get("path") or builtin_model())
     name = args.served_model_name or model.get("name") or Path(path).resolve().name

@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from threading import Thread
 from wsgiref.simple_server import WSGIServer
 
-import grpc
 from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry, start_http_server
 
-from cluster.config import GatewayConfig
+from cluster.config import GatewayConfig, SecurityConfig
 from cluster.errors import ConfigError
 from cluster.gateway.admin import AdminServicer
 from cluster.gateway.core import DRAINING, GenerationCore
@@ -29,6 +28,7 @@ from cluster.gateway.router_link import LinkTimes, RouterAddress, RouterLink
 from cluster.gateway.served_model import ServedModel
 from cluster.gateway.servicer import GenerationServicer
 from cluster.metrics import GatewayMetrics
+from cluster.tls import ServerCertificates
 from mull.v1 import admin_pb2, generation_pb2
 from mull.v1.admin_pb2_grpc import add_AdminServiceServicer_to_server
 from mull.v1.generation_pb2_grpc import add_GenerationServiceServicer_to_server
@@ -60,19 +60,22 @@ class GatewayServer:
         model: ServedModel,
         router_address: RouterAddress,
         *,
-        credentials: grpc.ServerCredentials | None = None,
+        security: SecurityConfig | None = None,
         registry: CollectorRegistry | None = None,
         link_times: LinkTimes | None = None,
     ) -> None:
-        """`credentials` makes the gRPC port a TLS port."""
-        self.link = RouterLink(router_address, max_unread_tokens=config.max_unread_tokens, times=link_times)
+        """Raises ConfigError for certificates that cannot be used."""
+        security = security or SecurityConfig()
+        self.link = RouterLink(
+            router_address, max_unread_tokens=config.max_unread_tokens, times=link_times, tls=security.link_tls
+        )
         self._config = config
-        self._credentials = credentials
+        self._certificates = None if security.tls is None else ServerCertificates(security.tls)
         self._registry = registry or CollectorRegistry()
         self._metrics = GatewayMetrics(self._registry)
         self._core = GenerationCore(model, self.link, self._metrics, max_streams=config.max_streams)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the package has no stubs for it
-        self._http = HttpServer(self._core, config, self._why_not_ready)
+        self._http = HttpServer(self._core, config, self._why_not_ready, self._certificates)
         self._server: aio.Server | None = None
         self._exposition: tuple[WSGIServer, Thread] | None = None
         self._follower: asyncio.Task[None] | None = None
@@ -157,10 +160,10 @@ class GatewayServer:
         host = f"[{config.host}]" if ":" in config.host else config.host
         address = f"{host}:{config.grpc_port}"
         try:
-            if self._credentials is None:
+            if self._certificates is None:
                 port = server.add_insecure_port(address)
             else:
-                port = server.add_secure_port(address, self._credentials)
+                port = server.add_secure_port(address, self._certificates.grpc_credentials())
         except RuntimeError as error:
             raise ConfigError(f"gateway.grpc_port: cannot listen on {address} ({error}); choose another") from error
         await server.start()
