@@ -1,4 +1,4 @@
-"""mull serve | chat | status | demo.
+"""mull serve | chat | status | demo | keys.
 
 Flags become a ClusterConfig; an error is one line with a remedy, never a traceback.
 """
@@ -16,6 +16,7 @@ from cluster.config import ClusterConfig, EngineConfig
 from cluster.errors import ConfigError, MullError
 from cluster.flags import add_chat_flags, add_serve_flags, chat_options, config_from_flags
 from cluster.interrupts import Interrupts
+from cluster.keys_command import add_keys_command
 
 if TYPE_CHECKING:
     from cluster.local import LocalCluster
@@ -177,6 +178,9 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("--address", default=_DEFAULT_ADDRESS, help=f"default {_DEFAULT_ADDRESS}")
     status.add_argument("--json", action="store_true", help="print JSON")
     status.set_defaults(command=_status)
+
+    keys = commands.add_parser("keys", help="API keys: add, list, revoke")
+    add_keys_command(keys)
     return parser
 
 

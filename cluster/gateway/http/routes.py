@@ -25,6 +25,7 @@ from cluster.gateway.http.answer import Batches, JsonAnswer, StreamedAnswer, Who
 from cluster.gateway.http.chat import ChatForm, read_chat
 from cluster.gateway.http.collected import as_raw_text
 from cluster.gateway.http.completions import CompletionForm, read_completion
+from cluster.gateway.http.door import caller_of
 from cluster.gateway.http.errors import BodyTooLarge
 from cluster.gateway.http.exchanges import Exchanges
 from cluster.gateway.http.fields import Fields
@@ -101,7 +102,7 @@ class Routes:
             self._core.model.tokenizer.token_bytes,
             include_usage=_includes_usage(body),
         )
-        return self._answer(body, asked, form, raw=body.flag("separate_reasoning") is False)
+        return self._answer(request, body, asked, form, raw=body.flag("separate_reasoning") is False)
 
     async def complete(self, request: Request) -> Response:
         """POST /v1/completions."""
@@ -114,7 +115,7 @@ class Routes:
             self._core.model.tokenizer.token_bytes,
             include_usage=_includes_usage(body),
         )
-        return self._answer(body, asked, form, raw=True)
+        return self._answer(request, body, asked, form, raw=True)
 
     async def respond(self, request: Request) -> Response:
         """POST /v1/responses."""
@@ -123,7 +124,7 @@ class Routes:
         request_id = _identify(request, asked)
         model = self._core.model
         form = ResponseForm(request_id, asked.model or model.name, model.tokenizer.token_bytes, body)
-        return self._answer(body, asked, form, raw=False)
+        return self._answer(request, body, asked, form, raw=False)
 
     async def tokenize(self, request: Request) -> Response:
         """POST /tokenize: `prompt`, or `messages` with `tools`."""
@@ -135,7 +136,7 @@ class Routes:
             asked.text = prompt
         else:
             raise body.wrong("prompt", "a string, or messages instead")
-        done = await self._core.tokenize(asked)
+        done = await self._core.tokenize(asked, caller_of(request))
         found: Json = {"count": len(done.token_ids), "max_model_len": done.max_model_len, "tokens": [*done.token_ids]}
         if body.flag("return_token_strs"):
             found["token_strs"] = [*done.texts]
@@ -145,7 +146,7 @@ class Routes:
         """POST /detokenize: `tokens`."""
         body = await self._body(request)
         asked = pb.DetokenizeRequest(model=body.text("model") or "", token_ids=body.integers("tokens"))
-        done = await self._core.detokenize(asked)
+        done = await self._core.detokenize(asked, caller_of(request))
         return JsonAnswer({"prompt": done.text})
 
     async def list_models(self) -> Response:
@@ -190,12 +191,12 @@ class Routes:
             raise BodyTooLarge(f"body: {size} bytes or more, the limit is {limit}; send less", field="body")
         return Fields(_object(bytes(read)))
 
-    def _answer(self, body: Fields, asked: pb.GenerateRequest, form: Form, *, raw: bool) -> Response:
+    def _answer(self, request: Request, body: Fields, asked: pb.GenerateRequest, form: Form, *, raw: bool) -> Response:
         if (reason := self._why_not_ready()) is not None:
             raise NotReady(f"{reason}; try again later")
 
         def batches() -> Batches:
-            stream = self._core.stream(asked)
+            stream = self._core.stream(asked, caller_of(request))
             return _raw_batches(stream) if raw else stream
 
         kind = StreamedAnswer if body.flag("stream") else WholeAnswer

@@ -11,7 +11,9 @@ import uvicorn
 
 from cluster.config import GatewayConfig
 from cluster.errors import EngineError
+from cluster.gateway.access import Access
 from cluster.gateway.core import GenerationCore
+from cluster.gateway.http.door import HttpDoor
 from cluster.gateway.http.exchanges import Exchanges
 from cluster.gateway.http.routes import WhyNotReady, build_http_app
 from cluster.tls import ServerCertificates
@@ -30,11 +32,12 @@ class HttpServer:
         core: GenerationCore,
         config: GatewayConfig,
         why_not_ready: WhyNotReady,
+        access: Access,
         certificates: ServerCertificates | None = None,
     ) -> None:
         """`certificates` make it an HTTPS port."""
         self._exchanges = Exchanges()
-        app = build_http_app(core, config, why_not_ready, self._exchanges)
+        app = HttpDoor(build_http_app(core, config, why_not_ready, self._exchanges), access)
         settings = uvicorn.Config(
             app,
             http="httptools",
