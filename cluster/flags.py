@@ -13,6 +13,9 @@ from cluster.errors import ConfigError
 
 if TYPE_CHECKING:
     from cluster.chat import ChatOptions
+    from cluster.server_address import ServerAddress
+
+_DEFAULT_ADDRESS = "127.0.0.1:50051"
 
 _SAMPLING_FLAGS: dict[str, tuple[type, str]] = {
     "temperature": (float, "0 is greedy"),
@@ -88,6 +91,17 @@ def add_serve_flags(parser: argparse.ArgumentParser, *, fallbacks: Mapping[str, 
     parser.set_defaults(fallbacks=fallbacks)
 
 
+def add_client_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--address", default=_DEFAULT_ADDRESS, help=f"default {_DEFAULT_ADDRESS}")
+    parser.add_argument("--tls", action="store_true", help="TLS, by the public authorities; implied by --tls-ca")
+    parser.add_argument("--tls-ca", type=Path, metavar="FILE", help="signed the server's certificate, PEM")
+    parser.add_argument(
+        "--tls-cert", type=Path, metavar="FILE", help="a certificate of your own, where it is asked for"
+    )
+    parser.add_argument("--tls-key", type=Path, metavar="FILE", help="its key")
+    parser.add_argument("--api-key", metavar="KEY", help="default: what MULL_API_KEY holds, which others cannot see")
+
+
 def add_chat_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model-name", default="", metavar="NAME", help="default: the only model the server has")
     parser.add_argument("--system", metavar="TEXT", help="system message")
@@ -125,6 +139,22 @@ def builtin_model() -> Path:
         if (Path(place) / "pocket").is_dir():
             return Path(place) / "pocket"
     raise ConfigError("the built-in model is missing from this installation; give --model DIR")
+
+
+def server_from_flags(args: argparse.Namespace) -> ServerAddress:
+    """Where the server is and how to get in. Raises ConfigError."""
+    from cluster.server_address import ServerAddress
+    from mull.client import tls_credentials
+
+    if (args.tls_cert is None) != (args.tls_key is None):
+        raise ConfigError("--tls-cert and --tls-key go together; give both or none")
+    if not (args.tls or args.tls_ca or args.tls_cert):
+        return ServerAddress(args.address, api_key=args.api_key)
+    try:
+        credentials = tls_credentials(args.tls_ca, args.tls_cert, args.tls_key)
+    except OSError as error:
+        raise ConfigError(f"{error.filename}: cannot be read ({error.strerror}); give PEM files") from error
+    return ServerAddress(args.address, credentials=credentials, api_key=args.api_key)
 
 
 def chat_options(args: argparse.Namespace) -> ChatOptions:
