@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 
 from cluster.errors import NotReady, Overloaded
+from cluster.gateway.access import Caller
 from cluster.gateway.budgets import RunningBudgets
 from cluster.gateway.conversations import read_template_variables, render_conversation, variables_without_template
 from cluster.gateway.generation import Generation
@@ -83,7 +84,7 @@ class GenerationCore:
         limit = self._link.context_limit
         return self._model if limit is None else self._model.limited_to(limit)
 
-    async def stream(self, request: pb.GenerateRequest) -> AsyncGenerator[list[pb.GenerateEvent]]:
+    async def stream(self, request: pb.GenerateRequest, caller: Caller) -> AsyncGenerator[list[pb.GenerateEvent]]:
         """The events of all generations of a request, in batches as they come; gives it a request id where it has none.
 
         Raises RequestError, Overloaded, NotReady, SlowReader, DeadlinePassed or EngineError. Close it
@@ -94,14 +95,19 @@ class GenerationCore:
         request.request_id = request.request_id or new_request_id()
         timer, record = RequestTimer(self._metrics), RequestRecord(request)
         try:
-            with self._stream_slot():
-                prepared = await self._prepare(request)
+            with self._stream_slot(), caller.allowance.streams(max(1, request.n)):
+                prepared = caller.apply(await self._prepare(request), self.model)
+                caller.allowance.charge_prompt(len(prepared.prompt_ids))
                 async with Interruption(prepared.timeout_s) as interruption:
                     with self._submitted(prepared, interruption, timer) as choices:
                         record.on_submitted([choice.generation for choice in choices])
                         while choices:
                             await wait_for_news([choice.mailbox for choice in choices])
-                            yield [event for choice in choices if choice.mailbox.has_news for event in _accept(choice)]
+                            events = [
+                                event for choice in choices if choice.mailbox.has_news for event in _accept(choice)
+                            ]
+                            caller.allowance.charge_output(sum(map(_num_tokens, events)))
+                            yield events
                             choices = [choice for choice in choices if choice.generation.finished is None]
         except (asyncio.CancelledError, GeneratorExit):
             timer.on_failed("CANCELLED")
@@ -114,14 +120,16 @@ class GenerationCore:
             raise
         record.on_ended("OK")
 
-    async def tokenize(self, request: pb.TokenizeRequest) -> pb.TokenizeResponse:
-        """Text or a conversation as token ids. Raises RequestError."""
+    async def tokenize(self, request: pb.TokenizeRequest, caller: Caller) -> pb.TokenizeResponse:
+        """Text or a conversation as token ids. Raises RequestError or LimitReached."""
+        caller.allowance.count_request()
         if request.ByteSize() > LARGE_REQUEST_BYTES:
             return await asyncio.to_thread(_tokenize, request, self.model)
         return _tokenize(request, self.model)
 
-    async def detokenize(self, request: pb.DetokenizeRequest) -> pb.DetokenizeResponse:
-        """The text of token ids, special tokens left out. Raises RequestError."""
+    async def detokenize(self, request: pb.DetokenizeRequest, caller: Caller) -> pb.DetokenizeResponse:
+        """The text of token ids, special tokens left out. Raises RequestError or LimitReached."""
+        caller.allowance.count_request()
         model = self.model
         check_model(request.model, model)
         check_vocabulary(request.token_ids, model.vocab_size, "token_ids")
@@ -233,6 +241,11 @@ def _accept(choice: _Choice) -> list[pb.GenerateEvent]:
             thinking_ended=None if ended is None else _label(pb.ThinkingEnded.Reason.Name(ended.reason)),
         )
     return events
+
+
+def _num_tokens(event: pb.GenerateEvent) -> int:
+    body = event.WhichOneof("event")
+    return 0 if body in (None, "started") else len(getattr(event, body).token_ids)
 
 
 def _label(enum_name: str) -> str:

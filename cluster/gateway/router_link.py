@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING
 
 import grpc.aio
 
+from cluster.config import TlsFiles
 from cluster.errors import NotReady, Overloaded
 from cluster.gateway.mailbox import Mailbox
 from cluster.gateway.requests import PreparedRequest
+from cluster.tls import LINK_NAME, link_channel_credentials
 from mull.v1 import router_pb2 as pb
 from mull.v1.router_pb2_grpc import RouterServiceStub
 
@@ -74,13 +76,22 @@ class RouterState:
 class RouterLink:
     """One Router, as the gateway sees it."""
 
-    def __init__(self, address: RouterAddress, *, max_unread_tokens: int, times: LinkTimes | None = None) -> None:
+    def __init__(
+        self,
+        address: RouterAddress,
+        *,
+        max_unread_tokens: int,
+        times: LinkTimes | None = None,
+        tls: TlsFiles | None = None,
+    ) -> None:
+        """`tls` makes the links TLS, with a certificate at both ends; the files are read again for each connection."""
         self.state = RouterState(False, "not connected to the Router yet", None)
         self.context_limit: int | None = None
         """Longest prompt plus output, in tokens, as the Router said last; kept while it is away."""
         self._address = address
         self._max_unread_tokens = max_unread_tokens
         self._times = times or LinkTimes()
+        self._tls = tls
         self._keys = itertools.count(1)
         self._mailboxes: dict[int, Mailbox] = {}
         self._session: _Session | None = None
@@ -155,7 +166,7 @@ class RouterLink:
     async def _hold_session(self) -> None:
         """Open a session and read it until it breaks; always raises."""
         address = await self._address()
-        async with grpc.aio.insecure_channel(address, CHANNEL_OPTIONS) as channel:
+        async with _channel(address, self._tls) as channel:
             stub = RouterServiceStub(channel)
             description = await stub.Describe(pb.DescribeRequest(), timeout=self._times.describe_timeout_s)
             session = _Session(stub)
@@ -247,6 +258,13 @@ class _Session:
             yield await self._outbox.get()
 
 
+def _channel(address: str, tls: TlsFiles | None) -> grpc.aio.Channel:
+    if tls is None:
+        return grpc.aio.insecure_channel(address, CHANNEL_OPTIONS)
+    options = (*CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", LINK_NAME))
+    return grpc.aio.secure_channel(address, link_channel_credentials(tls), options)
+
+
 def _submit_message(key: int, request: PreparedRequest, choice: int) -> pb.GatewayMessage:
     submit = pb.Submit(
         key=key,
@@ -260,6 +278,7 @@ def _submit_message(key: int, request: PreparedRequest, choice: int) -> pb.Gatew
         close_thinking_ids=request.close_thinking_ids,
         min_tokens=request.min_tokens,
         priority=request.priority,
+        cache_salt=request.cache_salt,
         grammar=request.grammar,
         bad_words=[pb.TokenSequence(ids=ids) for ids in request.bad_words],
         num_prompt_logprobs=request.num_prompt_logprobs,

@@ -23,6 +23,7 @@ from cluster.router.shards import GroupBounds, RankGroup
 from cluster.router.wire import ModelInfo
 from cluster.text.phases import THINK_END
 from cluster.text.tokenizer import read_encoder
+from cluster.tls import link_server_credentials
 from workers.config import ModelConfig, RunnerConfig
 
 Device = Literal["cpu", "cuda"]
@@ -120,7 +121,8 @@ class RouterDeployment:
         launcher = RayLauncher()
         self._host = launcher.host
         self._router = make_router(config, device, launcher)
-        await self._router.start(self._host, 0)
+        link_tls = config.security.link_tls
+        await self._router.start(self._host, 0, None if link_tls is None else link_server_credentials(link_tls))
 
     async def address(self) -> str:
         """host:port of RouterService."""

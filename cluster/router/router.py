@@ -111,12 +111,20 @@ class Router:
 
     # Life
 
-    async def start(self, host: str = "127.0.0.1", port: int = 0) -> None:
-        """Listen (port 0: a free one), and begin to load the ranks. Raises EngineError where the port is taken."""
+    async def start(
+        self, host: str = "127.0.0.1", port: int = 0, credentials: grpc.ServerCredentials | None = None
+    ) -> None:
+        """Listen (port 0: a free one), and begin to load the ranks. Raises EngineError where the port is taken.
+
+        `credentials` make it a TLS port.
+        """
         self._server = grpc.aio.server(options=SERVER_OPTIONS)
         router_pb2_grpc.add_RouterServiceServicer_to_server(RouterServicer(self), self._server)
         try:
-            bound_port = self._server.add_insecure_port(f"{host}:{port}")
+            if credentials is None:
+                bound_port = self._server.add_insecure_port(f"{host}:{port}")
+            else:
+                bound_port = self._server.add_secure_port(f"{host}:{port}", credentials)
         except RuntimeError as error:
             raise EngineError(f"the Router cannot listen on {host}:{port}; is the port taken?") from error
         await self._server.start()
