@@ -86,8 +86,10 @@ class Router:
         max_unread: int = MAX_UNREAD,
         roles: Sequence[RankRole] = (),
         rebalance: RebalancePolicy | None = None,
+        live_within_s: float = 120.0,
     ) -> None:
-        """`roles`: what each rank does, for those who ask."""
+        """`roles`: what each rank does, for those who ask. `live_within_s`: bound of `why_not_live`."""
+        self._live_within_s = live_within_s
         self._model = model
         self._roles = roles
         self._rebalance = rebalance or RebalancePolicy()
@@ -140,7 +142,17 @@ class Router:
 
     @property
     def is_ready(self) -> bool:
-        return self._engine.core.state is EngineState.READY
+        return self._engine.core.state is EngineState.READY and self.why_not_live is None
+
+    @property
+    def why_not_live(self) -> str | None:
+        """It has given up, or neither a step nor an idle sign of life came in time: only a new Router helps."""
+        if self.has_failed:
+            return self._engine.core.reason
+        age_s = self._engine.heartbeat_age_s
+        if self._engine.core.state is EngineState.READY and age_s > self._live_within_s:
+            return f"no step and no sign of life came for {age_s:.0f} s, at most {self._live_within_s:g} are allowed"
+        return None
 
     @property
     def has_failed(self) -> bool:
@@ -275,7 +287,7 @@ class Router:
         response = pb.DescribeResponse(
             model=self._model.name,
             ready=self.is_ready,
-            reason=stats.reason,
+            reason=stats.reason or self.why_not_live or "",
             max_model_len=self._engine.core.context_limit or self._model.max_model_len,
             block_size=stats.ranks[0].block_size if stats.ranks else 0,
             loaded_bytes=sum(rank.read_bytes for rank in stats.loading),
