@@ -16,6 +16,7 @@ import grpc
 from rich.console import Console
 from rich.text import Text
 
+from cluster.server_address import ServerAddress
 from mull.client import CallFailed, Client, Message, Options, RetryPolicy
 from mull.client.events import EVENT_NAMES, AnswerDelta, Event, Finished, ThinkingDelta, ThinkingEnded, ToolCallStart
 
@@ -110,11 +111,11 @@ class Conversation:
             return reply.answer
 
 
-def chat(address: str, question: str | None, options: ChatOptions, *, as_json: bool) -> int:
+def chat(server: ServerAddress, question: str | None, options: ChatOptions, *, as_json: bool) -> int:
     """Ask one question, or converse until end of input. Returns the exit code."""
     console = Console(highlight=False)
     # Who sits before it tries again by themselves.
-    with Client(address, retry=RetryPolicy(attempts=1)) as client:
+    with server.client(retry=RetryPolicy(attempts=1)) as client:
         conversation = Conversation(client, options)
 
         def new_printer() -> Printer:

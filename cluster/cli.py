@@ -1,4 +1,4 @@
-"""mull serve | chat | status | demo.
+"""mull serve | chat | status | demo | keys.
 
 Flags become a ClusterConfig; an error is one line with a remedy, never a traceback.
 """
@@ -14,13 +14,20 @@ from typing import TYPE_CHECKING
 
 from cluster.config import ClusterConfig, EngineConfig
 from cluster.errors import ConfigError, MullError
-from cluster.flags import add_chat_flags, add_serve_flags, chat_options, config_from_flags
+from cluster.flags import (
+    add_chat_flags,
+    add_client_flags,
+    add_serve_flags,
+    chat_options,
+    config_from_flags,
+    server_from_flags,
+)
 from cluster.interrupts import Interrupts
+from cluster.keys_command import add_keys_command
 
 if TYPE_CHECKING:
     from cluster.local import LocalCluster
 
-_DEFAULT_ADDRESS = "127.0.0.1:50051"
 _DEMO_QUESTION = "What is 347 + 285?"
 _FAILED, _USAGE, _INTERRUPTED = 1, 2, 130
 
@@ -70,9 +77,14 @@ def _serve(args: argparse.Namespace) -> int:
 def _demo(args: argparse.Namespace) -> int:
     config = config_from_flags(args)
     options = chat_options(args)
+    if config.security.tls is not None or config.security.keys_file is not None:
+        raise ConfigError(
+            "security: the demo asks its own server without TLS or keys; leave them out, or use mull serve"
+        )
     _check_model(config)
     from cluster.chat import chat
     from cluster.local import LocalCluster
+    from cluster.server_address import ServerAddress
 
     print(f"starting Ray, a Gateway, a Router and {config.engine.layout.world_size} shard workers", flush=True)
     interrupts = Interrupts()
@@ -81,7 +93,8 @@ def _demo(args: argparse.Namespace) -> int:
         _load(cluster)
         print(f"\n{args.question}\n", flush=True)
         with interrupts.at_once():
-            code = _call(lambda: chat(addresses.grpc, args.question, options, as_json=False))
+            server = ServerAddress(addresses.grpc)
+            code = _call(lambda: chat(server, args.question, options, as_json=False))
         print("\nstopping", flush=True)
     return code
 
@@ -90,13 +103,15 @@ def _chat(args: argparse.Namespace) -> int:
     from cluster.chat import chat
 
     options = chat_options(args)
-    return _call(lambda: chat(args.address, args.question, options, as_json=args.json))
+    server = server_from_flags(args)
+    return _call(lambda: chat(server, args.question, options, as_json=args.json))
 
 
 def _status(args: argparse.Namespace) -> int:
     from cluster.status import status
 
-    return _call(lambda: status(args.address, as_json=args.json))
+    server = server_from_flags(args)
+    return _call(lambda: status(server, as_json=args.json))
 
 
 def _layout_words(engine: EngineConfig) -> str:
@@ -168,15 +183,18 @@ def _parser() -> argparse.ArgumentParser:
 
     chat = commands.add_parser("chat", help="ask one question, or converse")
     chat.add_argument("question", nargs="?", help="without it: a conversation, one question a line")
-    chat.add_argument("--address", default=_DEFAULT_ADDRESS, help=f"default {_DEFAULT_ADDRESS}")
+    add_client_flags(chat)
     chat.add_argument("--json", action="store_true", help="print one event a line")
     add_chat_flags(chat)
     chat.set_defaults(command=_chat)
 
     status = commands.add_parser("status", help="what a running server is and does")
-    status.add_argument("--address", default=_DEFAULT_ADDRESS, help=f"default {_DEFAULT_ADDRESS}")
+    add_client_flags(status)
     status.add_argument("--json", action="store_true", help="print JSON")
     status.set_defaults(command=_status)
+
+    keys = commands.add_parser("keys", help="API keys: add, list, revoke")
+    add_keys_command(keys)
     return parser
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ipaddress
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -141,6 +143,60 @@ class GatewayConfig(_Part):
         return self
 
 
+@dataclass(frozen=True, kw_only=True)
+class TlsFiles:
+    """PEM files of one end of a connection."""
+
+    cert: Path
+    """The chain, leaf first."""
+    key: Path
+    ca: Path | None = None
+    """Signs the other end. For a server without it, clients need no certificate."""
+
+
+class SecurityConfig(_Part):
+    """Who may connect, and how they show who they are. Certificates and keys are PEM files."""
+
+    tls_cert: Path | None = None
+    """Certificate chain of the gRPC and HTTP ports; None: plain text."""
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None
+    """Clients need a certificate that it signed; None: they need none."""
+    link_cert: Path | None = None
+    """Of Routers, and of gateways towards them, for the name `mull-router`; None: plain text between them."""
+    link_key: Path | None = None
+    link_ca: Path | None = None
+    """Signs the certificates of both ends."""
+    keys_file: Path | None = None
+    """API keys, as `mull keys` writes them; None: everybody may do everything, and AdminService is for this machine."""
+    insecure: bool = False
+    """Plain text may leave this machine."""
+
+    @property
+    def tls(self) -> TlsFiles | None:
+        """Of the ports for clients."""
+        if self.tls_cert is None or self.tls_key is None:
+            return None
+        return TlsFiles(cert=self.tls_cert, key=self.tls_key, ca=self.tls_client_ca)
+
+    @property
+    def link_tls(self) -> TlsFiles | None:
+        """Of both ends between gateways and Routers."""
+        if self.link_cert is None or self.link_key is None:
+            return None
+        return TlsFiles(cert=self.link_cert, key=self.link_key, ca=self.link_ca)
+
+    @model_validator(mode="after")
+    def _files_are_complete(self) -> Self:
+        for names in (("tls_cert", "tls_key"), ("link_cert", "link_key", "link_ca")):
+            missing = [name for name in names if getattr(self, name) is None]
+            if 0 < len(missing) < len(names):
+                raise ValueError(f"{missing[0]} is missing; give {', '.join(names)} together")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ValueError("tls_client_ca needs tls_cert and tls_key beside it")
+        return self
+
+
 class ClusterConfig(_Part):
     """Everything `mull serve` needs."""
 
@@ -148,6 +204,32 @@ class ClusterConfig(_Part):
     engine: EngineConfig = EngineConfig()
     router: RouterConfig = RouterConfig()
     gateway: GatewayConfig = GatewayConfig()
+    security: SecurityConfig = SecurityConfig()
+
+    @model_validator(mode="after")
+    def _plain_text_stays_on_this_machine(self) -> Self:
+        security, address = self.security, self.router.ray_address
+        if security.insecure:
+            return self
+        if security.tls is None and not is_loopback_host(self.gateway.host):
+            raise ValueError(
+                f"gateway.host {self.gateway.host} is open to other machines in plain text; give security.tls_cert and "
+                "tls_key (--tls-cert, --tls-key), or --insecure where the network is private"
+            )
+        if address is not None and security.link_tls is None and not is_loopback_host(address.rpartition(":")[0]):
+            raise ValueError(
+                f"router.ray_address {address}: prompts would go to Routers on other machines in plain text; give "
+                "security.link_cert, link_key and link_ca, or --insecure where the network is private"
+            )
+        return self
+
+
+def is_loopback_host(host: str) -> bool:
+    """Whether nothing but this machine can reach it."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def parse_config(values: dict[str, Any]) -> ClusterConfig:
@@ -158,7 +240,8 @@ def parse_config(values: dict[str, Any]) -> ClusterConfig:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         got = "" if isinstance(first["input"], dict) else f" (got {first['input']!r})"
-        raise ConfigError(f"{where}: {first['msg']}{got}") from error
+        words = first["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{where}: {words}{got}".removeprefix(": ")) from error
 
 
 def read_config(file: Path) -> dict[str, dict[str, Any]]:
@@ -168,7 +251,7 @@ def read_config(file: Path) -> dict[str, dict[str, Any]]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{file}: cannot be read as YAML ({error})".replace("\n", " ")) from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{file}: expected a mapping with 'model', 'engine', 'router' and 'gateway'")
+        raise ConfigError(f"{file}: expected a mapping with 'model', 'engine', 'router', 'gateway', 'security'")
     for part, inner in values.items():
         if not isinstance(inner, dict):
             raise ConfigError(f"{file}: '{part}' is {inner!r}, expected a mapping of its settings")

@@ -11,7 +11,10 @@ MullError
 │   ├── InvalidRequest       a value out of range, an unknown role, a wrong token id
 │   ├── PromptTooLong        prompt plus output does not fit the context: both numbers
 │   └── UnknownModel         a model name that this server does not serve
+├── Unauthenticated          no API key, or none that is known
+├── Forbidden                the API key is for something else
 ├── Overloaded               a bounded queue is full: try again later
+│   └── LimitReached         a tenant has used what it may: says when there is more
 ├── NotReady                 the engine is starting, draining or lost
 ├── DeadlinePassed           the request's own time limit came first
 ├── SlowReader               the client did not read its stream; its buffer's bound was passed
@@ -28,10 +31,12 @@ __all__ = [
     "ConfigError",
     "DeadlinePassed",
     "EngineError",
+    "Forbidden",
     "GrammarError",
     "InvalidRequest",
     "KVMemoryError",
     "LayoutError",
+    "LimitReached",
     "MullError",
     "NotReady",
     "Overloaded",
@@ -40,6 +45,7 @@ __all__ = [
     "RankLost",
     "RequestError",
     "SlowReader",
+    "Unauthenticated",
     "UnknownModel",
 ]
 
@@ -68,8 +74,25 @@ class UnknownModel(RequestError):
     """No such model here."""
 
 
+class Unauthenticated(MullError):
+    """Nobody knows who asks."""
+
+
+class Forbidden(MullError):
+    """Who asks may not do that."""
+
+
 class Overloaded(MullError):
     """A bounded queue is full."""
+
+
+class LimitReached(Overloaded):
+    """A tenant has used what it may. `limit` is which of its limits it was."""
+
+    def __init__(self, message: str, *, limit: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.limit = limit
+        self.retry_after_s = retry_after_s
 
 
 class NotReady(MullError):

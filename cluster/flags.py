@@ -13,6 +13,9 @@ from cluster.errors import ConfigError
 
 if TYPE_CHECKING:
     from cluster.chat import ChatOptions
+    from cluster.server_address import ServerAddress
+
+_DEFAULT_ADDRESS = "127.0.0.1:50051"
 
 _SAMPLING_FLAGS: dict[str, tuple[type, str]] = {
     "temperature": (float, "0 is greedy"),
@@ -55,6 +58,15 @@ _CONFIG_FLAGS: dict[str, dict[str, tuple[type, str]]] = {
         "max_streams": (int, "open streams; one more is refused"),
         "drain_s": (float, "seconds for running streams to end after Ctrl-C"),
     },
+    "security": {
+        "tls_cert": (Path, "certificate chain of the gRPC and HTTP ports, PEM; read again when it changes"),
+        "tls_key": (Path, "its key"),
+        "tls_client_ca": (Path, "clients need a certificate that it signed"),
+        "link_cert": (Path, "certificate between gateways and Routers, for the name mull-router"),
+        "link_key": (Path, "its key"),
+        "link_ca": (Path, "signs the certificates of both ends"),
+        "keys_file": (Path, "API keys, as `mull keys` writes them; default: none are asked for"),
+    },
 }
 
 
@@ -64,7 +76,7 @@ def _flag(name: str) -> str:
 
 def add_serve_flags(parser: argparse.ArgumentParser, *, fallbacks: Mapping[str, int]) -> None:
     parser.add_argument(
-        "--config", type=Path, help="YAML file with model, engine, router and gateway; flags win over it"
+        "--config", type=Path, help="YAML file with model, engine, router, gateway and security; flags win"
     )
     parser.add_argument("--model", type=Path, metavar="DIR", help="checkpoint directory; default: the built-in one")
     parser.add_argument(
@@ -75,7 +87,19 @@ def add_serve_flags(parser: argparse.ArgumentParser, *, fallbacks: Mapping[str, 
         for name, (kind, text) in flags.items():
             shown = f"{text} (default {fallbacks[name]})" if name in fallbacks else text
             group.add_argument(_flag(name), type=kind, help=shown)
+    parser.add_argument("--insecure", action="store_true", help="plain text may leave this machine")
     parser.set_defaults(fallbacks=fallbacks)
+
+
+def add_client_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--address", default=_DEFAULT_ADDRESS, help=f"default {_DEFAULT_ADDRESS}")
+    parser.add_argument("--tls", action="store_true", help="TLS, by the public authorities; implied by --tls-ca")
+    parser.add_argument("--tls-ca", type=Path, metavar="FILE", help="signed the server's certificate, PEM")
+    parser.add_argument(
+        "--tls-cert", type=Path, metavar="FILE", help="a certificate of your own, where it is asked for"
+    )
+    parser.add_argument("--tls-key", type=Path, metavar="FILE", help="its key")
+    parser.add_argument("--api-key", metavar="KEY", help="default: what MULL_API_KEY holds, which others cannot see")
 
 
 def add_chat_flags(parser: argparse.ArgumentParser) -> None:
@@ -96,6 +120,8 @@ def config_from_flags(args: argparse.Namespace) -> ClusterConfig:
                 values.setdefault(part, {})[name] = getattr(args, name)
             elif name in args.fallbacks:
                 values.setdefault(part, {}).setdefault(name, args.fallbacks[name])
+    if args.insecure:
+        values.setdefault("security", {})["insecure"] = True
     model = values.setdefault("model", {})
     path = str(args.model or model.get("path") or builtin_model())
     name = args.served_model_name or model.get("name") or Path(path).resolve().name
@@ -113,6 +139,22 @@ def builtin_model() -> Path:
         if (Path(place) / "pocket").is_dir():
             return Path(place) / "pocket"
     raise ConfigError("the built-in model is missing from this installation; give --model DIR")
+
+
+def server_from_flags(args: argparse.Namespace) -> ServerAddress:
+    """Where the server is and how to get in. Raises ConfigError."""
+    from cluster.server_address import ServerAddress
+    from mull.client import tls_credentials
+
+    if (args.tls_cert is None) != (args.tls_key is None):
+        raise ConfigError("--tls-cert and --tls-key go together; give both or none")
+    if not (args.tls or args.tls_ca or args.tls_cert):
+        return ServerAddress(args.address, api_key=args.api_key)
+    try:
+        credentials = tls_credentials(args.tls_ca, args.tls_cert, args.tls_key)
+    except OSError as error:
+        raise ConfigError(f"{error.filename}: cannot be read ({error.strerror}); give PEM files") from error
+    return ServerAddress(args.address, credentials=credentials, api_key=args.api_key)
 
 
 def chat_options(args: argparse.Namespace) -> ChatOptions:

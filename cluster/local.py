@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-import grpc
 import psutil
 
 from cluster.config import ClusterConfig
@@ -23,7 +22,6 @@ from cluster.errors import ConfigError, EngineError
 from cluster.interrupts import Interrupts
 from cluster.ray_cluster import check_gpus, check_nodes, last_line, start_ray
 from mull.v1 import generation_pb2 as pb
-from mull.v1.generation_pb2_grpc import GenerationServiceStub
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +52,6 @@ class LocalCluster:
         self._interrupts = interrupts
         self._config = _with_fixed_ports(config)
         self._gateway: Any = None
-        self._channel: grpc.Channel | None = None
         self._guard: subprocess.Popen[bytes] | None = None
         self._ray_was_started = False
         self._app_was_started = False
@@ -84,18 +81,19 @@ class LocalCluster:
         self._interrupts.check()
         gateway = self._config.gateway
         address = f"{gateway.host}:{gateway.grpc_port}"
-        self._channel = grpc.insecure_channel(address)
-        host = f"http://[{gateway.host}]" if ":" in gateway.host else f"http://{gateway.host}"
+        host = f"[{gateway.host}]" if ":" in gateway.host else gateway.host
+        scheme = "http" if self._config.security.tls is None else "https"
         return Addresses(
-            grpc=address, http=f"{host}:{gateway.http_port}", metrics=f"{host}:{gateway.metrics_port}/metrics"
+            grpc=address,
+            http=f"{scheme}://{host}:{gateway.http_port}",
+            metrics=f"http://{host}:{gateway.metrics_port}/metrics",
         )
 
     def info(self) -> pb.GetServerInfoResponse:
-        """What the gateway says of itself and of its Router."""
-        assert self._channel is not None, "start() comes first"
-        return GenerationServiceStub(self._channel).GetServerInfo(
-            pb.GetServerInfoRequest(), timeout=_CALL_TIMEOUT_S, wait_for_ready=True
-        )
+        """What the gateway says of itself and of its Router. Raises RayError or TimeoutError where it is away."""
+        assert self._gateway is not None, "start() comes first"
+        # Not over its port: that asks for a key and perhaps a certificate, which are the clients'.
+        return pb.GetServerInfoResponse.FromString(self._gateway.info.remote().result(timeout_s=_CALL_TIMEOUT_S))
 
     def wait_until_ready(self, progress: Callable[[int, int], None]) -> None:
         """Wait until the ranks can take work; `progress` gets bytes loaded and bytes in all.
@@ -120,9 +118,11 @@ class LocalCluster:
 
         A gateway that died is not the end: Serve starts it again, on the same ports.
         """
+        from ray.exceptions import RayError
+
         try:
             info = self.info()
-        except grpc.RpcError as error:
+        except (RayError, TimeoutError) as error:
             silent_s = time.monotonic() - self._last_answer_s
             if silent_s > _SILENCE_S:
                 raise EngineError(f"the gateway has not answered for {silent_s:.0f} s; see {_RAY_LOGS}") from error
@@ -163,8 +163,6 @@ class LocalCluster:
 
     def stop(self) -> None:
         """Stop the app and Ray, with all their processes."""
-        if self._channel is not None:
-            self._channel.close()
         if self._guard is not None:
             self._guard.kill()
             self._guard.communicate()
@@ -177,7 +175,7 @@ class LocalCluster:
             # The gateway has drained: nothing is left that Serve would have to shut down gracefully.
             ray.shutdown()
             _end(children)
-        self._gateway = self._channel = self._guard = None
+        self._gateway = self._guard = None
         self._ray_was_started = self._app_was_started = False
 
 

@@ -8,21 +8,22 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mull.client import Client, RetryPolicy
+from cluster.server_address import ServerAddress
+from mull.client import RetryPolicy
 from mull.v1 import generation_pb2 as pb
 from mull.v1 import router_pb2
 
 _TIMEOUT_S = 10.0
 
 
-def status(address: str, *, as_json: bool) -> int:
+def status(server: ServerAddress, *, as_json: bool) -> int:
     """Print the server's state. Returns 0 when it is ready, 3 when it is up but cannot take work."""
-    with Client(address, retry=RetryPolicy(attempts=1), timeout_s=_TIMEOUT_S) as client:
+    with server.client(retry=RetryPolicy(attempts=1), timeout_s=_TIMEOUT_S) as client:
         info = client.server_info()
     if as_json:
         print(json.dumps(_plain(info), indent=2))
     else:
-        _print_tables(info, address)
+        _print_tables(info, server.address)
     return 0 if info.ready else 3
 
 

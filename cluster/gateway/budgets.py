@@ -17,6 +17,7 @@ from cluster.gateway.requests import PreparedRequest
 @dataclass(eq=False)
 class _Running:
     request_id: str
+    tenant: str
     budget: int | None
     """None: no limit."""
     mailboxes: Sequence[Mailbox]
@@ -32,21 +33,21 @@ class RunningBudgets:
     @contextmanager
     def running(self, request: PreparedRequest, mailboxes: Sequence[Mailbox]) -> Iterator[None]:
         """Inside, the request's budget can be lowered."""
-        entry = _Running(request.request_id, request.thinking_budget, mailboxes)
+        entry = _Running(request.request_id, request.tenant, request.thinking_budget, mailboxes)
         self._running.add(entry)
         try:
             yield
         finally:
             self._running.discard(entry)
 
-    def lower(self, budget: int, request_id: str | None) -> int:
-        """Let requests of that id, or all, think for so many tokens at most. Returns how many had more.
+    def lower(self, budget: int, *, request_id: str | None = None, tenant: str | None = None) -> int:
+        """Let requests of that id, of that tenant, or all, think for so many tokens at most. Returns how many had more.
 
         Raises Overloaded.
         """
         lowered = 0
         for entry in self._running:
-            is_meant = request_id is None or entry.request_id == request_id
+            is_meant = request_id in (None, entry.request_id) and tenant in (None, entry.tenant)
             if is_meant and (entry.budget is None or entry.budget > budget):
                 entry.budget = budget
                 lowered += 1

@@ -13,6 +13,7 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from cluster.config import TlsFiles
 from cluster.errors import NotReady, Overloaded
 from cluster.gateway.affinity import CopyLoad
 from cluster.gateway.mailbox import Mailbox
@@ -57,8 +58,10 @@ class Copies:
         max_unread_tokens: int,
         policy: ReplayPolicy | None = None,
         times: LinkTimes | None = None,
+        tls: TlsFiles | None = None,
         on_pause: Callable[[float], object] = lambda _pause_s: None,
     ) -> None:
+        """`tls` makes the links TLS."""
         self.context_limit: int | None = None
         """Longest prompt plus output that fits every copy, in tokens, as they said last; kept while they are away."""
         self.task: asyncio.Task[None] | None = None
@@ -67,6 +70,7 @@ class Copies:
         self._directory_error = "no Router is known yet"
         self._max_unread_tokens = max_unread_tokens
         self._times = times or LinkTimes()
+        self._tls = tls
         self._on_pause = on_pause
         self._links: dict[str, RouterLink] = {}
         self._mailboxes: dict[int, tuple[Flight, Mailbox]] = {}
@@ -217,7 +221,7 @@ class Copies:
     async def _relink(self, addresses: Iterable[str]) -> None:
         listed = set(addresses)
         for address in sorted(listed - self._links.keys()):
-            link = self._links[address] = RouterLink(address, self, self._times)
+            link = self._links[address] = RouterLink(address, self, self._times, self._tls)
             link.start()
         for address in sorted(self._links.keys() - listed):
             # One that drains is listed no longer, and still has work of ours.

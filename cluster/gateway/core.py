@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 
 from cluster.errors import NotReady, Overloaded
+from cluster.gateway.access import Caller
 from cluster.gateway.budgets import RunningBudgets
 from cluster.gateway.conversations import read_template_variables, render_conversation, variables_without_template
 from cluster.gateway.copies import Copies
@@ -85,7 +86,7 @@ class GenerationCore:
         return self._model if limit is None else self._model.limited_to(limit)
 
     async def stream(
-        self, request: pb.GenerateRequest, held: HeldEvents = HeldEvents.LEFT_OUT
+        self, request: pb.GenerateRequest, caller: Caller, held: HeldEvents = HeldEvents.LEFT_OUT
     ) -> AsyncGenerator[list[pb.GenerateEvent]]:
         """The events of all generations of a request, in batches as they come; gives it a request id where it has none.
 
@@ -97,8 +98,9 @@ class GenerationCore:
         request.request_id = request.request_id or new_request_id()
         timer, record = RequestTimer(self._metrics), RequestRecord(request)
         try:
-            with self._stream_slot():
-                prepared = await self._prepare(request)
+            with self._stream_slot(), caller.allowance.streams(max(1, request.n)):
+                prepared = caller.apply(await self._prepare(request), self.model)
+                caller.allowance.charge_prompt(len(prepared.prompt_ids))
                 if held is HeldEvents.REPEATED:
                     check_repeatable(prepared)
                 async with Interruption(prepared.timeout_s) as interruption:
@@ -109,7 +111,9 @@ class GenerationCore:
                         choices = running.choices
                         while choices:
                             await wait_for_news([choice.mailbox for choice in choices])
-                            yield [event for choice in choices if choice.mailbox.has_news for event in choice.take()]
+                            events = [event for choice in choices if choice.mailbox.has_news for event in choice.take()]
+                            caller.allowance.charge_output(sum(map(_num_tokens, events)))
+                            yield events
                             choices = [choice for choice in choices if not choice.has_finished]
         except (asyncio.CancelledError, GeneratorExit):
             timer.on_failed("CANCELLED")
@@ -122,14 +126,16 @@ class GenerationCore:
             raise
         record.on_ended("OK")
 
-    async def tokenize(self, request: pb.TokenizeRequest) -> pb.TokenizeResponse:
-        """Text or a conversation as token ids. Raises RequestError."""
+    async def tokenize(self, request: pb.TokenizeRequest, caller: Caller) -> pb.TokenizeResponse:
+        """Text or a conversation as token ids. Raises RequestError or LimitReached."""
+        caller.allowance.count_request()
         if request.ByteSize() > LARGE_REQUEST_BYTES:
             return await asyncio.to_thread(_tokenize, request, self.model)
         return _tokenize(request, self.model)
 
-    async def detokenize(self, request: pb.DetokenizeRequest) -> pb.DetokenizeResponse:
-        """The text of token ids, special tokens left out. Raises RequestError."""
+    async def detokenize(self, request: pb.DetokenizeRequest, caller: Caller) -> pb.DetokenizeResponse:
+        """The text of token ids, special tokens left out. Raises RequestError or LimitReached."""
+        caller.allowance.count_request()
         model = self.model
         check_model(request.model, model)
         check_vocabulary(request.token_ids, model.vocab_size, "token_ids")
@@ -252,6 +258,11 @@ class GenerationCore:
             # Its Started has come, and with it those logprobs.
             submit.ClearField("num_prompt_logprobs")
         return self._copies.resume(submit, has.token_ids if has is not None else ())
+
+
+def _num_tokens(event: pb.GenerateEvent) -> int:
+    body = event.WhichOneof("event")
+    return 0 if body in (None, "started") else len(getattr(event, body).token_ids)
 
 
 def _tokenize(request: pb.TokenizeRequest, model: ServedModel) -> pb.TokenizeResponse:

@@ -32,13 +32,17 @@ class GatewayDeployment:
         model = await asyncio.to_thread(
             ServedModel.load, config.model, config.engine.max_model_len, config.gateway.thinking_close_phrase
         )
-        self._server = GatewayServer(config.gateway, model, _directory_of(router))
+        self._server = GatewayServer(config.gateway, model, _directory_of(router), security=config.security)
         self._ports = await self._server.start()
         self._is_draining = False
 
     async def ports(self) -> dict[str, int]:
         """Where it listens: grpc, http and metrics."""
         return {"grpc": self._ports.grpc, "http": self._ports.http, "metrics": self._ports.metrics}
+
+    async def info(self) -> bytes:
+        """GetServerInfoResponse, for who runs this server: it needs neither a key nor a certificate for it."""
+        return (await self._server.core.server_info()).SerializeToString()
 
     async def drain(self, grace_s: float) -> int:
         """Refuse new requests and let open streams end. Returns how many were cut off after `grace_s`."""

@@ -57,6 +57,11 @@ class PreparedRequest:
     thinking_budget: int | None = None
     close_thinking_ids: tuple[int, ...] = ()
     priority: int = 0
+    has_priority: bool = False
+    """Whether the client asked for one."""
+    tenant: str = ""
+    cache_salt: str = ""
+    """Only requests with the same one share cached blocks."""
     grammar: router_pb2.Grammar | None = None
     grammar_field: str = "response_format"
     """Where the grammar came from."""
@@ -109,6 +114,7 @@ def prepare(request: pb.GenerateRequest, model: ServedModel) -> PreparedRequest:
         thinking_budget=budget,
         close_thinking_ids=model.close_at_once_ids if budget == 0 else model.close_ids,
         priority=request.priority,
+        has_priority=request.HasField("priority"),
         # Not before the prompt was rendered, which checks the tools' schemas.
         grammar=grammar or required_calls(tools, model.tool_tags),
         grammar_field="tool_choice" if tools.required else "response_format",

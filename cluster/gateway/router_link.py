@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import grpc.aio
 
+from cluster.config import TlsFiles
 from cluster.errors import NotReady, Overloaded
+from cluster.tls import LINK_NAME, link_channel_credentials
 from mull.v1 import router_pb2 as pb
 from mull.v1.router_pb2_grpc import RouterServiceStub
 
@@ -77,12 +79,14 @@ class LinkOwner(Protocol):
 class RouterLink:
     """One Router, as the gateway sees it."""
 
-    def __init__(self, address: str, owner: LinkOwner, times: LinkTimes) -> None:
+    def __init__(self, address: str, owner: LinkOwner, times: LinkTimes, tls: TlsFiles | None = None) -> None:
+        """`tls` makes it TLS, with a certificate at both ends; the files are read again for each connection."""
         self.address = address
         self.state = RouterState(False, "not connected to the Router yet", None)
         self.task: asyncio.Task[None] | None = None
         self._owner = owner
         self._times = times
+        self._tls = tls
         self._session: _Session | None = None
 
     @property
@@ -134,7 +138,7 @@ class RouterLink:
 
     async def _hold_session(self) -> None:
         """Open a session and read it until it breaks; always raises."""
-        async with grpc.aio.insecure_channel(self.address, CHANNEL_OPTIONS) as channel:
+        async with _channel(self.address, self._tls) as channel:
             stub = RouterServiceStub(channel)
             description = await stub.Describe(pb.DescribeRequest(), timeout=self._times.describe_timeout_s)
             session = _Session(stub)
@@ -213,6 +217,13 @@ class _Session:
 def _is_being_cancelled() -> bool:
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
+
+
+def _channel(address: str, tls: TlsFiles | None) -> grpc.aio.Channel:
+    if tls is None:
+        return grpc.aio.insecure_channel(address, CHANNEL_OPTIONS)
+    options = (*CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", LINK_NAME))
+    return grpc.aio.secure_channel(address, link_channel_credentials(tls), options)
 
 
 def _state_of(description: pb.DescribeResponse) -> RouterState:

@@ -14,23 +14,25 @@ from dataclasses import dataclass
 from threading import Thread
 from wsgiref.simple_server import WSGIServer
 
-import grpc
 from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry, start_http_server
 
-from cluster.config import GatewayConfig
+from cluster.config import GatewayConfig, SecurityConfig
 from cluster.errors import ConfigError
+from cluster.gateway.access import Access
 from cluster.gateway.admin import AdminServicer
 from cluster.gateway.copies import Copies, CopyDirectory
 from cluster.gateway.core import DRAINING, GenerationCore
+from cluster.gateway.doorkeeper import Doorkeeper
 from cluster.gateway.http.server import BACKLOG, HttpServer
 from cluster.gateway.recovery import ReplayPolicy
 from cluster.gateway.router_link import LinkTimes
 from cluster.gateway.served_model import ServedModel
 from cluster.gateway.servicer import GenerationServicer
 from cluster.metrics import GatewayMetrics
+from cluster.tls import ServerCertificates
 from mull.v1 import admin_pb2, generation_pb2
 from mull.v1.admin_pb2_grpc import add_AdminServiceServicer_to_server
 from mull.v1.generation_pb2_grpc import add_GenerationServiceServicer_to_server
@@ -62,13 +64,15 @@ class GatewayServer:
         model: ServedModel,
         directory: CopyDirectory,
         *,
-        credentials: grpc.ServerCredentials | None = None,
+        security: SecurityConfig | None = None,
         registry: CollectorRegistry | None = None,
         link_times: LinkTimes | None = None,
     ) -> None:
-        """`credentials` makes the gRPC port a TLS port."""
+        """Raises ConfigError for certificates or keys that cannot be used."""
+        security = security or SecurityConfig()
         self._config = config
-        self._credentials = credentials
+        self._access = Access(security.keys_file)
+        self._certificates = None if security.tls is None else ServerCertificates(security.tls)
         self._registry = registry or CollectorRegistry()
         self._metrics = GatewayMetrics(self._registry)
         self.copies = Copies(
@@ -76,11 +80,12 @@ class GatewayServer:
             max_unread_tokens=config.max_unread_tokens,
             policy=ReplayPolicy(timeout_s=config.replay_timeout_s),
             times=link_times,
+            tls=security.link_tls,
             on_pause=self._metrics.pauses.observe,
         )
         self._core = GenerationCore(model, self.copies, self._metrics, max_streams=config.max_streams)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the package has no stubs for it
-        self._http = HttpServer(self._core, config, self._why_not_ready)
+        self._http = HttpServer(self._core, config, self._why_not_ready, self._access, self._certificates)
         self._server: aio.Server | None = None
         self._exposition: tuple[WSGIServer, Thread] | None = None
         self._follower: asyncio.Task[None] | None = None
@@ -157,9 +162,9 @@ class GatewayServer:
 
     async def _start_grpc(self) -> int:
         config = self._config
-        server = aio.server(options=_server_options(config))
-        add_GenerationServiceServicer_to_server(GenerationServicer(self._core), server)
-        add_AdminServiceServicer_to_server(AdminServicer(self._core.budgets), server)
+        server = aio.server(options=_server_options(config), interceptors=[Doorkeeper(self._access)])
+        add_GenerationServiceServicer_to_server(GenerationServicer(self._core, self._access), server)
+        add_AdminServiceServicer_to_server(AdminServicer(self._core.budgets, self._access), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = (SERVICE_NAME, ADMIN_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
@@ -167,10 +172,10 @@ class GatewayServer:
         host = f"[{config.host}]" if ":" in config.host else config.host
         address = f"{host}:{config.grpc_port}"
         try:
-            if self._credentials is None:
+            if self._certificates is None:
                 port = server.add_insecure_port(address)
             else:
-                port = server.add_secure_port(address, self._credentials)
+                port = server.add_secure_port(address, self._certificates.grpc_credentials())
         except RuntimeError as error:
             raise ConfigError(f"gateway.grpc_port: cannot listen on {address} ({error}); choose another") from error
         await server.start()

@@ -5,13 +5,15 @@ Hops 1 and 11. Writes the core's events as they come, and turns whatever ends a 
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from typing import Any, TypeVar
 
 import grpc.aio
 
+from cluster.gateway.access import Access
 from cluster.gateway.core import GenerationCore, HeldEvents
+from cluster.gateway.doorkeeper import caller_of
 from cluster.gateway.requests import new_request_id
 from cluster.gateway.status import abort
 from mull.client.completion import CompletionBuilder
@@ -25,15 +27,17 @@ _Reply = TypeVar("_Reply")
 class GenerationServicer(GenerationServiceServicer):
     """What clients talk to."""
 
-    def __init__(self, core: GenerationCore) -> None:
+    def __init__(self, core: GenerationCore, access: Access) -> None:
         self._core = core
+        self._access = access
 
     async def Generate(  # type: ignore[override]  # written with context.write: a generator would not see the cancellation
         self, request: pb.GenerateRequest, context: Context
     ) -> None:
         """Stream the generations of a request."""
         try:
-            async with aclosing(self._core.stream(request)) as batches:
+            caller = caller_of(context, self._access)
+            async with aclosing(self._core.stream(request, caller)) as batches:
                 async for events in batches:
                     for event in events:
                         await context.write(event)
@@ -44,7 +48,8 @@ class GenerationServicer(GenerationServiceServicer):
         """All of it in one message."""
         builder = CompletionBuilder()
         try:
-            async with aclosing(self._core.stream(request, HeldEvents.REPEATED)) as batches:
+            caller = caller_of(context, self._access)
+            async with aclosing(self._core.stream(request, caller, HeldEvents.REPEATED)) as batches:
                 async for events in batches:
                     builder.add(events)
         except Exception as error:
@@ -53,11 +58,11 @@ class GenerationServicer(GenerationServiceServicer):
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         """Token ids of a text or a conversation."""
-        return await _answered(self._core.tokenize(request), context)
+        return await _answered(lambda: self._core.tokenize(request, caller_of(context, self._access)), context)
 
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:
         """The text of token ids."""
-        return await _answered(self._core.detokenize(request), context)
+        return await _answered(lambda: self._core.detokenize(request, caller_of(context, self._access)), context)
 
     async def ListModels(self, _request: pb.ListModelsRequest, _context: Context) -> pb.ListModelsResponse:
         """The one model that this server has."""
@@ -68,8 +73,8 @@ class GenerationServicer(GenerationServiceServicer):
         return await self._core.server_info()
 
 
-async def _answered(reply: Awaitable[_Reply], context: Context) -> _Reply:
+async def _answered(reply: Callable[[], Awaitable[_Reply]], context: Context) -> _Reply:
     try:
-        return await reply
+        return await reply()
     except Exception as error:
         await abort(context, error, new_request_id())

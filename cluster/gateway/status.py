@@ -6,16 +6,20 @@ import logging
 from typing import Any, NoReturn
 
 import grpc.aio
+from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]  # the package has no stubs
 
 from cluster.errors import (
     DeadlinePassed,
     EngineError,
+    Forbidden,
+    LimitReached,
     MullError,
     NotReady,
     Overloaded,
     RequestError,
     SlowReader,
+    Unauthenticated,
 )
 from cluster.gateway.requests import is_request_id
 
@@ -23,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 STATUS_CODES: dict[type[MullError], grpc.StatusCode] = {
     RequestError: grpc.StatusCode.INVALID_ARGUMENT,
+    Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+    Forbidden: grpc.StatusCode.PERMISSION_DENIED,
     Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
     SlowReader: grpc.StatusCode.RESOURCE_EXHAUSTED,
     NotReady: grpc.StatusCode.UNAVAILABLE,
@@ -56,12 +62,25 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception, r
     metadata: list[tuple[str, str | bytes]] = [(REQUEST_ID_KEY, request_id)] if is_request_id(request_id) else []
     if isinstance(error, RequestError):
         metadata.append(("grpc-status-details-bin", _bad_request(error, code)))
+    elif isinstance(error, LimitReached):
+        metadata.append(("grpc-status-details-bin", _retry_info(error, code)))
     await context.abort(code, message, tuple(metadata))
 
 
 def _bad_request(error: RequestError, code: grpc.StatusCode) -> bytes:
     """The standard details message (google.rpc.BadRequest) that names the field for programs."""
     violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=str(error))
+    return _details(error_details_pb2.BadRequest(field_violations=[violation]), error, code)
+
+
+def _retry_info(error: LimitReached, code: grpc.StatusCode) -> bytes:
+    """The standard details message (google.rpc.RetryInfo) that tells programs when to try again."""
+    info = error_details_pb2.RetryInfo()
+    info.retry_delay.FromNanoseconds(int(error.retry_after_s * 1e9))
+    return _details(info, error, code)
+
+
+def _details(message: Message, error: MullError, code: grpc.StatusCode) -> bytes:
     status = status_pb2.Status(code=code.value[0], message=str(error))
-    status.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
+    status.details.add().Pack(message)
     return bytes(status.SerializeToString())

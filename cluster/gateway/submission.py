@@ -19,6 +19,7 @@ def submit_message(request: PreparedRequest, choice: int) -> pb.Submit:
         close_thinking_ids=request.close_thinking_ids,
         min_tokens=request.min_tokens,
         priority=request.priority,
+        cache_salt=request.cache_salt,
         grammar=request.grammar,
         bad_words=[pb.TokenSequence(ids=ids) for ids in request.bad_words],
         num_prompt_logprobs=request.num_prompt_logprobs,

@@ -23,6 +23,7 @@ from cluster.router.shards import GroupBounds, RankGroup
 from cluster.router.wire import ModelInfo
 from cluster.text.phases import THINK_END
 from cluster.text.tokenizer import read_encoder
+from cluster.tls import link_server_credentials
 from workers.config import ModelConfig, RunnerConfig
 
 Device = Literal["cpu", "cuda"]
@@ -33,6 +34,8 @@ STOP_GRACE_S = 5.0
 SHUTDOWN_TIMEOUT_S = 30.0
 """Sessions' grace plus the bounds on stopping ranks, with room."""
 HEALTH_PERIOD_S = 2.0
+LIVE_MARGIN_S = 30.0
+"""Over the bound of a step, within which the group itself must have found the rank that is lost."""
 
 
 def resolve_device(engine: EngineConfig) -> Device:
@@ -108,6 +111,7 @@ def make_router(config: ClusterConfig, device: Device, launcher: Launcher) -> Ro
         scheduler,
         make_group,
         enable_prefix_cache=engine.enable_prefix_cache,
+        live_within_s=router.step_timeout_s + LIVE_MARGIN_S,
         roles=rank_roles(ModelConfig.from_dir(config.model.path), engine.layout, engine.redundant_experts),
         rebalance=RebalancePolicy(interval_steps=router.rebalance_interval_steps, threshold=router.rebalance_threshold),
     )
@@ -120,7 +124,8 @@ class RouterDeployment:
         launcher = RayLauncher()
         self._host = launcher.host
         self._router = make_router(config, device, launcher)
-        await self._router.start(self._host, 0)
+        link_tls = config.security.link_tls
+        await self._router.start(self._host, 0, None if link_tls is None else link_server_credentials(link_tls))
 
     async def address(self) -> str:
         """host:port of RouterService."""
@@ -130,9 +135,9 @@ class RouterDeployment:
         return self._router.stats()
 
     async def check_health(self) -> None:
-        """Raises when the engine has given up, so that Serve starts the replica again."""
-        if self._router.has_failed:
-            raise EngineError(self._router.stats().reason)
+        """Raises when the engine has given up, or does not move: Serve then starts the replica again."""
+        if (reason := self._router.why_not_live) is not None:
+            raise EngineError(reason)
 
     async def __del__(self) -> None:
         # A constructor that failed has left nothing to stop.

@@ -86,8 +86,10 @@ class Router:
         max_unread: int = MAX_UNREAD,
         roles: Sequence[RankRole] = (),
         rebalance: RebalancePolicy | None = None,
+        live_within_s: float = 120.0,
     ) -> None:
-        """`roles`: what each rank does, for those who ask."""
+        """`roles`: what each rank does, for those who ask. `live_within_s`: bound of `why_not_live`."""
+        self._live_within_s = live_within_s
         self._model = model
         self._roles = roles
         self._rebalance = rebalance or RebalancePolicy()
@@ -111,12 +113,20 @@ class Router:
 
     # Life
 
-    async def start(self, host: str = "127.0.0.1", port: int = 0) -> None:
-        """Listen (port 0: a free one), and begin to load the ranks. Raises EngineError where the port is taken."""
+    async def start(
+        self, host: str = "127.0.0.1", port: int = 0, credentials: grpc.ServerCredentials | None = None
+    ) -> None:
+        """Listen (port 0: a free one), and begin to load the ranks. Raises EngineError where the port is taken.
+
+        `credentials` make it a TLS port.
+        """
         self._server = grpc.aio.server(options=SERVER_OPTIONS)
         router_pb2_grpc.add_RouterServiceServicer_to_server(RouterServicer(self), self._server)
         try:
-            bound_port = self._server.add_insecure_port(f"{host}:{port}")
+            if credentials is None:
+                bound_port = self._server.add_insecure_port(f"{host}:{port}")
+            else:
+                bound_port = self._server.add_secure_port(f"{host}:{port}", credentials)
         except RuntimeError as error:
             raise EngineError(f"the Router cannot listen on {host}:{port}; is the port taken?") from error
         await self._server.start()
@@ -132,7 +142,17 @@ class Router:
 
     @property
     def is_ready(self) -> bool:
-        return self._engine.core.state is EngineState.READY
+        return self._engine.core.state is EngineState.READY and self.why_not_live is None
+
+    @property
+    def why_not_live(self) -> str | None:
+        """It has given up, or neither a step nor an idle sign of life came in time: only a new Router helps."""
+        if self.has_failed:
+            return self._engine.core.reason
+        age_s = self._engine.heartbeat_age_s
+        if self._engine.core.state is EngineState.READY and age_s > self._live_within_s:
+            return f"no step and no sign of life came for {age_s:.0f} s, at most {self._live_within_s:g} are allowed"
+        return None
 
     @property
     def has_failed(self) -> bool:
@@ -267,7 +287,7 @@ class Router:
         response = pb.DescribeResponse(
             model=self._model.name,
             ready=self.is_ready,
-            reason=stats.reason,
+            reason=stats.reason or self.why_not_live or "",
             max_model_len=self._engine.core.context_limit or self._model.max_model_len,
             block_size=stats.ranks[0].block_size if stats.ranks else 0,
             loaded_bytes=sum(rank.read_bytes for rank in stats.loading),

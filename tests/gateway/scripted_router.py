@@ -44,10 +44,15 @@ class ScriptedRouter(RouterServiceServicer):
         self._session: ScriptedSession | None = None
         self._server: grpc.aio.Server | None = None
 
-    async def start(self, port: int = 0) -> str:
+    async def start(self, port: int = 0, credentials: grpc.ServerCredentials | None = None) -> str:
         self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
         add_RouterServiceServicer_to_server(self, self._server)
-        self.address = f"127.0.0.1:{self._server.add_insecure_port(f'127.0.0.1:{port}')}"
+        address = f"127.0.0.1:{port}"
+        if credentials is None:
+            bound_port = self._server.add_insecure_port(address)
+        else:
+            bound_port = self._server.add_secure_port(address, credentials)
+        self.address = f"127.0.0.1:{bound_port}"
         await self._server.start()
         return self.address
 

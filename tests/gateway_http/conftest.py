@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from cluster.config import GatewayConfig, ModelSource
+from cluster.gateway.access import Access, Caller
 from cluster.gateway.http.server import HttpServer
 from cluster.gateway.served_model import ServedModel
 from mull.v1 import generation_pb2 as pb
@@ -37,7 +38,9 @@ class WrittenCore:
     num_yielded: int = 0
     closed: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def stream(self, request: pb.GenerateRequest) -> AsyncGenerator[list[pb.GenerateEvent], None]:
+    async def stream(
+        self, request: pb.GenerateRequest, _caller: Caller
+    ) -> AsyncGenerator[list[pb.GenerateEvent], None]:
         self.requests.append(request)
         try:
             for batch in self.batches:
@@ -52,13 +55,13 @@ class WrittenCore:
         finally:
             self.closed.set()
 
-    async def tokenize(self, request: pb.TokenizeRequest) -> pb.TokenizeResponse:
+    async def tokenize(self, request: pb.TokenizeRequest, _caller: Caller) -> pb.TokenizeResponse:
         self.tokenized.append(request)
         ids = self.model.tokenizer.encode(request.text or request.conversation.messages[0].content)
         texts = [self.model.tokenizer.decode([id_]) for id_ in ids]
         return pb.TokenizeResponse(token_ids=ids, max_model_len=self.model.max_model_len, texts=texts)
 
-    async def detokenize(self, request: pb.DetokenizeRequest) -> pb.DetokenizeResponse:
+    async def detokenize(self, request: pb.DetokenizeRequest, _caller: Caller) -> pb.DetokenizeResponse:
         return pb.DetokenizeResponse(text=self.model.tokenizer.decode(request.token_ids))
 
 
@@ -93,7 +96,7 @@ def http_config() -> GatewayConfig:
 @pytest.fixture
 async def site(model: ServedModel, http_config: GatewayConfig) -> AsyncIterator[Site]:
     core, not_ready = WrittenCore(model, ANSWER), []
-    server = HttpServer(core, http_config, lambda: not_ready[0] if not_ready else None)
+    server = HttpServer(core, http_config, lambda: not_ready[0] if not_ready else None, Access(None))
     listener = socket.create_server(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     await server.start(listener)

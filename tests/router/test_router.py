@@ -424,6 +424,19 @@ async def test_while_ranks_start_again_only_those_who_have_begun_are_taken(
     assert gateway.tokens(1) == whole[20:]
 
 
+async def test_a_group_that_gives_no_sign_of_life_is_not_ready(
+    router: Router, groups: Groups, connect: Connect
+) -> None:
+    gateway = await connect()
+
+    groups.made[0].silence_s = 500.0
+
+    described = await gateway.stub.Describe(pb.DescribeRequest())
+    assert (described.ready, described.heartbeat_age_seconds) == (False, 500.0)
+    assert "no sign of life came for 500 s, at most 120" in described.reason
+    assert router.why_not_live == described.reason
+
+
 async def test_a_rank_lost_while_idle_is_noticed(router: Router, groups: Groups, connect: Connect) -> None:
     await connect()
 

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from cluster.gateway.http.collected import Collector
-from cluster.gateway.http.errors import error_json, http_status
+from cluster.gateway.http.errors import error_headers, error_json, http_status
 from cluster.gateway.http.exchanges import ClientGone, Exchanges
 from cluster.gateway.http.forms import Form
 from cluster.gateway.http.parts import Json
@@ -43,7 +43,7 @@ class JsonAnswer(Response):
 def error_answer(error: Exception, request_id: str) -> JsonAnswer:
     """An error, with its status, in OpenAI's shape."""
     row = http_status(error)
-    headers = {**dict(row.headers), "x-request-id": request_id}
+    headers = {**error_headers(error), "x-request-id": request_id}
     return JsonAnswer(error_json(error, request_id), row.status, headers)
 
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from dataclasses import dataclass
 
 from cluster.errors import (
     DeadlinePassed,
+    Forbidden,
+    LimitReached,
     MullError,
     NotReady,
     Overloaded,
     PromptTooLong,
     RequestError,
     SlowReader,
+    Unauthenticated,
     UnknownModel,
 )
 from cluster.gateway.http.parts import Json
@@ -44,6 +48,9 @@ STATUSES: dict[type[Exception], HttpStatus] = {
     PromptTooLong: HttpStatus(400, "invalid_request_error", "context_length_exceeded"),
     UnknownModel: HttpStatus(404, "invalid_request_error", "model_not_found"),
     BodyTooLarge: HttpStatus(413, "invalid_request_error", "request_too_large"),
+    Unauthenticated: HttpStatus(401, "invalid_request_error", "invalid_api_key", (("www-authenticate", "Bearer"),)),
+    Forbidden: HttpStatus(403, "invalid_request_error", "insufficient_permissions"),
+    LimitReached: HttpStatus(429, "rate_limit_error", "rate_limit_exceeded"),
     Overloaded: HttpStatus(429, "rate_limit_error", "overloaded", _RETRY),
     SlowReader: HttpStatus(429, "rate_limit_error", "slow_reader"),
     DeadlinePassed: HttpStatus(504, "server_error", "deadline_passed"),
@@ -56,6 +63,14 @@ STATUSES: dict[type[Exception], HttpStatus] = {
 def http_status(error: Exception) -> HttpStatus:
     """The row of an error."""
     return next(STATUSES[ancestor] for ancestor in type(error).__mro__ if ancestor in STATUSES)
+
+
+def error_headers(error: Exception) -> dict[str, str]:
+    """The headers of its row, and when to try again where that is known."""
+    headers = dict(http_status(error).headers)
+    if isinstance(error, LimitReached):
+        headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
+    return headers
 
 
 def error_json(error: Exception, request_id: str) -> Json:

@@ -25,6 +25,7 @@ from cluster.gateway.http.answer import Batches, JsonAnswer, StreamedAnswer, Who
 from cluster.gateway.http.chat import ChatForm, read_chat
 from cluster.gateway.http.collected import as_raw_text
 from cluster.gateway.http.completions import CompletionForm, read_completions
+from cluster.gateway.http.door import caller_of
 from cluster.gateway.http.errors import BodyTooLarge
 from cluster.gateway.http.exchanges import Exchanges
 from cluster.gateway.http.fields import Fields
@@ -103,7 +104,7 @@ class Routes:
             self._core.model.tokenizer.token_bytes,
             include_usage=_includes_usage(body),
         )
-        return self._answer(body, asked, form, raw=body.flag("separate_reasoning") is False)
+        return self._answer(request, body, asked, form, raw=body.flag("separate_reasoning") is False)
 
     async def complete(self, request: Request) -> Response:
         """POST /v1/completions."""
@@ -122,10 +123,11 @@ class Routes:
             choices_per_prompt=choices_per_prompt,
         )
         if len(prompts) == 1:
-            return self._answer(body, first, form, raw=True)
+            return self._answer(request, body, first, form, raw=True)
+        caller = caller_of(request)
 
         def batches() -> Batches:
-            streams = [_raw_batches(self._core.stream(asked)) for asked in prompts]
+            streams = [_raw_batches(self._core.stream(asked, caller)) for asked in prompts]
             return side_by_side(streams, choices_per_prompt)
 
         return self._answer_from(batches, body, form, request_id)
@@ -137,7 +139,7 @@ class Routes:
         request_id = _identify(request, asked)
         model = self._core.model
         form = ResponseForm(request_id, asked.model or model.name, model.tokenizer.token_bytes, body)
-        return self._answer(body, asked, form, raw=False)
+        return self._answer(request, body, asked, form, raw=False)
 
     async def tokenize(self, request: Request) -> Response:
         """POST /tokenize: `prompt`, or `messages` with `tools` and `chat_template_kwargs`."""
@@ -150,7 +152,7 @@ class Routes:
             asked.text = prompt
         else:
             raise body.wrong("prompt", "a string, or messages instead")
-        done = await self._core.tokenize(asked)
+        done = await self._core.tokenize(asked, caller_of(request))
         found: Json = {"count": len(done.token_ids), "max_model_len": done.max_model_len, "tokens": [*done.token_ids]}
         if body.flag("return_token_strs"):
             found["token_strs"] = [*done.texts]
@@ -160,7 +162,7 @@ class Routes:
         """POST /detokenize: `tokens`."""
         body = await self._body(request)
         asked = pb.DetokenizeRequest(model=body.text("model") or "", token_ids=body.integers("tokens"))
-        done = await self._core.detokenize(asked)
+        done = await self._core.detokenize(asked, caller_of(request))
         return JsonAnswer({"prompt": done.text})
 
     async def list_models(self) -> Response:
@@ -205,9 +207,9 @@ class Routes:
             raise BodyTooLarge(f"body: {size} bytes or more, the limit is {limit}; send less", field="body")
         return Fields(_object(bytes(read)))
 
-    def _answer(self, body: Fields, asked: pb.GenerateRequest, form: Form, *, raw: bool) -> Response:
+    def _answer(self, request: Request, body: Fields, asked: pb.GenerateRequest, form: Form, *, raw: bool) -> Response:
         def batches() -> Batches:
-            stream = self._core.stream(asked)
+            stream = self._core.stream(asked, caller_of(request))
             return _raw_batches(stream) if raw else stream
 
         return self._answer_from(batches, body, form, asked.request_id)

@@ -11,9 +11,12 @@ import uvicorn
 
 from cluster.config import GatewayConfig
 from cluster.errors import EngineError
+from cluster.gateway.access import Access
 from cluster.gateway.core import GenerationCore
+from cluster.gateway.http.door import HttpDoor
 from cluster.gateway.http.exchanges import Exchanges
 from cluster.gateway.http.routes import WhyNotReady, build_http_app
+from cluster.tls import ServerCertificates
 
 START_TIMEOUT_S = 10.0
 CLOSE_S = 1
@@ -24,9 +27,17 @@ BACKLOG = 1024
 class HttpServer:
     """Start it on an open socket, later stop it."""
 
-    def __init__(self, core: GenerationCore, config: GatewayConfig, why_not_ready: WhyNotReady) -> None:
+    def __init__(
+        self,
+        core: GenerationCore,
+        config: GatewayConfig,
+        why_not_ready: WhyNotReady,
+        access: Access,
+        certificates: ServerCertificates | None = None,
+    ) -> None:
+        """`certificates` make it an HTTPS port."""
         self._exchanges = Exchanges()
-        app = build_http_app(core, config, why_not_ready, self._exchanges)
+        app = HttpDoor(build_http_app(core, config, why_not_ready, self._exchanges), access)
         settings = uvicorn.Config(
             app,
             http="httptools",
@@ -37,6 +48,7 @@ class HttpServer:
             server_header=False,
             backlog=BACKLOG,
             timeout_graceful_shutdown=CLOSE_S,
+            ssl_context_factory=None if certificates is None else lambda *_: certificates.ssl_context(),
         )
         self._server = _Uvicorn(settings)
         self._task: asyncio.Task[None] | None = None

@@ -10,6 +10,7 @@ Needs grpcio and protobuf, nothing else of mull. docs/client.md describes it.
 from __future__ import annotations
 
 from mull.client.aio import AsyncClient, AsyncReply
+from mull.client.channels import tls_credentials
 from mull.client.errors import CallFailed
 from mull.client.events import (
     AnswerDelta,
@@ -51,4 +52,5 @@ __all__ = [
     "ToolCallArgumentsDelta",
     "ToolCallStart",
     "Usage",
+    "tls_credentials",
 ]

@@ -11,7 +11,7 @@ import grpc
 import grpc.aio
 from google.protobuf.message import Message
 
-from mull.client.channels import CHANNEL_OPTIONS
+from mull.client.channels import CHANNEL_OPTIONS, key_from_environment, with_key
 from mull.client.completion import CompletionBuilder
 from mull.client.events import Event, to_event
 from mull.client.held import HeldStream
@@ -20,6 +20,8 @@ from mull.client.results import ReadsFirstChoice, Result, to_result
 from mull.client.retries import Retries, RetryPolicy
 from mull.v1 import generation_pb2 as pb
 from mull.v1.generation_pb2_grpc import GenerationServiceStub
+
+METHODS = tuple(method.name for method in pb.DESCRIPTOR.services_by_name["GenerationService"].methods)
 
 
 class AsyncReply(ReadsFirstChoice):
@@ -118,15 +120,19 @@ class AsyncClient:
         address: str = "127.0.0.1:50051",
         *,
         credentials: grpc.ChannelCredentials | None = None,
+        api_key: str | None = None,
         retry: RetryPolicy | None = None,
         timeout_s: float | None = None,
     ) -> None:
-        """`credentials` make it a TLS connection; `timeout_s` is what calls have that do not say."""
+        """`credentials` (see `tls_credentials`) make it a TLS connection; `api_key` is by default MULL_API_KEY's value.
+
+        `timeout_s` is what calls have that do not say.
+        """
         if credentials is None:
             self._channel: Any = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
         else:
             self._channel = grpc.aio.secure_channel(address, credentials, options=CHANNEL_OPTIONS)
-        self._stub: Any = GenerationServiceStub(self._channel)
+        self._stub: Any = with_key(GenerationServiceStub(self._channel), METHODS, key_from_environment(api_key))
         self._policy = retry or RetryPolicy()
         self._timeout_s = timeout_s
 
