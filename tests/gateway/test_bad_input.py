@@ -229,7 +229,7 @@ def test_any_prompt_that_ends_with_an_open_tag_starts_in_its_thoughts(
 async def test_an_unexpected_fault_is_internal_and_tells_nothing_but_the_request_id(
     gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gateway.server.link, "submit", lambda *_: 1 / 0)
+    monkeypatch.setattr(gateway.server.copies, "submit", lambda *_: 1 / 0)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await gateway.stub.Generate(ask(request_id="mine")).read()
     assert caught.value.code() is grpc.StatusCode.INTERNAL
