@@ -53,7 +53,8 @@ class RouterStats:
     reason: str
     loading: list[RankLoading]
     layout: ParallelLayout | None
-    """None while no group takes plans."""
+    """None before the first start."""
+    block_size: int
     ranks: list[RankReady]
     scheduler: SchedulerStats | None
     """None before the first start, and at the end."""
@@ -278,7 +279,8 @@ class Router:
             state=core.state,
             reason=core.reason,
             loading=[engine.loading[rank] for rank in sorted(engine.loading)],
-            layout=engine.info.layout if engine.info else None,
+            layout=engine.layout,
+            block_size=core.pool.block_size if core.pool else 0,
             ranks=engine.info.ranks if engine.info else [],
             scheduler=core.stats,
             num_sessions=len(self._sessions),
@@ -299,7 +301,7 @@ class Router:
             ready=self.is_ready and not self._draining,
             reason=STOPPING if self._draining else stats.reason or self.why_not_live or "",
             max_model_len=self._engine.core.context_limit or self._model.max_model_len,
-            block_size=stats.ranks[0].block_size if stats.ranks else 0,
+            block_size=stats.block_size,
             loaded_bytes=sum(rank.read_bytes for rank in stats.loading),
             total_bytes=sum(rank.total_bytes for rank in stats.loading),
             failed=self.has_failed,
