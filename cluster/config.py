@@ -88,6 +88,10 @@ class RouterConfig(_Part):
     start_timeout_s: float = Field(600.0, gt=0)
     step_timeout_s: float = Field(60.0, gt=0)
     """A step that takes longer names the late rank, which then counts as lost."""
+    copies: int = Field(1, ge=1)
+    """Routers, each with a whole model on ranks of its own."""
+    drain_s: float = Field(30.0, ge=0)
+    """How long running requests may go on at a Router that must go; they then move to another copy."""
     ray_address: str | None = None
     """host:port of a Ray cluster to run in, on all its nodes; None starts one on this machine alone."""
     rebalance_interval_steps: int = Field(1000, ge=0)

@@ -553,8 +553,28 @@ async def test_stop_ends_open_sessions_and_stops_the_ranks(router: Router, group
 
     assert groups.made[0].num_stops == 1
     with pytest.raises(grpc.aio.AioRpcError) as ended:
-        await gateway.end_of(1)
+        await gateway.end_of(2)
     assert ended.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_what_still_runs_at_the_end_is_given_back_with_all_of_its_output(
+    router: Router, connect: Connect
+) -> None:
+    gateway = await connect()
+    message = await gateway.submit(1, max_tokens=390)
+    await gateway.read()
+
+    assert router.describe().ready
+    stopping = asyncio.create_task(router.stop(grace_s=0.02))
+    await asyncio.sleep(0)
+    described = router.describe()
+    end = await gateway.end_of(1)
+    await stopping
+
+    assert not described.ready
+    assert "stopping" in described.reason
+    assert end.reason == pb.End.REASON_UNAVAILABLE
+    assert gateway.tokens(1) == alone(message)[: len(gateway.tokens(1))]
 
 
 async def test_stop_with_grace_lets_live_requests_end_and_refuses_new_ones(router: Router, connect: Connect) -> None:
