@@ -22,6 +22,7 @@ from cluster.gateway.generation import Generation
 from cluster.gateway.grammar_check import GrammarCheck, compiled
 from cluster.gateway.interruption import Interruption
 from cluster.gateway.mailbox import Mailbox, wait_for_news
+from cluster.gateway.request_bounds import check_conversation_bounds
 from cluster.gateway.requests import PreparedRequest, check_model, new_request_id, prepare
 from cluster.gateway.router_link import RouterLink
 from cluster.gateway.sampling_options import default_options
@@ -237,6 +238,7 @@ def _label(enum_name: str) -> str:
 
 def _tokenize(request: pb.TokenizeRequest, model: ServedModel) -> pb.TokenizeResponse:
     check_model(request.model, model)
+    check_conversation_bounds(request.conversation)
     tokenizer = model.tokenizer
     text = request.text
     if request.WhichOneof("input") == "conversation":

@@ -31,6 +31,10 @@ class BodyTooLarge(RequestError):
     """The request's body passes the bound."""
 
 
+class BodyTooLate(RequestError):
+    """The request's body did not come in time."""
+
+
 @dataclass(frozen=True)
 class HttpStatus:
     """How an error looks from outside."""
@@ -48,6 +52,7 @@ STATUSES: dict[type[Exception], HttpStatus] = {
     PromptTooLong: HttpStatus(400, "invalid_request_error", "context_length_exceeded"),
     UnknownModel: HttpStatus(404, "invalid_request_error", "model_not_found"),
     BodyTooLarge: HttpStatus(413, "invalid_request_error", "request_too_large"),
+    BodyTooLate: HttpStatus(408, "invalid_request_error", "request_timeout", (("connection", "close"),)),
     Unauthenticated: HttpStatus(401, "invalid_request_error", "invalid_api_key", (("www-authenticate", "Bearer"),)),
     Forbidden: HttpStatus(403, "invalid_request_error", "insufficient_permissions"),
     LimitReached: HttpStatus(429, "rate_limit_error", "rate_limit_exceeded"),
