@@ -11,6 +11,7 @@ from typing import Any
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 
 from cluster.errors import DeadlinePassed, InvalidRequest, MullError
 from cluster.gateway.access import Access, Caller
@@ -61,27 +62,39 @@ def _authorization(metadata: Any) -> str | None:
 
 
 def _bounded(handler: Any, timeout_s: float) -> grpc.RpcMethodHandler[Any, Any]:
-    """The same for a call with one message from the client, which has to come in time.
+    """The same for a call with one message from the client, which has to come in time, and to be one.
 
-    gRPC would wait for it as long as the call may take; a call with a stream of messages reads them by itself.
+    gRPC would wait for it as long as the call may take, and would call one that cannot be read a fault of ours.
     """
     assert not handler.request_streaming, "all calls of ours have one message from the client"
 
     async def read_first(_messages: object, context: Context) -> None:
         try:
-            async with asyncio.timeout(timeout_s):
-                message = await context.read()
-        except TimeoutError:
-            late = DeadlinePassed(f"no message within {timeout_s:g} s; send it with the call")
-            await abort(context, late, new_request_id())
-        if message is grpc.aio.EOF:  # type: ignore[attr-defined]  # missing in grpc-stubs
-            await abort(context, InvalidRequest("message: missing; send one", field="message"), new_request_id())
+            message = await _message(handler, context, timeout_s)
+        except MullError as error:
+            await abort(context, error, new_request_id())
         if handler.response_streaming:
             await handler.unary_stream(message, context)
         else:
             await context.write(await handler.unary_unary(message, context))
 
-    return grpc.stream_stream_rpc_method_handler(read_first, handler.request_deserializer, handler.response_serializer)
+    return grpc.stream_stream_rpc_method_handler(read_first, None, handler.response_serializer)
+
+
+async def _message(handler: Any, context: Context, timeout_s: float) -> Any:
+    try:
+        async with asyncio.timeout(timeout_s):
+            data = await context.read()
+    except TimeoutError:
+        raise DeadlinePassed(f"no message within {timeout_s:g} s; send it with the call") from None
+    if data is grpc.aio.EOF:  # type: ignore[attr-defined]  # missing in grpc-stubs
+        raise InvalidRequest("message: missing; send one", field="message")
+    try:
+        return handler.request_deserializer(data)
+    except DecodeError as error:
+        raise InvalidRequest(
+            f"message: cannot be read ({error}); send what the method takes", field="message"
+        ) from error
 
 
 def _refusal(error: MullError) -> grpc.RpcMethodHandler[Any, Any]:

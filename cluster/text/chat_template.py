@@ -58,6 +58,7 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
         """With a look at the clock at the head of every loop and macro. No name of a template's can hide it."""
         template = super()._parse(source, name, filename)
         for node in template.find_all((nodes.For, nodes.Macro)):
+            assert isinstance(node, (nodes.For, nodes.Macro))
             look = nodes.Call(nodes.EnvironmentAttribute("look_at_the_clock"), [], [], None, None)
             node.body.insert(0, nodes.ExprStmt(look, lineno=node.lineno))
         return template
@@ -90,8 +91,8 @@ class ChatTemplate:
         settings = read_json(model_dir / "tokenizer_config.json")
         if settings.get("auto_map"):
             raise CheckpointError(
-                f"{model_dir / 'tokenizer_config.json'}: auto_map asks for code of the checkpoint's own; no such code is "
-                "run: use another one"
+                f"{model_dir / 'tokenizer_config.json'}: auto_map asks for code of the checkpoint's own; "
+                "no such code is run: use another one"
             )
         file = model_dir / "chat_template.jinja"
         source = read_text(file) if file.exists() else settings.get("chat_template")

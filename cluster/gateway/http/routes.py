@@ -32,6 +32,7 @@ from cluster.gateway.http.exchanges import Exchanges
 from cluster.gateway.http.fields import Fields
 from cluster.gateway.http.forms import Form
 from cluster.gateway.http.messages import read_messages, read_tools
+from cluster.gateway.http.openapi import openapi_document
 from cluster.gateway.http.parts import Json
 from cluster.gateway.http.response_form import ResponseForm
 from cluster.gateway.http.responses import read_response
@@ -69,6 +70,7 @@ def build_http_app(
         "/health": routes.health,
         "/ready": routes.ready,
         "/version": routes.version,
+        "/openapi.json": routes.openapi,
     }
     for path, handler in posts.items():
         app.add_api_route(path, handler, methods=["POST"], response_model=None)
@@ -172,6 +174,10 @@ class Routes:
     async def version(self) -> Response:
         """GET /version."""
         return JsonAnswer({"version": version("mull")})
+
+    async def openapi(self) -> Response:
+        """GET /openapi.json."""
+        return JsonAnswer(openapi_document())
 
     async def page(self) -> Response:
         """GET /: the chat page."""
