@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import re
 from dataclasses import dataclass
@@ -21,8 +20,7 @@ from cluster.errors import (
     UnknownModel,
 )
 from cluster.gateway.http.parts import Json
-
-logger = logging.getLogger(__name__)
+from cluster.gateway.status import log_fault
 
 RETRY_AFTER_S = 1
 
@@ -84,7 +82,7 @@ def error_json(error: Exception, request_id: str) -> Json:
     message = str(error)
     param = None
     if not isinstance(error, MullError):
-        logger.error("request %s failed", request_id, exc_info=error)
+        log_fault(error, request_id)
         message = f"an unexpected fault, logged under request id {request_id}"
     elif isinstance(error, RequestError):
         param = _http_name(error.field)
