@@ -7,7 +7,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from urllib.request import urlopen
@@ -24,7 +24,9 @@ pytestmark = pytest.mark.timeout(240)
 WAIT_S = 60.0
 NUM_TOKENS = 500
 RETRY = RetryPolicy(attempts=30, resumptions=60, first_pause_s=0.1, longest_pause_s=0.5)
-CHAT = ("chat", "Count slowly.", "--json", "--seed", "5", "--max-tokens", str(NUM_TOKENS))
+# So hot that it does not come to an end by itself.
+HOT = ("--temperature", "8", "--top-p", "1", "--top-k", "0", "--seed", "3")
+CHAT = ("chat", "Count slowly.", "--json", *HOT, "--max-tokens", str(3 * NUM_TOKENS))
 
 
 def requests() -> list[pb.GenerateRequest]:
@@ -54,7 +56,7 @@ class Streams:
     """Clients that read one request each, in threads."""
 
     def __init__(self, address: str) -> None:
-        self.num_events = [0] * len(requests())
+        self.num_tokens = [0] * len(requests())
         self._client = Client(address, retry=RETRY, timeout_s=WAIT_S)
         self._threads = ThreadPoolExecutor(len(requests()))
         self._results: list[Future[Result]] = [
@@ -65,7 +67,7 @@ class Streams:
         reply = self._client.stream(request)
         numbers: dict[int, list[int]] = {}
         for event in reply:
-            self.num_events[index] += 1
+            self.num_tokens[index] += len(getattr(event, "token_ids", ()))
             numbers.setdefault(event.choice, []).append(event.sequence)
         assert all(found == list(range(len(found))) for found in numbers.values())
         return reply.result()
@@ -74,10 +76,15 @@ class Streams:
     def num_running(self) -> int:
         return sum(not result.done() for result in self._results)
 
-    def wait_for_events(self, count: int) -> None:
-        """Until each has so many more than now."""
-        wanted = [number + count for number in self.num_events]
-        until(lambda: all(map(int.__ge__, self.num_events, wanted)), f"{count} events of each stream")
+    def wait_for_tokens(self, count: int) -> None:
+        """Until each has so many more than now, or is over."""
+        wanted = [number + count for number in self.num_tokens]
+
+        def have_come() -> bool:
+            states = zip(self.num_tokens, wanted, self._results, strict=True)
+            return all(number >= limit or result.done() for number, limit, result in states)
+
+        until(have_come, f"{count} tokens of each stream")
 
     def results(self) -> list[Result]:
         try:
@@ -94,14 +101,16 @@ def undisturbed(server: Server) -> list[Result]:
 
 @pytest.fixture(scope="module")
 def undisturbed_chat(server: Server) -> str:
-    return text_of(subprocess.run([*MULL, *CHAT, "--address", server.address], capture_output=True, check=True).stdout)
+    done = subprocess.run([*MULL, *CHAT, "--address", server.address], capture_output=True, check=True)
+    return text_of(done.stdout.splitlines())
 
 
-def text_of(output: bytes) -> str:
+def text_of(lines: Iterable[bytes]) -> str:
     """What `mull chat --json` printed, without how it was cut."""
-    events = [json.loads(line) for line in output.decode().splitlines()]
+    events = [json.loads(line) for line in lines]
     assert [event["sequence"] for event in events] == list(range(len(events)))
-    return "".join(event.get("text", "") for event in events) + str(events[-1]["usage"]["answer_tokens"])
+    assert events[-1]["reason"] == "length"
+    return "".join(event.get("text", "") for event in events)
 
 
 def until(condition: Callable[[], bool], what: str) -> None:
@@ -142,21 +151,21 @@ def assert_same(results: list[Result], undisturbed: list[Result]) -> None:
             assert len(choice.logprobs) == len(wanted.logprobs)
 
 
-@pytest.mark.parametrize("num_killed", [1, 2])
-def test_streams_outlive_their_routers(server: Server, undisturbed: list[Result], num_killed: int) -> None:
+def test_streams_outlive_their_routers(server: Server, undisturbed: list[Result]) -> None:
     until(lambda: num_ready_copies(server) == 2, "both copies")
     routers = replicas(server, "Router")
     assert len(routers) == 2
     before = num_pauses(server)
-    # when: one goes away, so that the other takes over; or both, so that there is none for a while
+    # when: one goes away, so that the other takes over; and then that one, so that there is none for a while
     streams = Streams(server.address)
-    streams.wait_for_events(20)
+    streams.wait_for_tokens(20)
+    routers[0].kill()
+    streams.wait_for_tokens(20)
     num_cut = streams.num_running
-    for router in routers[:num_killed]:
-        router.kill()
+    routers[1].kill()
     # then
     assert_same(streams.results(), undisturbed)
-    assert num_cut == len(requests())
+    assert num_cut > 0
     assert num_pauses(server) > before
 
 
@@ -165,29 +174,30 @@ def test_streams_and_a_chat_outlive_their_gateway(
 ) -> None:
     until(lambda: num_ready_copies(server) == 2, "both copies")
     (gateway,) = replicas(server, "Gateway")
-    chat = subprocess.Popen([*MULL, *CHAT, "--address", server.address], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    chat = subprocess.Popen([*MULL, *CHAT, "--address", server.address], stdout=subprocess.PIPE)
     assert chat.stdout is not None
-    first = chat.stdout.readline() + chat.stdout.readline()
+    lines = [chat.stdout.readline() for _ in range(5)]
     streams = Streams(server.address)
-    streams.wait_for_events(20)
-    num_cut = streams.num_running
+    streams.wait_for_tokens(20)
+    num_cut, is_chatting = streams.num_running, chat.poll() is None
     gateway.kill()
     assert_same(streams.results(), undisturbed)
-    rest, errors = chat.communicate(timeout=WAIT_S)
-    assert (chat.returncode, errors) == (0, b"")
-    assert text_of(first + rest) == undisturbed_chat
-    assert num_cut == len(requests())
+    lines += chat.stdout.readlines()
+    assert chat.wait(WAIT_S) == 0
+    assert text_of(lines) == undisturbed_chat
+    assert num_cut > 0
+    assert is_chatting
 
 
 def test_streams_outlive_their_connection(server: Server, undisturbed: list[Result]) -> None:
     with proxy(server.address) as (address, cut):
         streams = Streams(address)
         for _ in range(3):
-            streams.wait_for_events(10)
+            streams.wait_for_tokens(20)
             num_cut = streams.num_running
             cut()
         assert_same(streams.results(), undisturbed)
-        assert num_cut == len(requests())
+        assert num_cut > 0
 
 
 @contextmanager
