@@ -3,7 +3,8 @@
     python -m bench.chaos [--streams 200] [--seconds 300] [--every 10] [--copies 2] [--tp 2] [--out FILE] [--plot PNG]
 
 Every `--every` seconds SIGKILL hits a random rank, Router or gateway. Every stream is compared, token by token, with
-the same request undisturbed, which ran before. A stream's pause is the time from a kill to its next token.
+the same request undisturbed, which ran before. A stream's pause is the time from a kill to its next token; those with
+a second kill in them are told apart.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ RETRY = RetryPolicy(attempts=60, resumptions=60, first_pause_s=0.1, longest_paus
 STREAM_TIMEOUT_S = 900.0
 KINDS = {"rank": "ShardActor", "Router": "Router", "gateway": "Gateway"}
 """What is killed, and what names its processes."""
+SEVERAL = "several in a row"
+"""Of a pause in which the next kill came before the stream went on."""
 BIN_S = 0.5
 
 
@@ -68,8 +71,7 @@ class Record:
         self.tokens.append((now_s, count))
         hits = [kill for kill in self.kills if last_s < kill.time_s]
         if hits:
-            # A gap with several kills in it is told of the first one.
-            self.pauses_s[hits[0].kind].append(now_s - hits[0].time_s)
+            self.pauses_s[hits[0].kind if len(hits) == 1 else SEVERAL].append(now_s - hits[0].time_s)
         return now_s
 
 

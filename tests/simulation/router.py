@@ -113,12 +113,12 @@ class SimRouter:
     def kill_rank(self) -> None:
         if self.is_alive and self._ranks is not None:
             self._world.tell("%s: a rank dies", self.name)
-            self._ranks.kill()
+            self._ranks.kill_one()
 
     def hang_rank(self) -> None:
         if self.is_alive and self._ranks is not None:
             self._world.tell("%s: a rank hangs", self.name)
-            self._ranks.hang()
+            self._ranks.hang_one()
 
     # What the engine's task does in the product
 
