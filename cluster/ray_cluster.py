@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 
 from cluster.config import ClusterConfig
 from cluster.errors import ConfigError, EngineError
+
+_PROBE_TIMEOUT_S = 10.0
 
 
 def start_ray(config: ClusterConfig) -> None:
@@ -18,6 +21,13 @@ def start_ray(config: ClusterConfig) -> None:
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if config.router.ray_address is None:
+        # Ray replaces a loopback address by one that others can reach, and then listens on all interfaces, except
+        # where it is told that a cluster of machines is not wanted. Read when it is imported, here and in its workers.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        # Other users of this machine must not run code as ours. In the environment, which only we and our processes
+        # can read: Ray would write a token of its own to a file.
+        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
     from ray import serve
     from ray.serve.config import ProxyLocation
 
@@ -34,6 +44,11 @@ def _init_ray(config: ClusterConfig) -> None:
     import ray
 
     if (address := config.router.ray_address) is not None:
+        if not config.security.insecure and is_open_to_all(address):
+            raise ConfigError(
+                f"--ray-address {address}: whoever reaches it can run code as mull; start its nodes with "
+                "RAY_AUTH_MODE=token and one RAY_AUTH_TOKEN, or give --insecure where the network is private"
+            )
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except ConnectionError as error:
@@ -49,6 +64,20 @@ def _init_ray(config: ClusterConfig) -> None:
         log_to_driver=False,
         logging_level=logging.ERROR,
     )
+
+
+def is_open_to_all(address: str) -> bool:
+    """Whether the Ray cluster there answers who shows no token. One that does not answer at all is not."""
+    import grpc
+
+    with grpc.insecure_channel(address) as channel:
+        # An empty message either way.
+        check_alive = channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive", bytes, bytes)
+        try:
+            check_alive(b"", timeout=_PROBE_TIMEOUT_S)
+        except grpc.RpcError as error:
+            return error.code() not in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNAVAILABLE)
+    return True
 
 
 def check_gpus(config: ClusterConfig) -> None:

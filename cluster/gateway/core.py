@@ -23,6 +23,7 @@ from cluster.gateway.generation import Generation
 from cluster.gateway.grammar_check import GrammarCheck, compiled
 from cluster.gateway.interruption import Interruption
 from cluster.gateway.mailbox import Mailbox, wait_for_news
+from cluster.gateway.request_bounds import check_conversation_bounds
 from cluster.gateway.request_log import RequestRecord
 from cluster.gateway.requests import PreparedRequest, check_model, new_request_id, prepare
 from cluster.gateway.resumption import MissingEvents, check_repeatable, rebuild
@@ -267,6 +268,7 @@ def _num_tokens(event: pb.GenerateEvent) -> int:
 
 def _tokenize(request: pb.TokenizeRequest, model: ServedModel) -> pb.TokenizeResponse:
     check_model(request.model, model)
+    check_conversation_bounds(request.conversation)
     tokenizer = model.tokenizer
     text = request.text
     if request.WhichOneof("input") == "conversation":

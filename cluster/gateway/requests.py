@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from cluster.errors import InvalidRequest, PromptTooLong, UnknownModel
 from cluster.gateway.answer_format import read_response_format, required_calls
 from cluster.gateway.conversations import read_template_variables, render_conversation, variables_without_template
+from cluster.gateway.request_bounds import check_request_bounds
 from cluster.gateway.resume_options import HeldChoice, read_resume
 from cluster.gateway.sampling_options import read_bad_words, read_logit_bias, read_prompt_logprobs, read_sampling
 from cluster.gateway.served_model import ServedModel
@@ -82,6 +83,7 @@ class PreparedRequest:
 def prepare(request: pb.GenerateRequest, model: ServedModel) -> PreparedRequest:
     """Check and complete a request. Raises RequestError."""
     check_model(request.model, model)
+    check_request_bounds(request)
     request_id = _request_id(request.request_id)
     n = _num_choices(request)
     sampling = read_sampling(request.sampling, model.defaults, n)

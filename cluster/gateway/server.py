@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 SERVICE_NAME = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
 ADMIN_NAME = admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name
 HEALTH_NAMES = ("", SERVICE_NAME)
+STREAMS_FOR_SHORT_CALLS = 64
 UNARY_GRACE_S = 1.0
 """For the last events on their way and for short calls, once all streams have ended."""
 
@@ -162,7 +163,9 @@ class GatewayServer:
 
     async def _start_grpc(self) -> int:
         config = self._config
-        server = aio.server(options=_server_options(config), interceptors=[Doorkeeper(self._access)])
+        server = aio.server(
+            options=_server_options(config), interceptors=[Doorkeeper(self._access, config.body_timeout_s)]
+        )
         add_GenerationServiceServicer_to_server(GenerationServicer(self._core, self._access), server)
         add_AdminServiceServicer_to_server(AdminServicer(self._core.budgets, self._access), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
@@ -225,6 +228,11 @@ def _server_options(config: GatewayConfig) -> list[tuple[str, int]]:
         # Clients may ping that often too: thoughts can leave a stream silent while it waits for a slot.
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
+        # A client that connects and then says nothing, before and after its handshakes.
+        ("grpc.server_handshake_timeout_ms", int(1000 * config.head_timeout_s)),
+        ("grpc.max_connection_idle_ms", int(1000 * config.idle_timeout_s)),
+        # More wait at the client: one connection cannot open streams without end.
+        ("grpc.max_concurrent_streams", config.max_streams + STREAMS_FOR_SHORT_CALLS),
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import traceback
 from typing import Any, NoReturn
 
 import grpc.aio
@@ -48,6 +49,13 @@ def status_code(error: Exception) -> grpc.StatusCode:
     return grpc.StatusCode.INTERNAL
 
 
+def log_fault(error: Exception, request_id: str) -> None:
+    """What was not raised on purpose, and where. Its own words may quote a client's texts: only DEBUG has them."""
+    frames = "".join(traceback.format_tb(error.__traceback__))
+    logger.error("request %s failed: %s\n%s", request_id, type(error).__name__, frames)
+    logger.debug("request %s failed", request_id, exc_info=error)
+
+
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception, request_id: str) -> NoReturn:
     """End the call with the error's status; always raises.
 
@@ -57,7 +65,7 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception, r
     if isinstance(error, MullError):
         message = str(error)
     else:
-        logger.error("request %s failed", request_id, exc_info=error)
+        log_fault(error, request_id)
         message = f"an unexpected fault, logged under request id {request_id}"
     metadata: list[tuple[str, str | bytes]] = [(REQUEST_ID_KEY, request_id)] if is_request_id(request_id) else []
     if isinstance(error, RequestError):

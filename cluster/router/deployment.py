@@ -21,6 +21,7 @@ from cluster.router.router import Router, RouterStats
 from cluster.router.scheduler import SchedulerConfig
 from cluster.router.shards import GroupBounds, RankGroup
 from cluster.router.wire import ModelInfo
+from cluster.serve_ports import listen_on_node_address
 from cluster.text.phases import THINK_END
 from cluster.text.tokenizer import read_encoder
 from cluster.tls import link_server_credentials
@@ -121,6 +122,7 @@ class RouterDeployment:
     """The replica. Its constructor returns while the ranks load: Describe tells how far they are, or what is wrong."""
 
     async def __init__(self, config: ClusterConfig, device: Device) -> None:  # type: ignore[misc]  # Serve awaits it
+        listen_on_node_address()
         launcher = RayLauncher()
         self._host = launcher.host
         self._drain_s = config.router.drain_s

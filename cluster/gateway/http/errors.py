@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import re
 from dataclasses import dataclass
@@ -21,14 +20,17 @@ from cluster.errors import (
     UnknownModel,
 )
 from cluster.gateway.http.parts import Json
-
-logger = logging.getLogger(__name__)
+from cluster.gateway.status import log_fault
 
 RETRY_AFTER_S = 1
 
 
 class BodyTooLarge(RequestError):
     """The request's body passes the bound."""
+
+
+class BodyTooLate(RequestError):
+    """The request's body did not come in time."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ STATUSES: dict[type[Exception], HttpStatus] = {
     PromptTooLong: HttpStatus(400, "invalid_request_error", "context_length_exceeded"),
     UnknownModel: HttpStatus(404, "invalid_request_error", "model_not_found"),
     BodyTooLarge: HttpStatus(413, "invalid_request_error", "request_too_large"),
+    BodyTooLate: HttpStatus(408, "invalid_request_error", "request_timeout", (("connection", "close"),)),
     Unauthenticated: HttpStatus(401, "invalid_request_error", "invalid_api_key", (("www-authenticate", "Bearer"),)),
     Forbidden: HttpStatus(403, "invalid_request_error", "insufficient_permissions"),
     LimitReached: HttpStatus(429, "rate_limit_error", "rate_limit_exceeded"),
@@ -79,7 +82,7 @@ def error_json(error: Exception, request_id: str) -> Json:
     message = str(error)
     param = None
     if not isinstance(error, MullError):
-        logger.error("request %s failed", request_id, exc_info=error)
+        log_fault(error, request_id)
         message = f"an unexpected fault, logged under request id {request_id}"
     elif isinstance(error, RequestError):
         param = _http_name(error.field)

@@ -6,6 +6,7 @@ shape. Knows nothing of sockets.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
@@ -26,11 +27,12 @@ from cluster.gateway.http.chat import ChatForm, read_chat
 from cluster.gateway.http.collected import as_raw_text
 from cluster.gateway.http.completions import CompletionForm, read_completions
 from cluster.gateway.http.door import caller_of
-from cluster.gateway.http.errors import BodyTooLarge
+from cluster.gateway.http.errors import BodyTooLarge, BodyTooLate
 from cluster.gateway.http.exchanges import Exchanges
 from cluster.gateway.http.fields import Fields
 from cluster.gateway.http.forms import Form
 from cluster.gateway.http.messages import read_messages, read_tools
+from cluster.gateway.http.openapi import openapi_document
 from cluster.gateway.http.options import read_template_variables
 from cluster.gateway.http.parts import Json
 from cluster.gateway.http.prompts import side_by_side
@@ -70,6 +72,7 @@ def build_http_app(
         "/health": routes.health,
         "/ready": routes.ready,
         "/version": routes.version,
+        "/openapi.json": routes.openapi,
     }
     for path, handler in posts.items():
         app.add_api_route(path, handler, methods=["POST"], response_model=None)
@@ -188,20 +191,30 @@ class Routes:
         """GET /version."""
         return JsonAnswer({"version": version("mull")})
 
+    async def openapi(self) -> Response:
+        """GET /openapi.json."""
+        return JsonAnswer(openapi_document())
+
     async def page(self) -> Response:
         """GET /: the chat page."""
         return HTMLResponse(self._page, headers=PAGE_HEADERS)
 
     async def _body(self, request: Request) -> Fields:
-        """The body's fields. Raises InvalidRequest, BodyTooLarge."""
+        """The body's fields. Raises InvalidRequest, BodyTooLarge, BodyTooLate."""
         limit = self._config.max_message_bytes
         declared = request.headers.get("content-length", "0")
         read = bytearray()
         if not declared.isdigit() or int(declared) <= limit:
-            async for piece in request.stream():
-                read += piece
-                if len(read) > limit:
-                    break
+            try:
+                async with asyncio.timeout(self._config.body_timeout_s):
+                    async for piece in request.stream():
+                        read += piece
+                        if len(read) > limit:
+                            break
+            except TimeoutError:
+                raise BodyTooLate(
+                    f"body: not complete within {self._config.body_timeout_s:g} s; send it faster", field="body"
+                ) from None
         if len(read) > limit or (declared.isdigit() and int(declared) > limit):
             size = max(len(read), int(declared) if declared.isdigit() else 0)
             raise BodyTooLarge(f"body: {size} bytes or more, the limit is {limit}; send less", field="body")

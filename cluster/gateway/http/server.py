@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from cluster.config import GatewayConfig
 from cluster.errors import EngineError
 from cluster.gateway.access import Access
 from cluster.gateway.core import GenerationCore
+from cluster.gateway.http.bounded_protocol import bounded_protocol
 from cluster.gateway.http.door import HttpDoor
 from cluster.gateway.http.exchanges import Exchanges
 from cluster.gateway.http.routes import WhyNotReady, build_http_app
@@ -40,7 +42,8 @@ class HttpServer:
         app = HttpDoor(build_http_app(core, config, why_not_ready, self._exchanges), access)
         settings = uvicorn.Config(
             app,
-            http="httptools",
+            http=bounded_protocol(config.head_timeout_s),
+            timeout_keep_alive=math.ceil(config.idle_timeout_s),
             ws="none",
             lifespan="off",
             log_config=None,
