@@ -101,7 +101,7 @@ class SimRanks:
         """A rank dies; those that wait for it see their connections break."""
         rank = self._hit()
         self._soon(LONGEST_DEATH_UNNOTICED_S, lambda: self._casualties.ended(rank, KILLED))
-        self._break_others({rank})
+        self._break_others()
 
     def hang_one(self) -> None:
         """A rank stops in the middle; the others begin an exchange that does not end. All tell how far they are."""
@@ -170,11 +170,11 @@ class SimRanks:
         self._casualties.failed(rank, "CUDA error")
         self._settle()
         self._soon(LONGEST_DEATH_UNNOTICED_S, lambda: self._casualties.ended(rank, FAILED))
-        self._break_others({rank})
+        self._break_others()
 
-    def _break_others(self, gone: set[int]) -> None:
-        for rank in set(range(self._num_ranks)) - gone:
-            if self._world.chance(0.5):
+    def _break_others(self) -> None:
+        for rank in range(self._num_ranks):
+            if rank not in self._culprits and self._world.chance(0.5):
                 self._fail_soon(rank)
 
     def _fail_soon(self, rank: int) -> None:
