@@ -62,7 +62,7 @@ async def serve_router(step_s: float) -> None:
 
     config = SchedulerConfig(max_model_len=4096, max_num_seqs=MAX_STREAMS, max_num_batched_tokens=1024)
     model = ModelInfo(name="pocket", vocab_size=1024, max_model_len=4096, think_end_id=1023)
-    router = Router(model, config, lambda _on_progress: NullGroup(step_s))
+    router = Router(model, config, lambda _on_progress, _survivors: NullGroup(step_s))
     await router.start()
     print(router.address, flush=True)
     await asyncio.Event().wait()
@@ -75,6 +75,8 @@ class NullGroup:
         self._step_s = step_s
         self._plans: asyncio.Queue[Any] = asyncio.Queue()
         self._next_s = 0.0
+
+    silence_s = 0.0
 
     async def start(self) -> Any:
         from cluster.router.shards import GroupInfo
@@ -97,6 +99,9 @@ class NullGroup:
         self._next_s = max(self._next_s, now_s) + self._step_s
         return [StepResult(plan.step, 0, [NULL_TOKEN_ID] * len(plan.sampling_slots)) for plan in plans]
 
+    async def dissolve(self) -> Any:
+        return {}
+
     async def stop(self) -> None:
         pass
 
@@ -104,15 +109,15 @@ class NullGroup:
 async def serve_gateway(router: str) -> None:
     """The real gateway; prints its address."""
     from cluster.config import GatewayConfig, ModelSource
-    from cluster.gateway.router_link import static_address
+    from cluster.gateway.copies import static_addresses
     from cluster.gateway.served_model import ServedModel
     from cluster.gateway.server import GatewayServer
 
     model = ServedModel.load(ModelSource(path=MODEL_DIR, name="pocket"))
-    server = GatewayServer(GatewayConfig(grpc_port=0, http_port=0, metrics_port=0), model, static_address(router))
+    server = GatewayServer(GatewayConfig(grpc_port=0, http_port=0, metrics_port=0), model, static_addresses(router))
     ports = await server.start()
-    while not server.link.state.ready:
-        await server.link.updated()
+    while not server.copies.state.ready:
+        await server.copies.updated()
     print(f"127.0.0.1:{ports.grpc} 127.0.0.1:{ports.http}", flush=True)
     await asyncio.Event().wait()
 

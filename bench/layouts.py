@@ -86,7 +86,7 @@ def serve(parallel: ParallelState, config: RunnerConfig, plans: list[StepPlan]) 
         logits.append(logits_Bv.numpy().copy())
         return logits_Bv
 
-    runner.decoder.logits = record  # type: ignore[method-assign]
+    runner.decoder.logits = record
     results = [runner.execute(plan) for plan in plans]
     spec, model = config.spec, runner.model
     return Ran(

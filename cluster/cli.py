@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from cluster.config import ClusterConfig, EngineConfig
+from cluster.config import ClusterConfig
 from cluster.errors import ConfigError, MullError
 from cluster.flags import (
     add_chat_flags,
@@ -63,7 +63,7 @@ def _serve(args: argparse.Namespace) -> int:
         _print_ranks(cluster)
         print(
             f"ready · grpc {addresses.grpc} · http {addresses.http} · metrics {addresses.metrics} · "
-            f"model {config.model.name} · {_layout_words(config.engine)} · Ctrl-C drains",
+            f"model {config.model.name} · {_layout_words(config)} · Ctrl-C drains",
             flush=True,
         )
         interrupts.wait(every_s=1.0, check=cluster.check)
@@ -114,8 +114,9 @@ def _status(args: argparse.Namespace) -> int:
     return _call(lambda: status(server, as_json=args.json))
 
 
-def _layout_words(engine: EngineConfig) -> str:
-    more = {"dp": engine.dp, "expert-tp": engine.expert_tp}
+def _layout_words(config: ClusterConfig) -> str:
+    engine = config.engine
+    more = {"dp": engine.dp, "expert-tp": engine.expert_tp, "copies": config.router.copies}
     return f"tp {engine.tp}" + "".join(f" · {name} {size}" for name, size in more.items() if size > 1)
 
 

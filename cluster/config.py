@@ -88,6 +88,10 @@ class RouterConfig(_Part):
     start_timeout_s: float = Field(600.0, gt=0)
     step_timeout_s: float = Field(60.0, gt=0)
     """A step that takes longer names the late rank, which then counts as lost."""
+    copies: int = Field(1, ge=1)
+    """Routers, each with a whole model on ranks of its own."""
+    drain_s: float = Field(30.0, ge=0)
+    """How long running requests may go on at a Router that must go; they then move to another copy."""
     ray_address: str | None = None
     """host:port of a Ray cluster to run in, on all its nodes; None starts one on this machine alone."""
     rebalance_interval_steps: int = Field(1000, ge=0)
@@ -125,6 +129,8 @@ class GatewayConfig(_Part):
     """How long it may take for the body of one, or for the message of a gRPC call."""
     idle_timeout_s: float = Field(300.0, gt=0)
     """How long a connection without a request stays open."""
+    replay_timeout_s: float = Field(600.0, gt=0)
+    """How long a request that has lost its copy of the model waits for one; its own deadline may come first."""
     drain_s: float = Field(30.0, ge=0)
     """How long running streams may go on after a shutdown was asked for."""
     effort_budgets: EffortBudgets = EffortBudgets()

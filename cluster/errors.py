@@ -114,6 +114,8 @@ class EngineError(MullError):
 class RankLost(EngineError):
     """A rank died, hung or failed."""
 
-    def __init__(self, message: str, *, rank: int) -> None:
+    def __init__(self, message: str, *, rank: int, was_killed: bool = False) -> None:
+        """`was_killed`: from outside, as far as one can see, so that nothing it computed is to blame."""
         super().__init__(message)
         self.rank = rank
+        self.was_killed = was_killed

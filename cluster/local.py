@@ -6,6 +6,7 @@ Owns every process that it starts: on any way out, Ctrl-C and errors included, t
 from __future__ import annotations
 
 import contextlib
+import logging
 import socket
 import subprocess
 import time
@@ -22,10 +23,13 @@ from cluster.interrupts import Interrupts
 from cluster.ray_cluster import check_gpus, check_nodes, last_line, start_ray
 from mull.v1 import generation_pb2 as pb
 
+logger = logging.getLogger(__name__)
+
 _POLL_S = 0.2
 _CALL_TIMEOUT_S = 10.0
 _STOP_MARGIN_S = 10.0
 _SILENCE_S = 60.0
+_CUT_S = 3.0
 _RAY_LOGS = "/tmp/ray/session_latest/logs/serve"
 
 
@@ -100,17 +104,17 @@ class LocalCluster:
         while time.monotonic() < deadline_s:
             self._interrupts.check()
             info = self.info()
+            progress(sum(it.loaded_bytes for it in info.routers), sum(it.total_bytes for it in info.routers))
             for router in info.routers:
-                progress(router.loaded_bytes, router.total_bytes)
                 if router.failed:
                     raise EngineError(router.reason)
-            if info.ready:
+            if sum(router.ready for router in info.routers) >= self._config.router.copies:
                 return
             time.sleep(_POLL_S)
         raise EngineError(f"not ready within {self._config.router.start_timeout_s:g} s: {info.reason}")
 
     def check(self) -> None:
-        """Raise EngineError when the Router has given up, or the gateway has been silent for long.
+        """Raise EngineError when every Router has given up, or the gateway has been silent for long.
 
         A gateway that died is not the end: Serve starts it again, on the same ports.
         """
@@ -124,9 +128,8 @@ class LocalCluster:
                 raise EngineError(f"the gateway has not answered for {silent_s:.0f} s; see {_RAY_LOGS}") from error
             return
         self._last_answer_s = time.monotonic()
-        for router in info.routers:
-            if router.failed:
-                raise EngineError(router.reason)
+        if info.routers and all(router.failed for router in info.routers):
+            raise EngineError("; ".join(router.reason for router in info.routers))
 
     def drain(self) -> int:
         """Refuse new work and let running streams end, for at most `drain_s`. Returns how many were cut off.
@@ -139,11 +142,23 @@ class LocalCluster:
         with self._interrupts.at_once():
             try:
                 cut: int = self._gateway.drain.remote(grace_s).result(timeout_s=grace_s + _STOP_MARGIN_S)
+            except KeyboardInterrupt:
+                self._cut_streams()
+                raise
             except (RayError, TimeoutError) as error:
                 raise EngineError(
                     f"the gateway was lost while draining ({last_line(error)}); streams may be cut"
                 ) from error
         return cut
+
+    def _cut_streams(self) -> None:
+        """Let clients be told that the server goes, rather than see their connection break."""
+        from ray.exceptions import RayError
+
+        try:
+            self._gateway.drain.remote(0).result(timeout_s=_CUT_S)
+        except (RayError, TimeoutError) as error:
+            logger.warning("streams could not be ended in order: %s", last_line(error))
 
     def stop(self) -> None:
         """Stop the app and Ray, with all their processes."""

@@ -4,11 +4,11 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 version=1.75.0
-buf=$(command -v buf || true)
-if [ -z "$buf" ]; then
+if ! buf=$(command -v buf); then
   buf=../.venv/buf/node_modules/.bin/buf
   if [ ! -x "$buf" ] && command -v npm >/dev/null; then
-    npm install --silent --no-save --no-audit --no-fund --prefix ../.venv/buf "@bufbuild/buf@$version" || true
+    npm install --silent --no-save --no-audit --no-fund --prefix ../.venv/buf "@bufbuild/buf@$version" \
+      || echo "proto: npm could not install buf $version" >&2
   fi
   if ! "$buf" --version >/dev/null 2>&1; then
     echo "proto: lint and breaking-change check skipped: no buf (install it, or npm)" >&2

@@ -56,11 +56,13 @@ class HostGroup(RankGroup):
         """Sum over ranks, in place. Raises PeerLate naming the rank that did not come in time."""
         if x.dtype != torch.float32 or not x.is_contiguous():
             return super().all_reduce(x)
+        self.num_exchanges += 1
         self._check(self._library.mull_host_all_reduce(self._address, x.data_ptr(), x.numel()))
         return x
 
     def all_gather(self, x: Tensor) -> Tensor:
         """[W, *x.shape], in rank order. Raises PeerLate naming the rank that did not come in time."""
+        self.num_exchanges += 1
         x = x.contiguous()
         gathered = x.new_empty(self.size, *x.shape)
         self._check(self._library.mull_host_all_gather(self._address, x.data_ptr(), x.nbytes, gathered.data_ptr()))
@@ -68,6 +70,7 @@ class HostGroup(RankGroup):
 
     def all_to_all(self, rows: Tensor, send_counts: list[int], receive_counts: list[int]) -> Tensor:
         """As in any group. Raises PeerLate naming the rank that did not come in time."""
+        self.num_exchanges += 1
         rows = rows.contiguous()
         received = rows.new_empty(sum(receive_counts), *rows.shape[1:])
         row_bytes = rows[:1].nbytes if len(rows) else received[:1].nbytes
@@ -75,6 +78,10 @@ class HostGroup(RankGroup):
         addresses = [tensor.data_ptr() for tensor in (rows, *sizes, received)]
         self._check(self._library.mull_host_all_to_all(self._address, *addresses))
         return received
+
+    def abort(self) -> None:
+        """From another thread: a wait for other ranks ends now, as if they were late."""
+        self._channel.timeout_ns = 0
 
     def _check(self, late: int) -> None:
         if late >= 0:

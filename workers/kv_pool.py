@@ -30,6 +30,13 @@ class KVPool:
         shape = (2 * spec.kv_heads(config).size, num_blocks, block_size, config.head_dim)
         self.layers = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
 
+    def free(self) -> None:
+        """Give the memory back; nothing can be computed any more."""
+        is_cuda = any(layer.is_cuda for layer in self.layers)
+        self.layers = []
+        if is_cuda:
+            torch.cuda.empty_cache()  # or the next pool would not find it free
+
 
 def block_bytes(config: ModelConfig, spec: ShardSpec, block_size: int, dtype: torch.dtype) -> int:
     """Bytes of one block over all layers, K and V."""

@@ -55,6 +55,16 @@ class ParallelState:
         tp = _attention_group(self.rank, layout, self.world, timedelta(seconds=timeout_s))
         return ParallelState(self.rank, layout, self.world, tp)
 
+    @property
+    def num_exchanges(self) -> int:
+        """Collectives that this rank has begun."""
+        return self.world.num_exchanges + (self.tp.num_exchanges if self.tp is not self.world else 0)
+
+    def abort(self) -> None:
+        """From another thread: whoever waits for other ranks waits no longer. Only `close` may follow."""
+        self.world.abort()
+        self.tp.abort()
+
     def close(self) -> None:
         """Leave the groups; this object is of no use afterwards."""
         if self.world.size > 1:

@@ -22,6 +22,8 @@ class RankGroup:
         """This process's place in the group."""
         self.size = size
         self.process_group = group
+        self.num_exchanges = 0
+        """Begun so far."""
 
     @classmethod
     def alone(cls) -> RankGroup:
@@ -35,6 +37,7 @@ class RankGroup:
         """
         if self.size == 1 or not x.numel():
             return x
+        self.num_exchanges += 1
         if self.size == 2:
             dist.all_reduce(x, group=self.process_group)
             return x
@@ -49,6 +52,7 @@ class RankGroup:
         """[W, *x.shape]: every rank's tensor, in rank order; all have one shape."""
         if self.size == 1:
             return x.unsqueeze(0)
+        self.num_exchanges += 1
         gathered = x.new_empty(self.size * x.numel())
         dist.all_gather_single(gathered, x.contiguous().view(-1), group=self.process_group)
         return gathered.view(self.size, *x.shape)
@@ -57,6 +61,7 @@ class RankGroup:
         """The next send_counts[w] rows go to rank w. Returns receive_counts[w] rows of each rank w, in rank order."""
         if self.size == 1:
             return rows
+        self.num_exchanges += 1
         received = rows.new_empty(sum(receive_counts), *rows.shape[1:])
         dist.all_to_all_single(received, rows.contiguous(), receive_counts, send_counts, group=self.process_group)
         return received
@@ -65,10 +70,16 @@ class RankGroup:
         """What each rank will send to this one: send_counts_W[w] is what this one will send to rank w."""
         return [int(n) for n in self.all_to_all(send_counts_W, [1] * self.size, [1] * self.size).tolist()]
 
+    def abort(self) -> None:
+        """From another thread: a wait for other ranks ends, with an error. Sockets end theirs as their peers close."""
+        if self.process_group is not None and dist.get_backend(self.process_group) == "nccl":
+            self.process_group.abort()
+
     def minimum(self, value: int, device: torch.device) -> int:
         """The smallest of the ranks' values."""
         if self.size == 1:
             return value
+        self.num_exchanges += 1
         agreed = torch.tensor([value], dtype=torch.int64, device=device)
         dist.all_reduce(agreed, op=dist.ReduceOp.MIN, group=self.process_group)
         return int(agreed.item())

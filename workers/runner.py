@@ -19,10 +19,11 @@ from workers.batch import BatchBuilder
 from workers.candidates import CandidateExchange
 from workers.checkpoint import Checkpoint, Progress, no_progress
 from workers.config import ModelConfig, RunnerConfig, ShardSpec
-from workers.errors import LayoutError, PlanError
+from workers.errors import KVMemoryError, LayoutError, PlanError
 from workers.experts.choice import DispatcherChoice
 from workers.experts.rebalance import PlacedExperts
 from workers.grammar import Grammars
+from workers.kernels.linear import Weight
 from workers.kv_pool import KVPool, block_bytes, num_blocks_in
 from workers.model import Decoder
 from workers.parallel import ParallelState
@@ -33,7 +34,7 @@ from workers.step import OpenSlot, PlacementUpdate, Prefill, SamplingParams, Ste
 from workers.threads import ThreadChooser
 
 CPU_KV_BYTES = 256 * 2**20
-GPU_MEMORY_SHARE = 0.88
+MEMORY_SHARE = 0.88
 """Of the free memory after loading; the rest is for activations and the allocator."""
 
 
@@ -51,7 +52,14 @@ NOTHING = _Computed([], {}, {})
 class ModelRunner:
     """Loads in the constructor; afterwards `execute` takes one plan after another."""
 
-    def __init__(self, config: RunnerConfig, parallel: ParallelState, progress: Progress = no_progress) -> None:
+    def __init__(
+        self,
+        config: RunnerConfig,
+        parallel: ParallelState,
+        progress: Progress = no_progress,
+        weights: dict[str, Weight] | None = None,
+    ) -> None:
+        """`weights`: what an earlier runner of the same rank and layout has loaded; None: load them."""
         if (parallel.rank, parallel.layout) != (config.rank, config.layout):
             raise LayoutError(
                 f"rank {config.rank} of {config.layout} was given the place of rank {parallel.rank} of "
@@ -61,8 +69,10 @@ class ModelRunner:
         self.device, dtype = _device(config)
         checkpoint = Checkpoint.open(config.model_dir)
         self.model = checkpoint.config
-        _check_memory(checkpoint, config.spec, self.device)
-        weights = checkpoint.read(config.spec, progress, device=self.device, dtype=dtype)
+        if weights is None:
+            _check_memory(checkpoint, config.spec, self.device)
+            weights = checkpoint.read(config.spec, progress, device=self.device, dtype=dtype)
+        self._weights = weights
         self.threads = ThreadChooser(self.model, weights, config.num_threads or torch.get_num_threads())
         if self.device.type == "cpu":
             keep_freed_memory()
@@ -79,6 +89,25 @@ class ModelRunner:
         self.experts = PlacedExperts(self.decoder.expert_layers, config.spec, parallel.world)
         self.last_tokens = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=self.device)
         self._warm_up()
+
+    @property
+    def weights(self) -> dict[str, Weight] | None:
+        """For another runner of this rank; None where experts have moved, and must be loaded again."""
+        return None if self.experts.have_moved else self._weights
+
+    @property
+    def num_exchanges(self) -> int:
+        """With other ranks, so far."""
+        return self.parallel.num_exchanges
+
+    def abort(self) -> None:
+        """From another thread: whoever waits for other ranks waits no longer. Only `leave` may follow."""
+        self.parallel.abort()
+
+    def leave(self) -> None:
+        """Leave the group and free the KV; only `weights` are of use afterwards."""
+        self.parallel.close()
+        self.kv.free()
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one plan; only tp_rank 0 of a group names its tokens.
@@ -155,10 +184,16 @@ class ModelRunner:
 
     def _affordable_blocks(self, dtype: torch.dtype) -> int:
         """Blocks that fit the KV memory, and no more than all slots at full length can use."""
-        config = self.config
-        memory = config.kv_memory_bytes or _default_kv_bytes(self.device)
-        affordable = num_blocks_in(memory, block_bytes(self.model, config.spec, config.block_size, dtype))
-        return min(affordable, config.max_num_seqs * -(-config.max_model_len // config.block_size))
+        config, free_bytes = self.config, _free_bytes(self.device)
+        bytes_per_block = block_bytes(self.model, config.spec, config.block_size, dtype)
+        affordable = num_blocks_in(config.kv_memory_bytes or _default_kv_bytes(self.device), bytes_per_block)
+        num_blocks = min(affordable, config.max_num_seqs * -(-config.max_model_len // config.block_size))
+        if num_blocks * bytes_per_block > free_bytes:
+            raise KVMemoryError(
+                f"rank {config.rank} needs {num_blocks * bytes_per_block / 1e9:.3g} GB for {num_blocks} KV blocks, "
+                f"{free_bytes / 1e9:.3g} are free; lower kv_memory_bytes"
+            )
+        return num_blocks
 
     def _warm_up(self) -> None:
         """Run a chunk and a decode on the first block, so that the first request pays for no lazy set-up."""
@@ -211,4 +246,5 @@ def _free_bytes(device: torch.device) -> int:
 
 
 def _default_kv_bytes(device: torch.device) -> int:
-    return CPU_KV_BYTES if device.type == "cpu" else int(_free_bytes(device) * GPU_MEMORY_SHARE)
+    share = int(_free_bytes(device) * MEMORY_SHARE)
+    return min(CPU_KV_BYTES, share) if device.type == "cpu" else share

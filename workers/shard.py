@@ -1,9 +1,10 @@
 """One rank as a process: load, report, then execute plans from a socket until told to stop.
 
 Hop 6, the ranks' end; the Router's end is `cluster.router.shards`. Knows plans and a runner, nothing of requests or
-clients. A process reads its config as one line of JSON on stdin and keeps stdin open: its end-of-file says that the
-Router is gone, even while the rank is stuck in a collective. A Ray actor needs no such lifeline: Ray ends it with its
-owner, the Router.
+clients. When its group is lost, a rank keeps its weights and waits for the config of the next one.
+
+A process reads configs as lines of JSON on stdin and keeps stdin open: its end-of-file says that the Router is gone,
+even while the rank is stuck in a collective. A Ray actor needs no such lifeline: Ray ends it with its owner.
 
 Torch is imported only when a runner is built: the Router imports this module for its names.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
+import queue
 import signal
 import socket
 import sys
@@ -28,6 +30,7 @@ import zmq
 from workers.config import RunnerConfig
 from workers.errors import MullError
 from workers.network import interface_towards
+from workers.pulse import Pulse
 from workers.step import (
     FromRank,
     PlacementUpdate,
@@ -45,15 +48,15 @@ from workers.step import (
 log = logging.getLogger(__name__)
 
 PROGRESS_INTERVAL_S = 0.1
-HEARTBEAT_INTERVAL_MS = 5_000
-HEARTBEAT_TIMEOUT_MS = 30_000
-"""A Router whose machine vanished without closing its connection counts as gone after this time."""
+RECEIVE_POLL_MS = 200
 FAREWELL_MS = 2_000
 """How long an ending rank waits for its last message to leave."""
 
 EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_ROUTER_GONE = 3
+GROUP_LOST = 4
+"""Not the end: the rank can join another group."""
 
 Progress = Callable[[int, int], None]
 """Called with (read_bytes, total_bytes) in the thread that builds the runner."""
@@ -82,24 +85,35 @@ class Runner(Protocol):
     def weight_bytes(self) -> int: ...
     @property
     def kv_bytes(self) -> int: ...
+    @property
+    def num_exchanges(self) -> int:
+        """With other ranks, so far."""
+
     def execute(self, plan: StepPlan) -> StepResult: ...
     def place(self, update: PlacementUpdate) -> None: ...
+    def abort(self) -> None:
+        """From another thread: whoever waits for other ranks waits no longer."""
+
+    def leave(self) -> None:
+        """Leave the group; of use afterwards only to a runner that takes over its weights."""
 
 
-RunnerFactory = Callable[[ShardConfig, Progress], Runner]
+RunnerFactory = Callable[[ShardConfig, Progress, Runner | None], Runner]
+"""The last argument: who was here before, and has left its group."""
 
 
 class RouterGone(Exception):
     """The connection to the Router ended: there is nobody left to compute for."""
 
 
-def load_runner(config: ShardConfig, progress: Progress) -> Runner:
-    """The real runner: joins the group of ranks where there is one, then loads this rank's slice."""
+def load_runner(config: ShardConfig, progress: Progress, previous: Runner | None) -> Runner:
+    """The real runner: joins the group of ranks where there is one, then loads this rank's slice, unless it has it."""
     from workers.parallel import ParallelState
     from workers.runner import ModelRunner
 
+    weights = previous.weights if isinstance(previous, ModelRunner) else None
     if config.store_host is None or config.store_port is None:
-        return ModelRunner(config.runner, ParallelState.single(), progress=progress)
+        return ModelRunner(config.runner, ParallelState.single(), progress, weights)
     if (interface := interface_towards(config.store_host)) is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     parallel = ParallelState.connect(
@@ -110,44 +124,40 @@ def load_runner(config: ShardConfig, progress: Progress) -> Runner:
         config.runner.device,
         config.connect_timeout_s,
     )
-    return ModelRunner(config.runner, parallel, progress=progress)
+    return ModelRunner(config.runner, parallel, progress, weights)
 
 
 class RouterSocket:
     """The rank's end of the socket; one thread uses it."""
 
     def __init__(self, endpoint: str, rank: int) -> None:
+        self._pulse = Pulse(endpoint, rank)
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.IDENTITY, str(rank).encode())
         self._socket.setsockopt(zmq.LINGER, FAREWELL_MS)
-        self._socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_INTERVAL_MS)
-        self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
-        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        self._poller = zmq.Poller()
-        self._poller.register(self._socket, zmq.POLLIN)
-        self._poller.register(self._monitor, zmq.POLLIN)
         self._socket.connect(endpoint)
 
     def send(self, message: FromRank) -> None:
         self._socket.send(encode(message))
 
     def receive(self) -> ToRank:
-        """Wait for the next order; the heartbeat bounds the wait. Raises RouterGone."""
-        while True:
-            ready = dict(self._poller.poll())
-            if self._socket in ready:
-                order: ToRank = decode_to_rank(self._socket.recv())
-                return order
-            if self._monitor in ready:
+        """Wait for the next order; the pulse bounds the wait. Raises RouterGone."""
+        while not self._socket.poll(RECEIVE_POLL_MS):
+            if self._pulse.is_router_gone.is_set():
                 raise RouterGone
+        order: ToRank = decode_to_rank(self._socket.recv())
+        return order
+
+    def watch_over(self, runner: Runner) -> None:
+        """Wake it out of its waits for other ranks when the Router lets go of the group."""
+        self._pulse.watch_over(runner)
 
     def close(self) -> None:
-        """Give the last message its time to leave, then free the sockets."""
-        self._socket.disable_monitor()
-        self._monitor.close(linger=0)
+        """Give the last message its time to leave, then free the socket."""
         self._socket.close()
         self._context.term()
+        self._pulse.close()
 
 
 class ThrottledProgress:
@@ -165,27 +175,45 @@ class ThrottledProgress:
             self._link.send(RankLoading(self._rank, read_bytes, total_bytes))
 
 
-def run_shard(config: ShardConfig, build_runner: RunnerFactory = load_runner) -> int:
-    """Load, report, execute plans. Returns the exit status; a failure has been told to the Router by then."""
-    rank = config.runner.rank
-    link = RouterSocket(config.endpoint, rank)
-    try:
+class Rank:
+    """A member of one group after another; its weights outlive them."""
+
+    def __init__(self, build_runner: RunnerFactory = load_runner) -> None:
+        self._build_runner = build_runner
+        self._runner: Runner | None = None
+
+    def serve(self, config: ShardConfig) -> int:
+        """Join a group, report, execute its plans. Returns GROUP_LOST, or the exit status where this is the end.
+
+        What went wrong has been told to the Router by then.
+        """
+        rank = config.runner.rank
+        link = RouterSocket(config.endpoint, rank)
+        runner: Runner | None = None
+        try:
+            runner = self._join(config, link)
+            _serve_plans(link, runner)
+            return EXIT_OK
+        except RouterGone:
+            log.warning("rank %d: the Router has let go of the group", rank)
+            return GROUP_LOST
+        except MullError as error:
+            link.send(RankFailed(rank, str(error)))
+        except Exception as error:  # the boundary of the process: whatever it was, the Router hears of it
+            link.send(RankFailed(rank, _one_line(error), traceback.format_exc()))
+        finally:
+            link.close()
+            if runner is not None:
+                runner.leave()
+        return EXIT_FAILED if runner is None else GROUP_LOST
+
+    def _join(self, config: ShardConfig, link: RouterSocket) -> Runner:
         started_at = time.monotonic()
-        runner = build_runner(config, ThrottledProgress(link, rank))
+        progress = ThrottledProgress(link, config.runner.rank)
+        self._runner = runner = self._build_runner(config, progress, self._runner)
+        link.watch_over(runner)
         link.send(_ready(config.runner, runner, time.monotonic() - started_at))
-        _serve_plans(link, runner)
-        return EXIT_OK
-    except RouterGone:
-        log.warning("rank %d: the Router is gone; ending", rank)
-        return EXIT_ROUTER_GONE
-    except MullError as error:
-        link.send(RankFailed(rank, str(error)))
-        return EXIT_FAILED
-    except Exception as error:  # the boundary of the process: whatever it was, the Router hears of it
-        link.send(RankFailed(rank, _one_line(error), traceback.format_exc()))
-        return EXIT_FAILED
-    finally:
-        link.close()
+        return runner
 
 
 def _ready(config: RunnerConfig, runner: Runner, load_s: float) -> RankReady:
@@ -220,37 +248,43 @@ def _one_line(error: Exception) -> str:
 class ShardActor:
     """A rank as a Ray actor. Ray only starts it and watches it: plans come over the socket."""
 
+    def __init__(self) -> None:
+        self._rank = Rank()
+
     def run(self, config: ShardConfig) -> int:
-        """Returns when the Router has sent Shutdown, or with a non-zero status after a failure."""
+        """See `Rank.serve`; after GROUP_LOST it may be called again."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        return run_shard(config)
+        return self._rank.serve(config)
 
 
-def _read_config() -> ShardConfig:
-    """The first line of stdin; what follows is only the lifeline."""
-    line = bytearray()
-    while not line.endswith(b"\n"):
-        byte = os.read(0, 1)
-        if not byte:
-            raise RouterGone
-        line += byte
-    return msgspec.json.decode(bytes(line), type=ShardConfig)
+class Lifeline:
+    """The configs that come in on stdin. The process ends when the Router's end closes, whatever its threads do."""
 
+    def __init__(self) -> None:
+        self._configs: queue.SimpleQueue[ShardConfig] = queue.SimpleQueue()
+        threading.Thread(target=self._read, name="lifeline", daemon=True).start()
 
-def _hold_lifeline() -> None:
-    """Ends the process, whatever its other threads do, when the Router's end of stdin closes."""
-    while os.read(0, 1):
-        pass
-    os._exit(EXIT_ROUTER_GONE)
+    def next_config(self) -> ShardConfig:
+        """Waits for it as long as the Router lives."""
+        return self._configs.get()
+
+    def _read(self) -> None:
+        unread = b""
+        while received := os.read(0, 65536):
+            *lines, unread = (unread + received).split(b"\n")
+            for line in lines:
+                self._configs.put(msgspec.json.decode(line, type=ShardConfig))
+        os._exit(EXIT_ROUTER_GONE)
 
 
 def main(build_runner: RunnerFactory = load_runner) -> int:
     """A rank as a local process."""
     # Ctrl-C in a terminal reaches the whole foreground group; the server decides when its ranks end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    config = _read_config()
-    threading.Thread(target=_hold_lifeline, name="lifeline", daemon=True).start()
-    return run_shard(config, build_runner)
+    lifeline, rank = Lifeline(), Rank(build_runner)
+    while (status := rank.serve(lifeline.next_config())) == GROUP_LOST:
+        pass
+    return status
 
 
 if __name__ == "__main__":

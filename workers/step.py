@@ -200,12 +200,20 @@ class RankFailed(msgspec.Struct, frozen=True, tag="failed"):
     detail: str = ""
 
 
+class RankPulse(msgspec.Struct, frozen=True, tag="pulse"):
+    """A rank's process lives, whatever its steps do."""
+
+    rank: int
+    num_exchanges: int
+    """With other ranks, so far: of ranks that wait for one another, the one that is behind keeps the others waiting."""
+
+
 class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
     """The Router asks a rank to end."""
 
 
 ToRank = StepPlan | PlacementUpdate | Shutdown
-FromRank = StepResult | RankLoading | RankReady | RankFailed
+FromRank = StepResult | RankLoading | RankReady | RankFailed | RankPulse
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_rank = msgspec.msgpack.Decoder(ToRank).decode

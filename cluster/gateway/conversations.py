@@ -47,6 +47,12 @@ def read_template_variables(text: str) -> dict[str, Any]:
     return variables
 
 
+def variables_without_template() -> InvalidRequest:
+    """The error of template variables beside an input that no template sees."""
+    field = "chat_template_variables_json"
+    return InvalidRequest(f"{field}: only a conversation goes through the template; leave it out", field=field)
+
+
 def _message(index: int, message: pb.Message) -> dict[str, Any]:
     where = f"conversation.messages[{index}]"
     if message.role not in ROLES:

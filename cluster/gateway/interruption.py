@@ -1,6 +1,6 @@
 """Ends a task from outside with an error of its own, wherever it waits: in a read, or in a write that nobody takes.
 
-Like asyncio.timeout, but the reason is a MullError and may be any. Also works around the `yield` of an asynchronous
+Like asyncio.timeout, but the reason may be any. Also works around the `yield` of an asynchronous
 generator that its consumer iterates and closes (`contextlib.aclosing`) in one task: the error then comes out of the
 closing.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from types import TracebackType
 
-from cluster.errors import DeadlinePassed, MullError
+from cluster.errors import DeadlinePassed
 
 
 class Interruption:
@@ -20,9 +20,9 @@ class Interruption:
         self._timeout_s = timeout_s
         self._task: asyncio.Task[object] | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._error: MullError | None = None
+        self._error: Exception | None = None
 
-    def interrupt(self, error: MullError) -> None:
+    def interrupt(self, error: Exception) -> None:
         """The first error counts."""
         if self._error is None and self._task is not None:
             self._error = error

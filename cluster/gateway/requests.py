@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 
 from cluster.errors import InvalidRequest, PromptTooLong, UnknownModel
 from cluster.gateway.answer_format import read_response_format, required_calls
-from cluster.gateway.conversations import read_template_variables, render_conversation
+from cluster.gateway.conversations import read_template_variables, render_conversation, variables_without_template
 from cluster.gateway.request_bounds import check_request_bounds
+from cluster.gateway.resume_options import HeldChoice, read_resume
 from cluster.gateway.sampling_options import read_bad_words, read_logit_bias, read_prompt_logprobs, read_sampling
 from cluster.gateway.served_model import ServedModel
 from cluster.gateway.stopping import (
@@ -33,6 +34,8 @@ MAX_REQUEST_ID_CHARS = 128
 DEFAULT_MAX_TOKENS = 32768
 MAX_CHOICES = 16
 MAX_METADATA = 16
+MAX_METADATA_KEY_CHARS = 64
+MAX_METADATA_CHARS = 512
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +70,10 @@ class PreparedRequest:
     bad_words: tuple[tuple[int, ...], ...] = ()
     num_prompt_logprobs: int | None = None
     timeout_s: float | None = None
+    held: Mapping[int, HeldChoice] = field(default_factory=dict)
+    """What the client has already, by choice."""
+    is_resumed: bool = False
+    """It goes on with an earlier call."""
 
     def seed_of(self, choice: int) -> int:
         """The seed of one of the `n` generations."""
@@ -117,6 +124,8 @@ def prepare(request: pb.GenerateRequest, model: ServedModel) -> PreparedRequest:
         bad_words=read_bad_words(request.sampling, model.tokenizer),
         num_prompt_logprobs=read_prompt_logprobs(request.sampling),
         timeout_s=timeout_s,
+        held=read_resume(request, n=n, sampling=sampling, max_tokens=max_tokens, vocab_size=model.vocab_size),
+        is_resumed=request.HasField("resume"),
     )
 
 
@@ -160,15 +169,19 @@ def _check_metadata(request: pb.GenerateRequest) -> None:
         raise InvalidRequest(
             f"metadata: {len(request.metadata)} entries; send at most {MAX_METADATA}", field="metadata"
         )
+    for key, note in request.metadata.items():
+        if len(key) > MAX_METADATA_KEY_CHARS or len(note) > MAX_METADATA_CHARS:
+            raise InvalidRequest(
+                f"metadata: a key of {len(key)} and a value of {len(note)} characters; send at most "
+                f"{MAX_METADATA_KEY_CHARS} and {MAX_METADATA_CHARS}",
+                field="metadata",
+            )
 
 
 def _prompt_ids(request: pb.GenerateRequest, model: ServedModel, tools: ToolUse) -> list[int]:
     kind = request.WhichOneof("input")
     if request.chat_template_variables_json and kind != "conversation":
-        raise InvalidRequest(
-            "chat_template_variables_json: only a conversation goes through the template; leave it out",
-            field="chat_template_variables_json",
-        )
+        raise variables_without_template()
     match kind:
         case "conversation":
             variables = read_template_variables(request.chat_template_variables_json)

@@ -1,7 +1,7 @@
 """GatewayServer: everything a gateway listens on, started together and drained together.
 
 Hop 1. One grpc.aio server with the generation service, health and reflection; beside it HTTP and Prometheus'
-exposition. Health is SERVING only while the Router can take requests. Knows nothing of Ray: the deployment is a thin
+exposition. Health is SERVING only while a Router can take requests. Knows nothing of Ray: the deployment is a thin
 shell around it.
 """
 
@@ -23,10 +23,12 @@ from cluster.config import GatewayConfig, SecurityConfig
 from cluster.errors import ConfigError
 from cluster.gateway.access import Access
 from cluster.gateway.admin import AdminServicer
+from cluster.gateway.copies import Copies, CopyDirectory
 from cluster.gateway.core import DRAINING, GenerationCore
 from cluster.gateway.doorkeeper import Doorkeeper
 from cluster.gateway.http.server import BACKLOG, HttpServer
-from cluster.gateway.router_link import LinkTimes, RouterAddress, RouterLink
+from cluster.gateway.recovery import ReplayPolicy
+from cluster.gateway.router_link import LinkTimes
 from cluster.gateway.served_model import ServedModel
 from cluster.gateway.servicer import GenerationServicer
 from cluster.metrics import GatewayMetrics
@@ -61,7 +63,7 @@ class GatewayServer:
         self,
         config: GatewayConfig,
         model: ServedModel,
-        router_address: RouterAddress,
+        directory: CopyDirectory,
         *,
         security: SecurityConfig | None = None,
         registry: CollectorRegistry | None = None,
@@ -69,15 +71,20 @@ class GatewayServer:
     ) -> None:
         """Raises ConfigError for certificates or keys that cannot be used."""
         security = security or SecurityConfig()
-        self.link = RouterLink(
-            router_address, max_unread_tokens=config.max_unread_tokens, times=link_times, tls=security.link_tls
-        )
         self._config = config
         self._access = Access(security.keys_file)
         self._certificates = None if security.tls is None else ServerCertificates(security.tls)
         self._registry = registry or CollectorRegistry()
         self._metrics = GatewayMetrics(self._registry)
-        self._core = GenerationCore(model, self.link, self._metrics, max_streams=config.max_streams)
+        self.copies = Copies(
+            directory,
+            max_unread_tokens=config.max_unread_tokens,
+            policy=ReplayPolicy(timeout_s=config.replay_timeout_s),
+            times=link_times,
+            tls=security.link_tls,
+            on_pause=self._metrics.pauses.observe,
+        )
+        self._core = GenerationCore(model, self.copies, self._metrics, max_streams=config.max_streams)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the package has no stubs for it
         self._http = HttpServer(self._core, config, self._why_not_ready, self._access, self._certificates)
         self._server: aio.Server | None = None
@@ -102,9 +109,9 @@ class GatewayServer:
     @property
     def is_serving(self) -> bool:
         """Whether its tasks run as they should; a Router that is away does not count."""
-        tasks = (self._follower, self.link.task)
         is_listening = self._server is not None and self._http.is_serving
-        return is_listening and all(task is not None and not task.done() for task in tasks)
+        is_following = self._follower is not None and not self._follower.done()
+        return is_listening and is_following and self.copies.is_working
 
     async def start(self) -> GatewayPorts:
         """Listen. Raises ConfigError, one line with the remedy, for a port that is taken."""
@@ -123,8 +130,8 @@ class GatewayServer:
         except BaseException:
             self._stop_exposition()
             raise
-        self.link.start()
-        self._follower = asyncio.create_task(self._follow_router(), name="health follower")
+        self.copies.start()
+        self._follower = asyncio.create_task(self._follow_copies(), name="health follower")
         return GatewayPorts(grpc_port, metrics_port, http_port)
 
     async def drain(self, grace_s: float) -> int:
@@ -135,6 +142,8 @@ class GatewayServer:
         self._core.refuse_new()
         await self._health.enter_graceful_shutdown()
         num_cut = await self._core.wait_until_idle(grace_s)
+        if num_cut:
+            await self._core.cut_streams()
         if self._follower is not None:
             self._follower.cancel()
             await asyncio.gather(self._follower, return_exceptions=True)
@@ -142,14 +151,14 @@ class GatewayServer:
             await self._server.stop(UNARY_GRACE_S if num_cut == 0 else None)
             self._server = None
         await self._http.stop()
-        await self.link.close()
+        await self.copies.close()
         self._stop_exposition()
         return num_cut
 
     def _why_not_ready(self) -> str | None:
         if self._core.is_draining:
             return DRAINING
-        state = self.link.state
+        state = self.copies.state
         return None if state.ready else state.reason
 
     async def _start_grpc(self) -> int:
@@ -193,14 +202,13 @@ class GatewayServer:
         thread.join()
         self._exposition = None
 
-    async def _follow_router(self) -> None:
+    async def _follow_copies(self) -> None:
         while True:
-            await self.link.updated()
-            state = self.link.state
+            await self.copies.updated()
+            state = self.copies.state
             await self._set_health(state.ready)
             self._metrics.router_ready.set(state.ready)
-            if state.description is not None:
-                self._metrics.router.description = state.description
+            self._metrics.routers.descriptions = state.descriptions
 
     async def _set_health(self, ready: bool) -> None:
         status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING

@@ -18,6 +18,7 @@ from msgspec.structs import replace
 
 from cluster.errors import InvalidRequest, Overloaded
 from cluster.router.blocks import BlockAllocator, chain_hashes, root_hash
+from cluster.router.quarantine import Quarantine
 from cluster.router.scheduler import Scheduler, SchedulerConfig, SchedulerStats
 from cluster.router.sequence import FinishReason, SequenceRequest, SequenceUpdate
 from cluster.router.waiting import WaitingQueue
@@ -32,7 +33,8 @@ class CopyScheduler:
 
     def __init__(self, config: SchedulerConfig, pools: Sequence[BlockAllocator]) -> None:
         self._config = config
-        self._groups = [_Group(index, config, blocks) for index, blocks in enumerate(pools)]
+        self._quarantine = Quarantine()
+        self._groups = [_Group(index, config, blocks, self._quarantine) for index, blocks in enumerate(pools)]
         self._group_of: dict[Hashable, _Group] = {}
         self._queue: WaitingQueue[SequenceRequest] = WaitingQueue()
         self._num_added_total = 0
@@ -78,7 +80,7 @@ class CopyScheduler:
             raise Overloaded(
                 f"{stats.num_running} requests run and {stats.num_waiting} wait, the limit is {limit}; try again later"
             )
-        self._queue.add(request.key, request, priority=request.priority, arrival=self._num_added_total)
+        self._queue.add(request.key, request, place=(-request.priority, self._num_added_total))
         self._num_added_total += 1
 
     def cancel(self, key: Hashable) -> SequenceUpdate | None:
@@ -130,6 +132,16 @@ class CopyScheduler:
                 del self._group_of[update.key]
         return updates
 
+    def blame(self, *, is_suspicious: bool) -> list[SequenceUpdate]:
+        """The ranks were lost. The ends of those who are given up for it; see `Quarantine`."""
+        computing = [seq for group in self._groups for seq in group.scheduler.computing]
+        condemned = self._quarantine.blame(computing, is_suspicious=is_suspicious)
+        return [self._group_of.pop(seq.request.key).scheduler.give_up(seq.request.key) for seq in condemned]
+
+    def restart(self, pools: Sequence[BlockAllocator]) -> int:
+        """The ranks are new; see `Scheduler.restart`."""
+        return sum(group.restart(blocks) for group, blocks in zip(self._groups, pools, strict=True))
+
     def _assign(self) -> None:
         """Give the queue's head to a group as long as one can admit it now."""
         groups = self._groups
@@ -150,9 +162,9 @@ _STATS = [field.name for field in fields(SchedulerStats)]
 class _Group:
     """One attention group, and how full it is."""
 
-    def __init__(self, index: int, config: SchedulerConfig, blocks: BlockAllocator) -> None:
+    def __init__(self, index: int, config: SchedulerConfig, blocks: BlockAllocator, quarantine: Quarantine) -> None:
         self.index = index
-        self.scheduler = Scheduler(config, blocks)
+        self.scheduler = Scheduler(config, blocks, quarantine)
         self._config = config
         self._blocks = blocks
         self._num_backlog_tokens = 0
@@ -168,6 +180,11 @@ class _Group:
         """It has a slot for one more, and its next step has tokens left for it."""
         has_slot = self.scheduler.num_unfinished < self._config.max_num_seqs
         return has_slot and self._num_backlog_tokens < self._config.max_num_batched_tokens
+
+    def restart(self, blocks: BlockAllocator) -> int:
+        """See `Scheduler.restart`."""
+        self._blocks = blocks
+        return self.scheduler.restart(blocks)
 
     def count_backlog(self) -> None:
         """Note how many known tokens no plan has computed yet; `take` adds to it."""

@@ -1,29 +1,30 @@
-"""One copy at work: its scheduler, its ranks and their experts, and the loop that moves plans and results.
+"""One copy at work: its ranks and their experts, and the loop that moves plans and results.
 
-Hops 5, 6 and 10. Knows keys and tokens, not gateways or gRPC. What happens when a rank is lost happens in `_supervise`.
+Hops 5, 6 and 10. Drives `engine_core.py`, which decides. Knows keys and tokens, not gateways or gRPC.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Hashable
 from typing import NoReturn
 
-from cluster.errors import EngineError, MullError, NotReady
+from cluster.errors import EngineError, MullError
 from cluster.router.balanced_steps import BalancedSteps
 from cluster.router.balancer import ExpertBalancer
-from cluster.router.blocks import BlockAllocator
-from cluster.router.copy_scheduler import CopyScheduler
-from cluster.router.scheduler import SchedulerConfig, SchedulerStats
+from cluster.router.engine_core import EngineCore, Pool
+from cluster.router.scheduler import SchedulerConfig
 from cluster.router.sequence import SequenceRequest, SequenceUpdate
-from cluster.router.shards import GroupInfo, OnProgress, ShardGroup, Steps
-from cluster.router.supervision import EngineState, RestartPolicy, Supervisor
+from cluster.router.shards import GroupInfo, OnProgress, ShardGroup, Steps, Survivors
+from cluster.router.supervision import RestartPolicy
+from workers.layout import ParallelLayout
 from workers.step import RankLoading
 
 log = logging.getLogger(__name__)
 
-GroupFactory = Callable[[OnProgress], ShardGroup]
+GroupFactory = Callable[[OnProgress, Survivors], ShardGroup]
 BalancerFactory = Callable[[GroupInfo], ExpertBalancer | None]
 """None: there is nothing to balance."""
 
@@ -36,7 +37,7 @@ def no_balancer(info: GroupInfo) -> None:
 class Engine:
     """Runs from `start` to `stop`.
 
-    `on_updates` gets what each step has for the sequences, `on_lost` why all live ones have ended.
+    `on_updates` gets what there is for the sequences, `on_ended` why all live ones have ended: it could not go on.
     """
 
     def __init__(
@@ -45,55 +46,43 @@ class Engine:
         make_group: GroupFactory,
         *,
         on_updates: Callable[[list[SequenceUpdate]], None],
-        on_lost: Callable[[str], None],
+        on_ended: Callable[[str], None],
         enable_prefix_cache: bool = True,
         restarts: RestartPolicy | None = None,
         make_balancer: BalancerFactory = no_balancer,
     ) -> None:
-        self._config = config
+        self.core = EngineCore(config, restarts or RestartPolicy(), enable_prefix_cache=enable_prefix_cache)
         self._make_group = make_group
         self._on_updates = on_updates
-        self._on_lost = on_lost
-        self._enable_prefix_cache = enable_prefix_cache
-        self._supervisor = Supervisor(restarts or RestartPolicy())
+        self._on_ended = on_ended
         self._make_balancer = make_balancer
-        self._scheduler: CopyScheduler | None = None
         self.balancer: ExpertBalancer | None = None
         """Where the experts of the present ranks lie; None: nothing to balance, or no ranks."""
         self._wake = asyncio.Event()
         self._settled = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._alive_s = time.monotonic()
+        self._group: ShardGroup | None = None
         self.info: GroupInfo | None = None
         """The group that takes plans now."""
+        self.layout: ParallelLayout | None = None
+        """Of the newest group that took plans; None before the first one."""
         self.loading: dict[int, RankLoading] = {}
         """The last progress of each rank of the newest group."""
-        self.num_steps_total = 0
-        self.num_restarts_total = 0
 
     @property
-    def state(self) -> EngineState:
-        return self._supervisor.state
-
-    @property
-    def reason(self) -> str:
-        """Why it is not ready; empty when it is."""
-        return self._supervisor.reason
-
-    @property
-    def context_limit(self) -> int | None:
-        """Longest prompt plus output that can run, in tokens: known once the KV pool is."""
-        return self._scheduler.context_limit if self._scheduler else None
-
-    @property
-    def scheduler_stats(self) -> SchedulerStats | None:
-        return self._scheduler.stats if self._scheduler else None
+    def heartbeat_age_s(self) -> float:
+        """Since a step came; where nothing is to do, since the rank that is silent for longest gave a sign of life."""
+        if self._group is not None and self.core.num_in_flight == 0:
+            return self._group.silence_s
+        return time.monotonic() - self._alive_s
 
     def start(self) -> None:
         """Begin to load; `wait_settled` says when that is over."""
         self._task = asyncio.create_task(self._supervise(), name="engine")
 
     async def wait_settled(self) -> None:
-        """Until the first start has succeeded or failed; `state` says which."""
+        """Until the first start has succeeded or failed; `core.state` says which."""
         await self._settled.wait()
 
     async def wait_ended(self) -> None:
@@ -103,109 +92,105 @@ class Engine:
 
     async def stop(self) -> None:
         """Stop the ranks. Live sequences get no more updates."""
-        self._supervisor.stopped()
+        self.core.stop()
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
 
     def add(self, request: SequenceRequest) -> None:
         """Raises NotReady, Overloaded or a RequestError."""
-        if self._scheduler is None:
-            raise NotReady(self.reason)
-        self._scheduler.add(request)
+        self.core.add(request)
         self._wake.set()
 
     def cancel(self, key: Hashable) -> SequenceUpdate | None:
         """Its blocks are free on return. The last update of the sequence, or None where it is not live."""
-        if self._scheduler is None:
-            return None
-        update = self._scheduler.cancel(key)
+        update = self.core.cancel(key)
         self._wake.set()
         return update
 
     def set_budget(self, key: Hashable, thinking_budget: int) -> None:
         """Thinking tokens at most from now on; nothing happens where the sequence is not live."""
-        if self._scheduler is not None:
-            self._scheduler.set_budget(key, thinking_budget)
-            self._wake.set()
+        self.core.set_budget(key, thinking_budget)
+        self._wake.set()
 
     async def _supervise(self) -> None:
-        """Start a group, step it; when it is lost, tell everyone and start the next one, as the supervisor decides."""
+        """Start a group, step it; when it is lost, start the next one with who is left of it, as the core decides."""
         try:
             wait_s: float | None = 0.0
+            survivors: Survivors = {}
             while wait_s is not None:
                 await asyncio.sleep(wait_s)
                 self.loading.clear()
-                group = self._make_group(self._on_progress)
+                group = self._make_group(self._on_progress, survivors)
                 try:
                     wait_s = self._lose(await self._run(group))
+                    survivors = await group.dissolve() if wait_s is not None else {}
                 finally:
                     await group.stop()
         except Exception as error:  # nobody waits for this task: what is not told here is never heard of
             log.exception("the engine cannot go on")
-            self._supervisor.failed(_fault(error))
+            self.core.fail(error)
+            self._on_ended(self.core.reason)
         finally:
-            self._close()
+            self.core.close()
+            self._forget_ranks()
             self._settled.set()
 
-    async def _run(self, group: ShardGroup) -> str:
+    async def _run(self, group: ShardGroup) -> Exception:
         """One group from its start to its loss; returns why it was lost."""
         try:
-            scheduler = self._open(await group.start())
+            self._open(group, await group.start())
             if self.balancer is None:
-                await self._step_forever(group, scheduler)
+                await self._step_forever(group)
             steps = BalancedSteps(group, self.balancer)
             try:
-                await self._step_forever(steps, scheduler)
+                await self._step_forever(steps)
             finally:
                 await steps.stop()
         except MullError as error:
-            return str(error)
+            return error
         except Exception as error:  # the boundary of the engine: sequences must be told whatever it was
             log.exception("the engine failed")
-            return _fault(error)
+            return error
 
-    def _open(self, info: GroupInfo) -> CopyScheduler:
-        cached = self._enable_prefix_cache
-        pools = [BlockAllocator(info.num_blocks, info.block_size, cached) for _ in range(info.layout.dp)]
-        self._scheduler = CopyScheduler(self._config, pools)
+    def _open(self, group: ShardGroup, info: GroupInfo) -> None:
+        pool = Pool(num_groups=info.layout.dp, num_blocks=info.num_blocks, block_size=info.block_size)
+        self.core.on_started(pool)
         self.balancer = self._make_balancer(info)
-        self.info = info
-        self._supervisor.started()
+        self._group, self.info, self.layout = group, info, info.layout
+        self._alive_s = time.monotonic()
         self._settled.set()
         blocks = "%d ranks in %d groups, each with %d blocks of %d tokens"
-        log.info("engine ready: " + blocks, len(info.ranks), len(pools), info.num_blocks, info.block_size)
-        return self._scheduler
+        log.info("engine ready: " + blocks, len(info.ranks), pool.num_groups, info.num_blocks, info.block_size)
 
-    def _close(self) -> None:
-        self._scheduler = None
+    def _lose(self, error: Exception) -> float | None:
+        """Seconds to wait before the next start. Who must end is told before the group's remains are cleared away."""
+        loss = self.core.on_lost(error)
+        log.error("engine %s: %s", self.core.state.value, self.core.reason)
+        self._forget_ranks()
+        if loss.wait_s is None:
+            self._on_ended(self.core.reason)
+        self._on_updates(loss.given_up)
+        return loss.wait_s
+
+    def _forget_ranks(self) -> None:
         self.balancer = None
-        self.info = None
-
-    def _lose(self, reason: str) -> float | None:
-        """Sequences of the lost group end before the group's remains are cleared away."""
-        wait_s = self._supervisor.lost(reason)
-        log.error("engine %s: %s", self.state.value, self.reason)
-        self._close()
-        self.num_restarts_total += wait_s is not None
-        self._on_lost(self.reason)
-        return wait_s
+        self._group = self.info = None
 
     def _on_progress(self, progress: RankLoading) -> None:
         self.loading[progress.rank] = progress
 
-    async def _step_forever(self, group: Steps, scheduler: CopyScheduler) -> NoReturn:
+    async def _step_forever(self, group: Steps) -> NoReturn:
+        core = self.core
         while True:
-            while (plans := scheduler.schedule()) is not None:
+            while (plans := core.next_plans()) is not None:
                 group.send(plans)
-            if scheduler.num_in_flight == 0:
+            if core.num_in_flight == 0:
                 await self._wait_for_work(group)
                 continue
             results = await group.receive()
-            self.num_steps_total += 1
-            self._supervisor.stepped()
-            # The first rank of each group names its tokens.
-            self._on_updates(scheduler.apply(results[:: len(results) // scheduler.num_groups]))
+            self._alive_s = time.monotonic()
+            self._on_updates(core.on_results(results))
 
     async def _wait_for_work(self, group: Steps) -> None:
         """Idle: until something was submitted or cancelled. Raises RankLost where the group is lost meanwhile."""
@@ -221,9 +206,3 @@ class Engine:
             lost.cancel()
             work.cancel()
             await asyncio.gather(lost, work, return_exceptions=True)
-
-
-def _fault(error: Exception) -> str:
-    if isinstance(error, MullError):
-        return str(error)
-    return f"a fault in the Router: {type(error).__name__}: {error}"

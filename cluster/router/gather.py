@@ -10,7 +10,20 @@ from dataclasses import dataclass, field
 
 from cluster.errors import EngineError, RankLost
 from workers.layout import ParallelLayout
-from workers.step import StepResult
+from workers.step import RankPulse, StepResult
+
+SILENT_S = 3.0
+"""Three pulses that did not come."""
+
+
+@dataclass(frozen=True)
+class RankEnd:
+    """How a rank's process or actor ended."""
+
+    how: str
+    """Reads on from 'rank 1 …'."""
+    was_killed: bool
+    """From outside, as far as one can see."""
 
 
 @dataclass(slots=True)
@@ -68,16 +81,16 @@ class Casualties:
 
     def __init__(self) -> None:
         self._said: dict[int, str] = {}
-        self._ended: dict[int, str] = {}
+        self._ended: dict[int, RankEnd] = {}
         self._unreachable: list[int] = []
 
     def failed(self, rank: int, message: str) -> None:
         """A rank told us its error."""
         self._said.setdefault(rank, message)
 
-    def ended(self, rank: int, how: str) -> None:
-        """A rank's process or actor is no more; `how` reads on from 'rank 1 …'."""
-        self._ended.setdefault(rank, how)
+    def ended(self, rank: int, end: RankEnd) -> None:
+        """A rank's process or actor is no more."""
+        self._ended.setdefault(rank, end)
 
     def unreachable(self, rank: int) -> None:
         """A plan could not be sent to it. Mostly it has ended, and how it did will come."""
@@ -89,9 +102,38 @@ class Casualties:
 
     def verdict(self) -> RankLost:
         """The error to raise; call it only when there is a casualty."""
-        for rank, how in self._ended.items():
+        for rank, end in self._ended.items():
             if rank not in self._said:
-                return RankLost(f"rank {rank} {how}", rank=rank)
+                return RankLost(f"rank {rank} {end.how}", rank=rank, was_killed=end.was_killed)
         for rank, message in self._said.items():
             return RankLost(f"rank {rank} failed: {message}", rank=rank)
         return RankLost(f"rank {self._unreachable[0]} cannot be reached", rank=self._unreachable[0])
+
+
+class Pulses:
+    """When each rank was last heard of, and how far it was with its exchanges. The clock is the caller's."""
+
+    def __init__(self) -> None:
+        self._heard_at_s: dict[int, float] = {}
+        self._num_exchanges: dict[int, int] = {}
+
+    def heard(self, pulse: RankPulse, now_s: float) -> None:
+        """A rank gave a sign of life."""
+        self._heard_at_s[pulse.rank] = now_s
+        self._num_exchanges[pulse.rank] = pulse.num_exchanges
+
+    def silence_s(self, now_s: float) -> float:
+        """Since the rank that is silent for longest was heard of."""
+        return now_s - min(self._heard_at_s.values(), default=now_s)
+
+    def silent(self, timeout_s: float, now_s: float) -> int | None:
+        """A rank that was not heard of for so long; None: there is none."""
+        return next((rank for rank, at_s in self._heard_at_s.items() if now_s - at_s > timeout_s), None)
+
+    def blame(self, late_ranks: list[int], now_s: float) -> int:
+        """Of ranks that wait for one another, the one the others wait for: stopped, or behind with its exchanges."""
+        silent_s = {rank: now_s - self._heard_at_s.get(rank, now_s) for rank in late_ranks}
+        longest = max(silent_s, key=silent_s.__getitem__)
+        if silent_s[longest] > SILENT_S:
+            return longest
+        return min(late_ranks, key=lambda rank: self._num_exchanges.get(rank, 0))

@@ -14,7 +14,7 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from cluster.errors import EngineError, MullError, RankLost
-from cluster.router.shards import GroupBounds, GroupInfo, OnProgress
+from cluster.router.shards import GroupBounds, GroupInfo, OnProgress, Survivors
 from workers.config import RunnerConfig
 from workers.shard import Runner, RunnerFactory, ShardConfig, load_runner
 from workers.step import PlacementUpdate, RankLoading, RankReady, StepPlan, StepResult
@@ -60,7 +60,7 @@ class InProcessGroup:
             loop.call_soon_threadsafe(self._on_progress, RankLoading(0, read_bytes, total_bytes))
 
         started_at = time.monotonic()
-        runner = self._runner = self._build_runner(ShardConfig(runner=self._config, endpoint=""), progress)
+        runner = self._runner = self._build_runner(ShardConfig(runner=self._config, endpoint=""), progress, None)
         return RankReady(
             rank=0,
             pid=os.getpid(),
@@ -72,6 +72,10 @@ class InProcessGroup:
             kv_bytes=runner.kv_bytes,
             load_s=time.monotonic() - started_at,
         )
+
+    @property
+    def silence_s(self) -> float:
+        return 0.0  # a thread of this process lives as long as it does
 
     def send(self, plans: list[StepPlan]) -> None:
         assert self._runner is not None, "send before start"
@@ -97,6 +101,11 @@ class InProcessGroup:
             raise RankLost(f"rank 0 failed: {type(error).__name__}: {error}", rank=0) from error
         self._steps.popleft()
         return [result]
+
+    async def dissolve(self) -> Survivors:
+        """A thread that failed has nothing that another group could use."""
+        await self.stop()
+        return {}
 
     async def stop(self) -> None:
         """Does not wait for a step that runs: the thread ends after it."""

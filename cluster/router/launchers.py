@@ -17,8 +17,9 @@ from typing import Any, Protocol
 import msgspec
 
 from cluster.errors import EngineError
+from cluster.router.gather import RankEnd
 from workers.layout import ParallelLayout
-from workers.shard import ShardActor, ShardConfig
+from workers.shard import GROUP_LOST, ShardActor, ShardConfig
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +33,11 @@ class RankHandle(Protocol):
     @property
     def rank(self) -> int: ...
 
-    async def wait(self) -> str:
-        """Returns when the rank has ended; the text reads on from 'rank 1 …'."""
+    async def restart(self, config: ShardConfig) -> None:
+        """Let it join another group with the weights it has. Does nothing when it has ended."""
+
+    async def wait(self) -> RankEnd:
+        """Returns when the rank has ended. May be called again."""
 
     def terminate(self) -> None:
         """Ask the operating system to end it. Does nothing when it has ended."""
@@ -85,9 +89,16 @@ class ProcessHandle:
         self.rank = rank
         self._process = process
 
-    async def wait(self) -> str:
+    async def restart(self, config: ShardConfig) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(msgspec.json.encode(config) + b"\n")
+
+    async def wait(self) -> RankEnd:
         status = await self._process.wait()
-        return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
+        if status >= 0:
+            return RankEnd(f"exited with status {status}", was_killed=False)
+        name = signal.Signals(-status).name
+        return RankEnd(f"was killed by {name}", was_killed=name in ("SIGKILL", "SIGTERM"))
 
     def terminate(self) -> None:
         if self._process.returncode is None:
@@ -153,22 +164,29 @@ class RayLauncher:
 
 
 class ActorHandle:
-    """An actor whose one call runs as long as the rank lives."""
+    """An actor with one call for each group that it joins."""
 
     def __init__(self, rank: int, actor: Any, running: Any) -> None:
         self.rank = rank
         self._actor = actor
         self._running = running
+        self._was_killed = asyncio.Event()
 
-    async def wait(self) -> str:
+    async def restart(self, config: ShardConfig) -> None:
+        # The actor makes one call after another: this one begins when the rank has left its old group.
+        self._running = self._actor.run.remote(config)
+
+    async def wait(self) -> RankEnd:
         from ray.exceptions import RayError
 
         try:
             status = await self._running
         except RayError as error:
             log.error("rank %d lost its actor: %s", self.rank, error)
-            return f"lost its actor ({type(error).__name__}); Ray's log says why"
-        return f"ended with status {status}"
+            return RankEnd(f"lost its actor ({type(error).__name__}); Ray's log says why", was_killed=True)
+        if status == GROUP_LOST:
+            await self._was_killed.wait()
+        return RankEnd(f"ended with status {status}", was_killed=False)
 
     def terminate(self) -> None:
         self.kill()
@@ -177,3 +195,4 @@ class ActorHandle:
         import ray
 
         ray.kill(self._actor, no_restart=True)
+        self._was_killed.set()

@@ -17,6 +17,7 @@ from typing import cast
 import msgspec
 import zmq
 
+from workers.pulse import pulse_identity
 from workers.step import FromRank, decode_from_rank
 
 log = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ class RankSocket:
         except msgspec.MsgspecError as error:
             log.error("dropped %d bytes from %r that are not a rank's message: %s", len(data), sender, error)
             return
-        if str(message.rank).encode() != sender:
+        if sender not in (str(message.rank).encode(), pulse_identity(message.rank)):
             log.error("dropped a message from %r that claims to be rank %d", sender, message.rank)
             return
         self._on_message(message)

@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 LAST_WRITE_S = 0.2
 """Sessions stay open as long as their gateways live; this is for the last messages of drained requests to leave."""
+STOPPING = "the Router is stopping"
 SERVER_OPTIONS = [
     ("grpc.so_reuseport", 0),  # two Routers must not share a port silently
     ("grpc.max_receive_message_length", -1),  # the context bounds a prompt, and gateways bound their clients' messages
@@ -52,15 +53,22 @@ class RouterStats:
     reason: str
     loading: list[RankLoading]
     layout: ParallelLayout | None
-    """None while no group takes plans."""
+    """None before the first start."""
+    block_size: int
     ranks: list[RankReady]
     scheduler: SchedulerStats | None
-    """None while no group takes plans."""
+    """None before the first start, and at the end."""
     num_sessions: int
     num_unread: int
     """Items that gateways have not read yet."""
     num_steps_total: int
     num_restarts_total: int
+    num_replayed_tokens_total: int
+    """Put through the model again, after losses of ranks."""
+    num_given_up_total: int
+    """Requests that brought down the ranks more than once."""
+    heartbeat_age_s: float
+    """Since a step, or an idle sign of life of every rank, came."""
     expert_imbalance: float | None
     """Largest over mean load of ranks; None: nothing to balance."""
     num_rebalances_total: int
@@ -80,8 +88,10 @@ class Router:
         max_unread: int = MAX_UNREAD,
         roles: Sequence[RankRole] = (),
         rebalance: RebalancePolicy | None = None,
+        live_within_s: float = 120.0,
     ) -> None:
-        """`roles`: what each rank does, for those who ask."""
+        """`roles`: what each rank does, for those who ask. `live_within_s`: bound of `why_not_live`."""
+        self._live_within_s = live_within_s
         self._model = model
         self._roles = roles
         self._rebalance = rebalance or RebalancePolicy()
@@ -90,7 +100,7 @@ class Router:
             config,
             make_group,
             on_updates=self._deliver,
-            on_lost=self._end_all,
+            on_ended=self._end_all,
             enable_prefix_cache=enable_prefix_cache,
             restarts=restarts,
             make_balancer=self._make_balancer,
@@ -134,30 +144,41 @@ class Router:
 
     @property
     def is_ready(self) -> bool:
-        return self._engine.state is EngineState.READY
+        return self._engine.core.state is EngineState.READY and self.why_not_live is None
+
+    @property
+    def why_not_live(self) -> str | None:
+        """It has given up, or neither a step nor an idle sign of life came in time: only a new Router helps."""
+        if self.has_failed:
+            return self._engine.core.reason
+        age_s = self._engine.heartbeat_age_s
+        if self._engine.core.state is EngineState.READY and age_s > self._live_within_s:
+            return f"no step and no sign of life came for {age_s:.0f} s, at most {self._live_within_s:g} are allowed"
+        return None
 
     @property
     def has_failed(self) -> bool:
         """It has given up: only a new Router helps."""
-        return self._engine.state is EngineState.FAILED
+        return self._engine.core.state is EngineState.FAILED
 
     async def wait_ready(self) -> None:
         """Until the ranks can take plans. Raises EngineError with the rank's own words where the first start failed."""
         await self._engine.wait_settled()
         if not self.is_ready:
-            raise EngineError(self._engine.reason)
+            raise EngineError(self._engine.core.reason)
 
     async def wait_failed(self) -> str:
         """Until the engine has given up, or was stopped; returns why."""
         await self._engine.wait_ended()
-        return self._engine.reason
+        return self._engine.core.reason
 
     async def stop(self, grace_s: float = 0.0) -> None:
-        """Refuse new requests, let the live ones run for at most `grace_s`, then end sessions and ranks."""
+        """Refuse new requests, let the live ones run for at most `grace_s`, then give them back, and stop the ranks."""
         try:
             await self._drain(grace_s)
+            self._give_back()
             if self._server is not None:
-                await self._server.stop(LAST_WRITE_S if grace_s else 0)
+                await self._server.stop(LAST_WRITE_S)
         finally:
             await self._engine.stop()
 
@@ -169,7 +190,15 @@ class Router:
                     self._ended.clear()
                     await self._ended.wait()
         except TimeoutError:
-            log.warning("%d requests were cut off", sum(len(session.live) for session in self._sessions.values()))
+            num_live = sum(len(session.live) for session in self._sessions.values())
+            log.warning("%d requests still ran after %g s; their gateways take them elsewhere", num_live, grace_s)
+
+    def _give_back(self) -> None:
+        """What still runs goes on at another copy, or later: its gateway has all of its output."""
+        for session in self._sessions.values():
+            for key in sorted(session.live):
+                self._engine.cancel(RequestKey(session.id, key))
+                session.end(key, pb.End.REASON_UNAVAILABLE, STOPPING)
 
     # Sessions
 
@@ -204,7 +233,7 @@ class Router:
             raise EngineError(f"a gateway used key {submit.key} again while it was live")
         try:
             if self._draining:
-                raise NotReady("the Router is stopping")
+                raise NotReady(STOPPING)
             self._engine.add(to_request(submit, session.id, self._model))
             session.live.add(submit.key)
         except NotReady as error:
@@ -245,18 +274,22 @@ class Router:
     # What it looks like
 
     def stats(self) -> RouterStats:
-        engine = self._engine
+        engine, core = self._engine, self._engine.core
         return RouterStats(
-            state=engine.state,
-            reason=engine.reason,
+            state=core.state,
+            reason=core.reason,
             loading=[engine.loading[rank] for rank in sorted(engine.loading)],
-            layout=engine.info.layout if engine.info else None,
+            layout=engine.layout,
+            block_size=core.pool.block_size if core.pool else 0,
             ranks=engine.info.ranks if engine.info else [],
-            scheduler=engine.scheduler_stats,
+            scheduler=core.stats,
             num_sessions=len(self._sessions),
             num_unread=sum(session.num_unread for session in self._sessions.values()),
-            num_steps_total=engine.num_steps_total,
-            num_restarts_total=engine.num_restarts_total,
+            num_steps_total=core.num_steps_total,
+            num_restarts_total=core.num_restarts_total,
+            num_replayed_tokens_total=core.num_replayed_tokens_total,
+            num_given_up_total=core.num_given_up_total,
+            heartbeat_age_s=engine.heartbeat_age_s,
             expert_imbalance=engine.balancer.imbalance if engine.balancer else None,
             num_rebalances_total=engine.balancer.num_rebalances_total if engine.balancer else 0,
         )
@@ -265,16 +298,19 @@ class Router:
         stats = self.stats()
         response = pb.DescribeResponse(
             model=self._model.name,
-            ready=self.is_ready,
-            reason=stats.reason,
-            max_model_len=self._engine.context_limit or self._model.max_model_len,
-            block_size=stats.ranks[0].block_size if stats.ranks else 0,
+            ready=self.is_ready and not self._draining,
+            reason=STOPPING if self._draining else stats.reason or self.why_not_live or "",
+            max_model_len=self._engine.core.context_limit or self._model.max_model_len,
+            block_size=stats.block_size,
             loaded_bytes=sum(rank.read_bytes for rank in stats.loading),
             total_bytes=sum(rank.total_bytes for rank in stats.loading),
             failed=self.has_failed,
             num_steps_total=stats.num_steps_total,
             num_restarts_total=stats.num_restarts_total,
             num_rebalances_total=stats.num_rebalances_total,
+            heartbeat_age_seconds=stats.heartbeat_age_s,
+            num_replayed_tokens_total=stats.num_replayed_tokens_total,
+            num_quarantined_total=stats.num_given_up_total,
             expert_imbalance=stats.expert_imbalance or 0.0,
             ranks=self._rank_infos(stats),
         )

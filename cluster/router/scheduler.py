@@ -3,10 +3,10 @@
 Hops 5 and 10: requests in, plans out; results in, updates out. A state machine without clock, socket or await. Knows
 nothing of ranks, gateways or what a token means, beyond the ids that end a thought or a sequence.
 
-Order is priority, and the order of arrival among equals. Admission takes the head of the queue or nobody, and nobody is
-preempted for it. Where blocks run out, the last admitted of the lowest priority goes back to its place in the queue. So
-among equals everyone who runs came before everyone who waits, and nobody starves: the first in order can take the
-blocks of all others, and `context_limit` makes sure that the whole pool is enough for it.
+Order is priority; among equals who writes an answer goes before who thinks, since it is nearer its end; then the order
+of arrival. Admission takes the head of the queue or nobody, and nobody is preempted for it. Where blocks run out, the
+last in order goes back to its place in the queue. Nobody starves: the first in order can take the blocks of all others,
+`context_limit` makes sure that the whole pool is enough for it, and a newcomer's phase gives it no better place.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from cluster.errors import ConfigError, EngineError, InvalidRequest, Overloaded, PromptTooLong
 from cluster.router.blocks import BlockAllocator
+from cluster.router.quarantine import Quarantine
 from cluster.router.sequence import FinishReason, Phase, Sequence, SequenceRequest, SequenceUpdate
 from cluster.router.slots import SlotTable
 from cluster.router.step_draft import StepDraft, StepInFlight
@@ -69,9 +70,11 @@ class SchedulerStats:
 class Scheduler:
     """Owns the sequences, slots and blocks of one attention group."""
 
-    def __init__(self, config: SchedulerConfig, blocks: BlockAllocator) -> None:
+    def __init__(self, config: SchedulerConfig, blocks: BlockAllocator, quarantine: Quarantine | None = None) -> None:
+        """`quarantine`: of the whole copy, where this is one of its groups."""
         self._config = config
         self._blocks = blocks
+        self._quarantine = quarantine or Quarantine()
         self._sequences: dict[Hashable, Sequence] = {}
         self._waiting: WaitingQueue[Sequence] = WaitingQueue()
         self._num_added_total = 0
@@ -147,8 +150,7 @@ class Scheduler:
         """
         self.check(request)
         self._check_room()
-        max_output = min(request.max_tokens, self.context_limit - len(request.prompt_ids))
-        seq = Sequence.start(request, max_output=max_output, arrival=self._num_added_total)
+        seq = self._start(request)
         self._num_added_total += 1
         seq.block_hashes += block_hashes
         self._sequences[request.key] = seq
@@ -169,6 +171,17 @@ class Scheduler:
                 f"{self._blocks.block_size}); shorten it",
                 field="prompt",
             )
+        if request.output_ids and self._start(request).finish is not None:
+            raise InvalidRequest(
+                f"{len(request.output_ids)} tokens of output were sent, with which the sequence has ended: a stop "
+                f"token is among them, or max_tokens {request.max_tokens} or the context {self.context_limit} is "
+                "reached; nothing can follow",
+                field="resume",
+            )
+
+    def _start(self, request: SequenceRequest) -> Sequence:
+        max_output = min(request.max_tokens, self.context_limit - len(request.prompt_ids))
+        return Sequence.start(request, max_output=max_output, arrival=self._num_added_total)
 
     def cancel(self, key: Hashable) -> SequenceUpdate | None:
         """End a sequence now: its blocks are free on return. Gives its last update, or None where it has ended.
@@ -193,6 +206,8 @@ class Scheduler:
         seq.thinking_budget = thinking_budget
         if seq.is_over_budget:
             seq.close_thoughts()
+            if seq.slot is None:
+                self._wait_again(seq)
 
     def schedule(self) -> StepPlan | None:
         """The next plan, with at least one token to compute. None: nothing to send now, or enough plans are out."""
@@ -237,8 +252,41 @@ class Scheduler:
                 updates.append(seq.take_sampled(token_id, logprobs))
             if seq.finish is not None:
                 self._end(seq)
+            elif seq.slot is None:
+                self._wait_again(seq)
         updates += [seq.take_announcement() for seq in admitted]
         return [update for update in updates if update is not None]
+
+    def restart(self, blocks: BlockAllocator) -> int:
+        """The ranks are new, with nothing computed and these blocks: everyone who ran waits in its place again.
+
+        Returns how many tokens must be put through the model again. Plans that were under way have no results any more.
+        """
+        for seq, cached_tokens in (entry for plan in self._in_flight for entry in plan.admitted):
+            seq.unannounced_cached_tokens = cached_tokens
+        self._in_flight.clear()
+        running = list(self._slots.running)
+        num_lost_tokens = sum(min(seq.num_computed, seq.num_known) for seq in running)
+        self._slots = SlotTable(self._config.max_num_seqs, blocks)
+        self._blocks = blocks
+        for seq in self._sequences.values():
+            seq.lose_ranks()
+        for seq in running:
+            self._wait(seq)
+        return num_lost_tokens
+
+    @property
+    def computing(self) -> list[Sequence]:
+        """The unfinished sequences of whom plans under way compute a token."""
+        computed = {seq.request.key: seq for plan in self._in_flight for seq in plan.computed}
+        return [seq for seq in computed.values() if seq.finish is None]
+
+    def give_up(self, key: Hashable) -> SequenceUpdate:
+        """End a sequence that ranks cannot compute."""
+        seq = self._sequences[key]
+        seq.finish = FinishReason.GIVEN_UP
+        self._end(seq)
+        return SequenceUpdate(key, finish=seq.finish)
 
     def _check_room(self) -> None:
         limit = self._config.max_num_seqs + self._config.max_waiting
@@ -294,11 +342,12 @@ class Scheduler:
     def _draft_admissions(self, draft: StepDraft) -> None:
         """Slots for those who wait, in order. Nobody overtakes a head that does not fit yet."""
         while self._waiting and self._slots.has_free_slot and draft.budget:
-            seq = self._waiting.head
+            seq = self._waiting.first(self._quarantine.may_run)
             # A preempted sequence whose last token is still being sampled comes back when that token is known.
-            if seq.num_pending or not self._slots.try_enter(seq):
+            if seq is None or seq.num_pending or not self._slots.try_enter(seq):
                 return
-            self._waiting.pop()
+            self._waiting.remove(seq.request.key)
+            self._quarantine.runs(seq)
             draft.open(seq)
             if not seq.was_admitted:
                 self._count_first_admission(seq, draft)
@@ -340,7 +389,13 @@ class Scheduler:
         self._num_preempted_total += 1
 
     def _wait(self, seq: Sequence) -> None:
-        self._waiting.add(seq.request.key, seq, priority=seq.request.priority, arrival=seq.arrival)
+        is_near_end = seq.was_admitted and seq.phase is Phase.ANSWER
+        self._waiting.add(seq.request.key, seq, place=(-seq.request.priority, not is_near_end, seq.arrival))
+
+    def _wait_again(self, seq: Sequence) -> None:
+        """Its phase may have changed, and with it its place."""
+        self._waiting.remove(seq.request.key)
+        self._wait(seq)
 
     def _end(self, seq: Sequence) -> None:
         """It has finished: drop it wherever it is."""

@@ -27,6 +27,8 @@ class FinishReason(Enum):
     STOP = "stop"
     LENGTH = "length"
     CANCELLED = "cancelled"
+    GIVEN_UP = "given up"
+    """It brought down the ranks that computed it, again and again."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +61,8 @@ class SequenceRequest:
     """Logprobs of the prompt, and of so many of the likeliest tokens beside each; None: not asked for."""
     cache_salt: str = ""
     """Only requests with the same salt share cached blocks."""
+    output_ids: list[int] = field(default_factory=list)
+    """Output that it has already, from elsewhere: it goes on behind it, as if it had never been stopped."""
     request_id: str = ""
     """For log lines only."""
 
@@ -150,6 +154,10 @@ class Sequence:
     """Prompt tokens behind the first whose logprobs are known."""
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     """Those, until they are told."""
+    num_strikes: int = 0
+    """Losses of ranks that it may have caused."""
+    num_known_at_loss: int = 0
+    """Its `num_known` when the last of those happened."""
     finish: FinishReason | None = None
 
     @classmethod
@@ -157,7 +165,12 @@ class Sequence:
         """A new sequence that waits."""
         phase = Phase.THINKING if request.starts_thinking else Phase.ANSWER
         seq = cls(request, max_output, phase, arrival, thinking_budget=request.thinking_budget)
-        if seq.is_over_budget:
+        for token_id in request.output_ids:
+            seq.append(token_id)
+        if (rest := seq.unfinished_closing) is not None:
+            seq.num_thinking = request.thinking_budget or 0
+            seq.force(rest)
+        elif seq.is_over_budget:
             seq.close_thoughts()
         return seq
 
@@ -178,6 +191,20 @@ class Sequence:
         if budget is None or self.phase is not Phase.THINKING or not self.request.close_thinking_ids:
             return False
         return self.num_thinking >= budget
+
+    @property
+    def unfinished_closing(self) -> list[int] | None:
+        """Of the tokens that close its thoughts at the end of its budget, those that its output still lacks.
+
+        None: it has not begun with them, or has all. Forced tokens are no thoughts that count.
+        """
+        budget, closing = self.thinking_budget, self.request.close_thinking_ids
+        if budget is None or not self.request.starts_thinking or self.request.think_end_id in self.output_ids[:budget]:
+            return None
+        begun = self.output_ids[budget:]
+        if not begun or len(begun) >= len(closing) or begun != closing[: len(begun)]:
+            return None
+        return closing[len(begun) :]
 
     @property
     def needs_scores(self) -> bool:
@@ -204,6 +231,14 @@ class Sequence:
             return self.output_ids[start - num_prompt : end - num_prompt]
         return self.request.prompt_ids[start:] + self.output_ids[: end - num_prompt]
 
+    def lose_ranks(self) -> None:
+        """All that was computed is gone, and so are the plans in flight: only what is known here is left."""
+        self.slot, self.block_ids = None, []
+        self.num_computed = self.prefill_end = self.num_published = 0
+        self.num_blocks_wanted = self.wanted_at_growth = 0
+        self.num_pending = self.num_stale = 0
+        self.must_reopen = False
+
     def append(self, token_id: int) -> None:
         """Take a sampled token: it may end the thoughts, or the sequence (`finish` is then set)."""
         self.output_ids.append(token_id)
@@ -221,8 +256,12 @@ class Sequence:
         What plans in flight sample in their place is thrown away. They cannot end the sequence: it does so with the
         next token that is sampled, which is one too many where it is full.
         """
+        self.force(self.request.close_thinking_ids)
+
+    def force(self, token_ids: list[int]) -> None:
+        """Put these tokens, the last of them in the answer, behind those that are known; see `close_thoughts`."""
         num_true = self.num_known
-        forced = self.request.close_thinking_ids[: self.max_output - len(self.output_ids)]
+        forced = token_ids[: self.max_output - len(self.output_ids)]
         self.output_ids += forced
         self.num_undelivered = len(forced)
         self.num_stale, self.num_pending = self.num_stale + self.num_pending, 0

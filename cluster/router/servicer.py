@@ -42,7 +42,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
 
     # Reads and writes by itself instead of being a generator: a cancelled call then ends here and now, not when the
     # generator is collected. The stubs know only generators.
-    async def Session(self, request_iterator: object, context: Context) -> None:  # type: ignore[override]
+    async def Session(self, request_iterator: object, context: Context) -> None:  # type: ignore[override]  # read and written by context
         del request_iterator
         session = self._router.open_session()
         tasks = [

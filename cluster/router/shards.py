@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from cluster.errors import EngineError, RankLost
-from cluster.router.gather import Casualties, StepGather
+from cluster.router.gather import Casualties, Pulses, StepGather
 from cluster.router.launchers import Launcher, RankHandle
 from cluster.router.rank_socket import RankSocket
 from cluster.router.rendezvous import Rendezvous
@@ -26,6 +26,7 @@ from workers.step import (
     PlacementUpdate,
     RankFailed,
     RankLoading,
+    RankPulse,
     RankReady,
     Shutdown,
     StepPlan,
@@ -36,6 +37,8 @@ from workers.step import (
 log = logging.getLogger(__name__)
 
 OnProgress = Callable[[RankLoading], None]
+Survivors = Mapping[int, RankHandle]
+"""Ranks of a group that was lost, which have their weights still."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class Steps(Protocol):
 
 
 class ShardGroup(Steps, Protocol):
-    """One start, then steps, then one stop. Not usable again: a lost group is replaced by a new one."""
+    """One start, then steps, then one end. Not usable again: a lost group is replaced by a new one."""
 
     async def start(self) -> GroupInfo:
         """Raises RankLost (with the rank's own words) when a rank fails or is late; everything is stopped by then."""
@@ -79,8 +82,15 @@ class ShardGroup(Steps, Protocol):
     def place(self, update: PlacementUpdate) -> None:
         """Tell every rank where experts lie from the next step on. Never waits; a loss shows in `receive`."""
 
+    @property
+    def silence_s(self) -> float:
+        """Since the rank that is silent for longest gave a sign of life."""
+
+    async def dissolve(self) -> Survivors:
+        """After a loss: end what is lost, and let go of the other ranks. Bounded."""
+
     async def stop(self) -> None:
-        """Bounded; may be called again."""
+        """End all ranks but those that were let go. Bounded; may be called again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +99,8 @@ class GroupBounds:
 
     start_timeout_s: float = 600.0
     step_timeout_s: float = 60.0
+    pulse_timeout_s: float = 15.0
+    """A rank that gives no sign of life for so long, in a step or idle, is lost. Pulses come every second."""
     stop_timeout_s: float = 5.0
     """After Shutdown; then SIGTERM, then SIGKILL."""
 
@@ -97,8 +109,14 @@ class RankGroup:
     """Ranks that a launcher started, on a socket."""
 
     def __init__(
-        self, launcher: Launcher, runners: Sequence[RunnerConfig], bounds: GroupBounds, on_progress: OnProgress
+        self,
+        launcher: Launcher,
+        runners: Sequence[RunnerConfig],
+        bounds: GroupBounds,
+        on_progress: OnProgress,
+        survivors: Survivors | None = None,
     ) -> None:
+        """`survivors`: ranks that need not load; the others are launched."""
         self._launcher = launcher
         self._runners = runners
         self._bounds = bounds
@@ -106,14 +124,16 @@ class RankGroup:
         self._layout = runners[0].layout
         self._gather = StepGather(self._layout)
         self._casualties = Casualties()
-        self._handles: list[RankHandle] = []
-        self._watches: list[asyncio.Task[None]] = []
+        self._pulses = Pulses()
+        self._handles: dict[int, RankHandle] = dict(survivors or {})
+        self._watches: dict[int, asyncio.Task[None]] = {}
         self._ready: dict[int, RankReady] = {}
         self._results: deque[list[StepResult]] = deque()
         self._changed: asyncio.Future[None] | None = None
         self._lost: RankLost | None = None
         self._deadline: asyncio.TimerHandle | None = None
         self._settling: asyncio.TimerHandle | None = None
+        self._listener: asyncio.Task[None] | None = None
         self._socket: RankSocket | None = None
         self._rendezvous: Rendezvous | None = None
         self._stopping = False
@@ -127,6 +147,7 @@ class RankGroup:
                 while len(self._ready) < len(self._runners):
                     await self._wait_for_change()
                 socket.remove_address()
+            self._listener = asyncio.create_task(self._listen(), name="listen to pulses")
         except TimeoutError:
             await self.stop()
             raise self._late_start() from None
@@ -140,12 +161,18 @@ class RankGroup:
         if len(self._runners) > 1:
             self._rendezvous = Rendezvous(self._launcher.host or "127.0.0.1")
         for runner in self._runners:
-            handle = await self._launcher.launch(self._shard_config(runner, socket.endpoint))
-            self._handles.append(handle)
-            self._watches.append(asyncio.create_task(self._watch(handle), name=f"watch rank {handle.rank}"))
+            await self._bring_up(runner.rank, self._shard_config(runner, socket.endpoint))
         if self._rendezvous is not None:
             await self._rendezvous.open()
         return socket
+
+    async def _bring_up(self, rank: int, config: ShardConfig) -> None:
+        if rank in self._handles:
+            await self._handles[rank].restart(config)
+        else:
+            self._handles[rank] = await self._launcher.launch(config)
+        watch = self._watch(self._handles[rank])
+        self._watches[rank] = asyncio.create_task(watch, name=f"watch rank {rank}")
 
     def _shard_config(self, runner: RunnerConfig, endpoint: str) -> ShardConfig:
         return ShardConfig(
@@ -163,6 +190,10 @@ class RankGroup:
             "raise router.start_timeout_s if loading takes longer",
             rank=late[0],
         )
+
+    @property
+    def silence_s(self) -> float:
+        return self._pulses.silence_s(asyncio.get_running_loop().time())
 
     # Steps
 
@@ -194,8 +225,8 @@ class RankGroup:
 
     async def _wait_for_change(self) -> None:
         """Until a result, a readiness or a loss. Raises RankLost at once when the group is lost."""
-        if self._lost is not None:
-            raise RankLost(str(self._lost), rank=self._lost.rank)
+        if (lost := self._lost) is not None:
+            raise RankLost(str(lost), rank=lost.rank, was_killed=lost.was_killed)
         self._changed = asyncio.get_running_loop().create_future()
         try:
             await self._changed
@@ -223,6 +254,8 @@ class RankGroup:
                 self._on_result(message)
             case RankLoading():
                 self._on_progress(message)
+            case RankPulse():
+                self._pulses.heard(message, asyncio.get_running_loop().time())
             case RankReady():
                 self._ready[message.rank] = message
                 self._notify()
@@ -244,13 +277,30 @@ class RankGroup:
             self._notify()
 
     def _on_deadline(self) -> None:
-        late = self._gather.late_ranks
-        self._lose(RankLost(f"{_ranks(late)} late: no result within {self._bounds.step_timeout_s:g} s", rank=late[0]))
+        late, now_s = self._gather.late_ranks, asyncio.get_running_loop().time()
+        blamed = self._pulses.blame(late, now_s)
+        others = sorted({*late} - {blamed})
+        waiting = f" ({_ranks(others)} waiting for it)" if others else ""
+        timeout_s = self._bounds.step_timeout_s
+        self._lose(RankLost(f"rank {blamed} was late: no result within {timeout_s:g} s{waiting}", rank=blamed))
+
+    async def _listen(self) -> None:
+        """Ranks tell that they live, whether they have work or not."""
+        loop, timeout_s = asyncio.get_running_loop(), self._bounds.pulse_timeout_s
+        rank: int | None = None
+        while rank is None:
+            began_s = loop.time()
+            await asyncio.sleep(timeout_s / 4)
+            # Where this process was stopped itself, what the ranks have sent meanwhile is still unread.
+            if loop.time() - began_s < timeout_s / 2:
+                rank = self._pulses.silent(timeout_s, loop.time())
+        message = f"rank {rank} was not heard of for {timeout_s:g} s: its process is stopped, or its machine is gone"
+        self._lose(RankLost(message, rank=rank, was_killed=True))
 
     async def _watch(self, handle: RankHandle) -> None:
-        how = await handle.wait()
+        end = await handle.wait()
         if not self._stopping:
-            self._casualties.ended(handle.rank, how)
+            self._casualties.ended(handle.rank, end)
             self._settle()
 
     def _settle(self) -> None:
@@ -267,23 +317,40 @@ class RankGroup:
             self._lost = error
             self._notify()
 
-    # Stop
+    # End
+
+    async def dissolve(self) -> Survivors:
+        """Kill the rank that was lost, so that nobody waits for it, and let go of those that were ready and live."""
+        self._begin_to_stop()
+        ended = [rank for rank, watch in self._watches.items() if watch.done()]
+        gone = {*ended, *([self._lost.rank] if self._lost else [])}
+        survivors = {rank: handle for rank, handle in self._handles.items() if rank in self._ready and rank not in gone}
+        for rank in survivors:
+            del self._handles[rank]
+            self._watches[rank].cancel()
+        await self.stop()
+        return survivors
 
     async def stop(self) -> None:
-        self._stopping = True
-        for timer in (self._deadline, self._settling):
-            if timer is not None:
-                timer.cancel()
+        self._begin_to_stop()
         try:
             await self._end_ranks()
         finally:
-            for watch in self._watches:
+            for watch in self._watches.values():
                 watch.cancel()
-            await asyncio.gather(*self._watches, return_exceptions=True)
+            await asyncio.gather(*self._watches.values(), return_exceptions=True)
             if self._socket is not None:
                 self._socket.close()
             if self._rendezvous is not None:
                 self._rendezvous.close()
+
+    def _begin_to_stop(self) -> None:
+        self._stopping = True
+        for timer in (self._deadline, self._settling):
+            if timer is not None:
+                timer.cancel()
+        if self._listener is not None:
+            self._listener.cancel()
 
     async def _end_ranks(self) -> None:
         """Ask, then SIGTERM, then SIGKILL. Ranks that load or have lost a peer would not hear us ask."""
@@ -291,11 +358,11 @@ class RankGroup:
             if self._lost is None and not self._casualties.any and len(self._ready) == len(self._runners):
                 self._ask_to_end()
                 await self._all_ended(self._bounds.stop_timeout_s)
-            for handle in self._handles:
+            for handle in self._handles.values():
                 handle.terminate()
             await self._all_ended(1.0)
         finally:
-            for handle in self._handles:
+            for handle in self._handles.values():
                 handle.kill()
         await self._all_ended(self._bounds.stop_timeout_s)
 
@@ -305,8 +372,8 @@ class RankGroup:
                 self._socket.send(rank, encode(Shutdown()))
 
     async def _all_ended(self, timeout_s: float) -> None:
-        if self._watches:
-            await asyncio.wait(self._watches, timeout=timeout_s)
+        if watches := [self._watches[rank] for rank in self._handles if rank in self._watches]:
+            await asyncio.wait(watches, timeout=timeout_s)
 
 
 def _ranks(ranks: list[int]) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from cluster.router.blocks import BlockAllocator, chain_hashes, root_hash
-from cluster.router.sequence import Sequence
+from cluster.router.sequence import Phase, Sequence
 
 
 class SlotTable:
@@ -35,13 +35,13 @@ class SlotTable:
 
     @property
     def ranked(self) -> list[Sequence]:
-        """Highest priority first; of equal ones, the oldest admission."""
-        return sorted(self._running.values(), key=lambda seq: -seq.request.priority)
+        """Highest priority first; of equal ones, those in their answers; of equal ones, the earliest arrival."""
+        return sorted(self._running.values(), key=_order)
 
     @property
     def last(self) -> Sequence:
         """The last of `ranked`: who gives way first."""
-        return min(reversed(self._running.values()), key=lambda seq: seq.request.priority)
+        return max(self._running.values(), key=_order)
 
     @property
     def has_free_slot(self) -> bool:
@@ -120,3 +120,7 @@ class SlotTable:
         size, hashes = self.blocks.block_size, seq.block_hashes
         parent = hashes[-1] if hashes else root_hash(seq.request.cache_salt)
         hashes += chain_hashes(parent, seq.token_ids(len(hashes) * size, seq.num_known), size)
+
+
+def _order(seq: Sequence) -> tuple[int, bool, int]:
+    return -seq.request.priority, seq.phase is Phase.THINKING, seq.arrival

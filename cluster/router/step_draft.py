@@ -24,6 +24,8 @@ class StepInFlight:
     """Sequences that got a slot for the first time, and their cached prompt tokens."""
     scored: list[tuple[int, Sequence, int]]
     """Index of a prefill that scores its prompt, whose it is, and where it starts."""
+    computed: list[Sequence]
+    """Everyone of whom it computes a token."""
 
 
 @dataclass(slots=True)
@@ -107,7 +109,8 @@ class StepDraft:
         sampled = [seq for prefill, seq in zip(self.prefills, self.prefilled, strict=True) if prefill.sample]
         chunks = enumerate(zip(self.prefills, self.prefilled, strict=True))
         scored = [(index, seq, prefill.start) for index, (prefill, seq) in chunks if prefill.score is not None]
-        return StepInFlight(step, sampled + self.decoded, self.admitted, scored)
+        computed = self.prefilled + self.decoded
+        return StepInFlight(step, sampled + self.decoded, self.admitted, scored, computed)
 
 
 def _score(seq: Sequence, start: int, end: int) -> Score | None:

@@ -24,6 +24,7 @@ class RestartPolicy:
 
     max_restarts: int = 3
     first_backoff_s: float = 0.5
+    """Before the second try; the first one comes at once."""
     backoff_factor: float = 2.0
 
 
@@ -53,7 +54,9 @@ class Supervisor:
             self.state = EngineState.FAILED
             self.reason = reason
             return None
-        wait_s: float = self._policy.first_backoff_s * self._policy.backoff_factor**self._restarts
+        wait_s = 0.0
+        if self._restarts:
+            wait_s = self._policy.first_backoff_s * self._policy.backoff_factor ** (self._restarts - 1)
         self._restarts += 1
         self.state = EngineState.RESTARTING
         self.reason = f"{reason}; starting its group again (try {self._restarts} of {self._policy.max_restarts})"

@@ -31,7 +31,9 @@ _END = {
     FinishReason.STOP: pb.End.REASON_STOP,
     FinishReason.LENGTH: pb.End.REASON_LENGTH,
     FinishReason.CANCELLED: pb.End.REASON_CANCELLED,
+    FinishReason.GIVEN_UP: pb.End.REASON_ERROR,
 }
+GIVEN_UP = "the ranks that computed this request failed each time; it is given up, do not send it again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +66,7 @@ def to_request(submit: pb.Submit, session: int, model: ModelInfo) -> SequenceReq
         raise InvalidRequest("max_tokens is 0; ask for at least 1", field="max_tokens")
     _check_vocabulary(submit.prompt_ids, model, "input")
     _check_vocabulary(submit.stop_token_ids, model, "stop_token_ids")
+    _check_vocabulary(submit.output_ids, model, "resume")
     grammar = _grammar(submit, model)
     return SequenceRequest(
         key=RequestKey(session, submit.key),
@@ -82,6 +85,8 @@ def to_request(submit: pb.Submit, session: int, model: ModelInfo) -> SequenceReq
         bad_words=_bad_words(submit, model),
         grammar=grammar,
         num_prompt_logprobs=_num_prompt_logprobs(submit),
+        cache_salt=submit.cache_salt,
+        output_ids=list(submit.output_ids),
         request_id=submit.request_id,
     )
 
@@ -195,6 +200,8 @@ def merge_update(into: pb.SequenceUpdate, update: SequenceUpdate) -> None:
         into.prompt_logprobs.extend([_logprobs(item) for item in update.prompt_logprobs])
     if update.finish is not None:
         into.end.reason = _END[update.finish]
+        if update.finish is FinishReason.GIVEN_UP:
+            into.end.message = GIVEN_UP
 
 
 def _logprobs(item: TokenLogprobs) -> pb.RouterLogprobs:

@@ -74,7 +74,7 @@ def test_reversed_words_read_backwards(mixture: Mixture) -> None:
 
 def test_counted_letters_are_counted(mixture: Mixture) -> None:
     for problem in drawn(mixture, "count"):
-        letter, shown, total = re.search(r"\ncount (\w): (.*), so (\d+)", plain(problem.thinking)).groups()  # type: ignore[union-attr]
+        letter, shown, total = re.search(r"\ncount (\w): (.*), so (\d+)", plain(problem.thinking)).groups()
         word = re.sub(r"[ \d]", "", shown)
         assert re.search(rf"\b{word}\b", asked(problem))
         assert word.count(letter) == int(total)

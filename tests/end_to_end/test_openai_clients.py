@@ -175,7 +175,7 @@ def test_a_qwen_agents_answer_uses_the_result_of_its_tool(server: Server, parses
     class GetWeather(tools.BaseTool):
         name = "get_weather"
         description = "Get the current weather in a city."
-        parameters = WEATHER["function"]["parameters"]  # type: ignore[index]
+        parameters = WEATHER["function"]["parameters"]
 
         def call(self, params: str, **_: object) -> str:
             calls.append(json.loads(params))

@@ -1,4 +1,4 @@
-"""The Router under Ray Serve with its ranks as actors: start, a request, a rank that is killed, the end."""
+"""The Router under Ray Serve with its ranks as actors: start, requests, a killed rank, a killed Router, the end."""
 
 from __future__ import annotations
 
@@ -90,18 +90,25 @@ def test_a_request_runs_on_two_actors(stub: RouterServiceStub) -> None:
     assert len(tokens) == 16
 
 
-def test_a_rank_that_is_killed_ends_its_requests_and_comes_back(stub: RouterServiceStub) -> None:
-    session = stub.Session(iter_open([submit(4000)]))
-    next(session)
-    victim = describe(stub).ranks[1].pid
+def test_a_request_outlives_a_rank_that_is_killed(stub: RouterServiceStub) -> None:
+    def stream() -> Iterator[pb.SequenceUpdate]:
+        for message in stub.Session(iter_open([submit(600)])):
+            yield from message.updates
+            if message.updates[-1].HasField("end"):
+                return
 
-    os.kill(victim, signal.SIGKILL)
-    ended = next(update.end for message in session for update in message.updates if update.HasField("end"))
+    undisturbed = [token_id for update in stream() for token_id in update.token_ids]
+    before = [rank.pid for rank in describe(stub).ranks]
+    updates = stream()
+    token_ids = [*next(updates).token_ids, *next(updates).token_ids]
 
-    assert ended.reason == pb.End.REASON_UNAVAILABLE
-    assert "rank 1" in ended.message
-    until(lambda: describe(stub).ready, "a new group of ranks", START_S)
-    assert victim not in {rank.pid for rank in describe(stub).ranks}
+    os.kill(before[1], signal.SIGKILL)
+    token_ids += [token_id for update in updates for token_id in update.token_ids]
+
+    assert token_ids == undisturbed
+    after = [rank.pid for rank in describe(stub).ranks]
+    assert (after[0], after[1] != before[1]) == (before[0], True), "who survived keeps its process and its weights"
+    assert describe(stub).num_restarts_total == 1
 
 
 def test_a_router_that_is_killed_takes_its_ranks_with_it_and_comes_back(
@@ -135,7 +142,7 @@ def test_the_end_of_the_app_leaves_no_rank(stub: RouterServiceStub) -> None:
 
 
 async def test_a_replica_whose_constructor_failed_ends_without_a_second_error() -> None:
-    await RouterDeployment.__del__(SimpleNamespace())  # type: ignore[arg-type]  # an object that has nothing yet
+    await RouterDeployment.__del__(SimpleNamespace())
 
 
 def iter_open(messages: list[pb.GatewayMessage]) -> Iterator[pb.GatewayMessage]:

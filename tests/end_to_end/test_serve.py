@@ -40,7 +40,7 @@ def question(text: str, **fields: object) -> pb.GenerateRequest:
     conversation = pb.Conversation(messages=[pb.Message(role="user", content=text)])
     fields.setdefault("sampling", pb.SamplingOptions(temperature=0))
     fields.setdefault("max_tokens", 300)
-    return pb.GenerateRequest(conversation=conversation, **fields)  # type: ignore[arg-type]  # protobuf's own field types
+    return pb.GenerateRequest(conversation=conversation, **fields)
 
 
 def wait_until(condition: object, what: str, timeout_s: float = 20.0) -> None:
@@ -224,21 +224,47 @@ def test_more_ranks_than_gpus_are_refused_with_both_numbers() -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_attention_groups_answer_side_by_side_and_status_shows_the_layout() -> None:
-    with serving("--tp", "2", "--dp", "2", "--redundant-experts", "4", "--threads-per-rank", "1") as server:
-        with ThreadPoolExecutor(4) as threads:
-            asked = [("What is 347 + 285?", "632"), ("What is 12 + 30?", "42"), ("What is 99 + 11?", "110")]
-            flags = ("--address", server.address, "--temperature", "0")
-            answers = threads.map(lambda pair: mull("chat", pair[0], *flags).stdout, asked)
-            assert all(right in answer for answer, (_, right) in zip(answers, asked, strict=True))
-        state = json.loads(mull("status", "--address", server.address, "--json").stdout)
-        shown = mull("status", "--address", server.address).stdout
+@pytest.fixture(scope="module")
+def groups_server() -> Iterator[Server]:
+    with serving("--tp", "2", "--dp", "2", "--redundant-experts", "4", "--threads-per-rank", "1") as running:
+        yield running
+
+
+def test_attention_groups_answer_side_by_side_and_status_shows_the_layout(groups_server: Server) -> None:
+    server = groups_server
+    with ThreadPoolExecutor(4) as threads:
+        asked = [("What is 347 + 285?", "632"), ("What is 12 + 30?", "42"), ("What is 99 + 11?", "110")]
+        flags = ("--address", server.address, "--temperature", "0")
+        answers = threads.map(lambda pair: mull("chat", pair[0], *flags).stdout, asked)
+        assert all(right in answer for answer, (_, right) in zip(answers, asked, strict=True))
+    state = json.loads(mull("status", "--address", server.address, "--json").stdout)
+    shown = mull("status", "--address", server.address).stdout
 
     assert [rank["group"] for rank in state["ranks"]] == [0, 0, 1, 1]
     assert {rank["num_experts"] for rank in state["ranks"]} == {3}
     assert "tp 2 · dp 2 · 4 redundant experts" in shown
     assert "KV tokens" in shown
     assert any(line.startswith("ready") and "tp 2 · dp 2" in line for line in server.lines)
+
+
+def test_a_second_ctrl_c_cuts_streams_off_and_their_clients_say_why_in_one_line(groups_server: Server) -> None:
+    """The last test of this server."""
+    state = json.loads(mull("status", "--address", groups_server.address, "--json").stdout)
+    command = [*MULL, "chat", "What is 347 + 285?", "--address", groups_server.address, "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as chat:
+        assert chat.stdout is not None
+        assert '"started"' in chat.stdout.readline()
+        for rank in state["ranks"]:
+            psutil.Process(rank["pid"]).suspend()  # the stream stays open for as long as this test needs
+
+        groups_server.process.send_signal(signal.SIGINT)
+        wait_until(lambda: groups_server.lines[-1].startswith("draining"), "the first Ctrl-C to be taken")
+        groups_server.process.send_signal(signal.SIGINT)
+        _, errors = chat.communicate(timeout=60)
+
+    assert (chat.returncode, len(errors.splitlines())) == (1, 1), errors
+    assert errors.startswith("mull: ")
+    assert groups_server.wait() == 130
 
 
 def test_chat_without_a_server_says_so_in_one_line() -> None:
@@ -278,27 +304,26 @@ def test_a_server_that_is_stopped_while_it_starts_leaves_no_process(number: sign
         wait_until(lambda: not any(p.is_running() for p in seen), "all processes of a half-started server to end")
 
 
-def test_a_gateway_that_dies_comes_back_at_its_address_and_the_server_stays() -> None:
-    with serving("--tp", "1") as server:
-        (gateway,) = [p for p in descendants(server.process) if "Gateway" in p.name() + "".join(p.cmdline())]
-        gateway.kill()
+def test_a_gateway_that_dies_comes_back_at_its_address_and_the_server_stays(server: Server) -> None:
+    (gateway,) = [p for p in descendants(server.process) if "Gateway" in p.name() + "".join(p.cmdline())]
+    gateway.kill()
 
-        def answers() -> bool:
-            return mull("status", "--address", server.address).returncode == 0
+    def answers() -> bool:
+        return mull("status", "--address", server.address).returncode == 0
 
-        wait_until(lambda: not gateway.is_running(), "the gateway to die")
-        wait_until(answers, "the gateway to come back", timeout_s=60.0)
-        done = mull("chat", "hello", "--address", server.address, "--max-tokens", "60")
-        assert done.returncode == 0, done.stderr
+    wait_until(lambda: not gateway.is_running(), "the gateway to die")
+    wait_until(answers, "the gateway to come back", timeout_s=60.0)
+    done = mull("chat", "hello", "--address", server.address, "--max-tokens", "60")
+    assert done.returncode == 0, done.stderr
 
 
-def test_kill_9_leaves_no_process() -> None:
-    with serving("--tp", "2") as server:
-        started = descendants(server.process)
-        os.kill(server.process.pid, signal.SIGKILL)
-        server.wait()
+def test_kill_9_leaves_no_process(server: Server) -> None:
+    """The last test of this server."""
+    started = descendants(server.process)
+    os.kill(server.process.pid, signal.SIGKILL)
+    server.wait()
 
-        wait_until(lambda: not any(p.is_running() for p in started), "all processes of a killed server to end")
+    wait_until(lambda: not any(p.is_running() for p in started), "all processes of a killed server to end")
 
 
 def test_a_checkpoint_that_is_cut_short_is_refused_naming_the_file(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from cluster.config import GatewayConfig, ModelSource
-from cluster.gateway.router_link import LinkTimes, static_address
+from cluster.gateway.copies import static_addresses
+from cluster.gateway.router_link import LinkTimes
 from cluster.gateway.served_model import ServedModel
 from cluster.gateway.server import GatewayPorts, GatewayServer
 from mull.v1 import router_pb2 as pb
@@ -59,9 +60,9 @@ def echo_site() -> Iterator[EchoSite]:
         model = await asyncio.to_thread(ServedModel.load, ModelSource(path=POCKET, name="pocket"))
         config = GatewayConfig(grpc_port=0, http_port=0, metrics_port=0, drain_s=1, body_timeout_s=5)
         times = LinkTimes(first_pause_s=0.02, longest_pause_s=0.1, poll_starting_s=0.02, poll_ready_s=0.5)
-        server = GatewayServer(config, model, static_address(router.address), link_times=times)
+        server = GatewayServer(config, model, static_addresses(router.address), link_times=times)
         ports = await server.start()
-        await until(lambda: server.link.state.ready and router.has_session, "the link to the Router")
+        await until(lambda: server.copies.state.ready and router.has_session, "the link to the Router")
         made.append(EchoSite(server, ports, router, asyncio.get_running_loop()))
         ready.set()
         await asyncio.to_thread(stop.wait)

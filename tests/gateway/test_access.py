@@ -15,7 +15,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.config import GatewayConfig, SecurityConfig
-from cluster.gateway.router_link import static_address
+from cluster.gateway.copies import static_addresses
 from cluster.gateway.served_model import ServedModel
 from cluster.gateway.server import GatewayServer
 from cluster.keys import Scope, add_key, revoke_key
@@ -78,9 +78,9 @@ async def guarded(
     other = add_key(file, "other", frozenset({Scope.GENERATE}), {})
     operator = add_key(file, "operator", frozenset({Scope.ADMIN}), {})
     security = SecurityConfig(keys_file=file)
-    server = GatewayServer(gateway_config, model, static_address(router.address), link_times=FAST, security=security)
+    server = GatewayServer(gateway_config, model, static_addresses(router.address), link_times=FAST, security=security)
     ports = await server.start()
-    await until(lambda: server.link.state.ready and router.has_session, "the link to the Router")
+    await until(lambda: server.copies.state.ready and router.has_session, "the link to the Router")
     url = f"http://127.0.0.1:{ports.http}"
     async with (
         grpc.aio.insecure_channel(f"127.0.0.1:{ports.grpc}") as channel,

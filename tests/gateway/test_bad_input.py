@@ -92,6 +92,8 @@ BAD_REQUESTS = [
     (ask(timeout_seconds=0), "timeout_seconds", "above 0"),
     (ask(timeout_seconds=float("nan")), "timeout_seconds", "nan"),
     (ask(metadata={str(i): "" for i in range(17)}), "metadata", "16"),
+    (ask(metadata={"k" * 65: ""}), "metadata", "64"),
+    (ask(metadata={"k": "v" * 513}), "metadata", "512"),
     (sampling(logit_bias={1024: 1}), "sampling.logit_bias[1024]", "1024"),
     (sampling(logit_bias={7: 101}), "sampling.logit_bias[7]", "[-100, 100]"),
     (sampling(logit_bias={7: float("nan")}), "sampling.logit_bias[7]", "nan"),
@@ -254,7 +256,7 @@ def test_any_prompt_that_ends_with_an_open_tag_starts_in_its_thoughts(
 async def test_an_unexpected_fault_is_internal_and_tells_nothing_but_the_request_id(
     gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gateway.server.link, "submit", lambda *_: 1 / 0)
+    monkeypatch.setattr(gateway.server.copies, "submit", lambda *_: 1 / 0)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await gateway.stub.Generate(ask(request_id="mine")).read()
     assert caught.value.code() is grpc.StatusCode.INTERNAL

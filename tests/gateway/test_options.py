@@ -204,9 +204,7 @@ async def test_an_operator_lowers_the_budget_of_running_requests(gateway: Runnin
     admin = AdminServiceStub(gateway.channel)
     # when: one, then all, and never up
     for target, budget in (({"request_id": "a"}, 7), ({"all": admin_pb2.AllRequests()}, 50)):
-        reply = await admin.SetThinkingBudget(
-            admin_pb2.SetThinkingBudgetRequest(thinking_budget=budget, **target)  # type: ignore[arg-type]
-        )
+        reply = await admin.SetThinkingBudget(admin_pb2.SetThinkingBudgetRequest(thinking_budget=budget, **target))
         assert reply.num_lowered == 1
     # then
     await gateway.router.budgeted(2)
@@ -286,7 +284,7 @@ async def test_a_required_tool_is_a_grammar_of_its_calls(model: ServedModel) -> 
     assert prepared.grammar_field == "tool_choice"
     assert '<[1012]> "\\n" (body_0) "\\n" <[1013]>' in prepared.grammar.text
     named = with_tool(tool_choice=pb.ToolChoice(tool_name="f"), parallel_tool_calls=False)
-    assert "start: call\n" in prepare(named, model).grammar.text  # type: ignore[union-attr]
+    assert "start: call\n" in prepare(named, model).grammar.text
 
 
 async def test_prompt_logprobs_are_in_started(gateway: RunningGateway) -> None:
@@ -391,3 +389,18 @@ def test_more_variables_reach_the_template(model: ServedModel, monkeypatch: pyte
     monkeypatch.setattr(model.tokenizer, "_template", ChatTemplate("{{ mood }}", {}))
     prepared = prepare(ask(chat_template_variables_json='{"mood": "calm"}'), model)
     assert model.tokenizer.decode(prepared.prompt_ids) == "calm"
+
+
+async def test_tokenize_renders_with_the_same_variables(
+    gateway: RunningGateway, model: ServedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cluster.text.chat_template import ChatTemplate
+
+    monkeypatch.setattr(model.tokenizer, "_template", ChatTemplate("{{ mood }}", {}))
+    conversation, variables = ask().conversation, '{"mood": "calm"}'
+    done = await gateway.stub.Tokenize(
+        pb.TokenizeRequest(conversation=conversation, chat_template_variables_json=variables)
+    )
+    assert model.tokenizer.decode(done.token_ids) == "calm"
+    with pytest.raises(grpc.aio.AioRpcError, match="template"):
+        await gateway.stub.Tokenize(pb.TokenizeRequest(text="x", chat_template_variables_json=variables))

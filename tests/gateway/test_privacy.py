@@ -46,7 +46,7 @@ async def test_neither_keys_nor_texts_are_logged(
     def fail(*_: object) -> None:
         raise KeyError(PROMPT, guarded.acme)
 
-    monkeypatch.setattr(guarded.server.link, "submit", fail)
+    monkeypatch.setattr(guarded.server.copies, "submit", fail)
     monkeypatch.setattr(Routes, "_body", fail)
     with pytest.raises(grpc.aio.AioRpcError):
         await guarded.stub.Complete(ask(PROMPT, request_id="grpc-17"), metadata=key, timeout=10)

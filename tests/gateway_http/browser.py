@@ -68,7 +68,7 @@ class Page:
                     self.errors.append(str(message["params"]["exceptionDetails"]))
                 if message.get("id") == number:
                     assert "error" not in message, message
-                    return message["result"]  # type: ignore[no-any-return]
+                    return message["result"]
 
     async def open(self, url: str) -> None:
         await self.call("Runtime.enable")

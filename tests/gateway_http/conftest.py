@@ -34,6 +34,7 @@ class WrittenCore:
     model: ServedModel
     batches: Sequence[list[pb.GenerateEvent] | Exception | asyncio.Event] = ()
     requests: list[pb.GenerateRequest] = field(default_factory=list)
+    tokenized: list[pb.TokenizeRequest] = field(default_factory=list)
     num_yielded: int = 0
     closed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -55,6 +56,7 @@ class WrittenCore:
             self.closed.set()
 
     async def tokenize(self, request: pb.TokenizeRequest, _caller: Caller) -> pb.TokenizeResponse:
+        self.tokenized.append(request)
         ids = self.model.tokenizer.encode(request.text or request.conversation.messages[0].content)
         texts = [self.model.tokenizer.decode([id_]) for id_ in ids]
         return pb.TokenizeResponse(token_ids=ids, max_model_len=self.model.max_model_len, texts=texts)
@@ -94,8 +96,7 @@ def http_config() -> GatewayConfig:
 @pytest.fixture
 async def site(model: ServedModel, http_config: GatewayConfig) -> AsyncIterator[Site]:
     core, not_ready = WrittenCore(model, ANSWER), []
-    why_not_ready = lambda: not_ready[0] if not_ready else None  # noqa: E731  # one line, used once
-    server = HttpServer(core, http_config, why_not_ready, Access(None))  # type: ignore[arg-type]  # a core like the real one
+    server = HttpServer(core, http_config, lambda: not_ready[0] if not_ready else None, Access(None))
     listener = socket.create_server(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     await server.start(listener)

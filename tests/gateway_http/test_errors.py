@@ -82,7 +82,7 @@ async def test_a_body_that_is_no_object_is_400(site: Site, body: bytes) -> None:
 
 
 async def test_a_body_over_the_bound_is_413_whether_it_says_its_length_or_not(site: Site) -> None:
-    async def pieces():  # type: ignore[no-untyped-def]
+    async def pieces():
         for _ in range(100):
             yield b" " * 1000
 
@@ -128,3 +128,9 @@ async def test_text_goes_to_token_ids_and_back(site: Site) -> None:
     assert back == {"prompt": "What is 2+2?"}
     assert (await site.post("/tokenize", question())).json()["count"] > 0
     assert (await site.post("/tokenize", {})).json()["error"]["param"] == "prompt"
+
+
+async def test_template_variables_reach_the_tokenizer(site: Site) -> None:
+    await site.post("/tokenize", question(chat_template_kwargs={"mood": "calm"}))
+
+    assert site.core.tokenized[-1].chat_template_variables_json == '{"mood":"calm"}'

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from cluster.config import EffortBudgets
 from cluster.errors import InvalidRequest
 from cluster.gateway.http.chat import read_chat
-from cluster.gateway.http.completions import read_completion
+from cluster.gateway.http.completions import read_completions
 from cluster.gateway.http.fields import Fields
 from cluster.gateway.http.responses import read_response
 from mull.v1 import generation_pb2 as pb
 from tests.gateway_http.conftest import question
 
-Reader = Callable[[Fields, EffortBudgets], pb.GenerateRequest]
+Reader = Callable[[Fields, EffortBudgets], object]
 BUDGETS = EffortBudgets()
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"b": 1, "a": 2.0}}}
 
@@ -33,7 +33,8 @@ def respond(**fields: Any) -> pb.GenerateRequest:
 
 
 def complete(**fields: Any) -> pb.GenerateRequest:
-    return read_completion(Fields({"prompt": "1 2 3", **fields}), BUDGETS)
+    (request,) = read_completions(Fields({"prompt": "1 2 3", **fields}), BUDGETS)
+    return request
 
 
 def test_sampling_fields_keep_their_names() -> None:
@@ -224,6 +225,25 @@ def test_prompts_of_completions() -> None:
     assert complete(logprobs=3).sampling.logprobs == 3
 
 
+def test_each_of_several_prompts_is_a_request_with_the_same_options() -> None:
+    texts = read_completions(Fields({"prompt": ["a", "b"], "seed": 7}), BUDGETS)
+    ids = read_completions(Fields({"prompt": [[1, 2], [3]]}), BUDGETS)
+
+    assert [(request.raw_prompt, request.sampling.seed) for request in texts] == [("a", 7), ("b", 7)]
+    assert [list(request.token_ids.ids) for request in ids] == [[1, 2], [3]]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "field"),
+    [(None, "prompt"), (["a", 3], "prompt"), ([[1], ["a"]], "prompt[0]"), (["a"] * 65, "prompt")],
+)
+def test_a_wrong_prompt_is_refused_by_its_name(prompt: object, field: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        complete(prompt=prompt)
+
+    assert caught.value.field == field
+
+
 @pytest.mark.parametrize(
     ("fields", "field"),
     [
@@ -282,7 +302,7 @@ NAMES = st.sampled_from([
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(NAMES, JSON, max_size=4))
 def test_any_body_is_read_or_refused_with_a_field(body: dict[str, Any]) -> None:
-    for read in (read_chat, read_completion, read_response):
+    for read in (read_chat, read_completions, read_response):
         assert _is_read(read, body) or _refused_field(read, body)
 
 

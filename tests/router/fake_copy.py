@@ -10,16 +10,23 @@ from typing import Any
 from cluster.router.blocks import BlockAllocator
 from cluster.router.scheduler import Scheduler, SchedulerConfig
 from cluster.router.sequence import FinishReason, Phase, SequenceRequest, SequenceUpdate
-from tests.fakes import FakeRanks, generate_alone
+from tests.fakes import FakeRanks, generate_alone, next_token
 from workers.step import SamplingParams, StepPlan, TokenLogprobs
 
 MAX_STEPS = 100_000
+PROMPT = list(range(10, 19))
+"""9 tokens: two full blocks of 4, and one token."""
 
 
 def request(key: Hashable, prompt_ids: list[int], *, max_tokens: int = 4, **more: Any) -> SequenceRequest:
     """A request that stops at nothing unless told so."""
     more.setdefault("sampling", SamplingParams(seed=7))
     return SequenceRequest(key=key, prompt_ids=prompt_ids, max_tokens=max_tokens, **more)
+
+
+def first_token(prompt_ids: list[int]) -> int:
+    """What the fake ranks sample after this prompt for `request`."""
+    return next_token(prompt_ids, 7, 50)
 
 
 class FakeCopy:
@@ -47,13 +54,8 @@ class FakeCopy:
             max_in_flight=max_in_flight,
         )
         self.scheduler = Scheduler(self.config, self.blocks)
-        self.ranks = FakeRanks(
-            num_blocks=num_blocks,
-            block_size=block_size,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            vocab_size=vocab_size,
-        )
+        self.vocab_size = vocab_size
+        self.ranks = self._new_ranks()
         self.in_flight: deque[StepPlan] = deque()
         self.plans: list[StepPlan] = []
         self.requests: dict[Hashable, SequenceRequest] = {}
@@ -63,6 +65,24 @@ class FakeCopy:
         self.finish: dict[Hashable, FinishReason] = {}
         self.forced: dict[Hashable, list[int]] = {}
         self.prompt_logprobs: dict[Hashable, list[TokenLogprobs]] = {}
+
+    def _new_ranks(self) -> FakeRanks:
+        return FakeRanks(
+            num_blocks=self.blocks.num_blocks,
+            block_size=self.blocks.block_size,
+            max_num_seqs=self.config.max_num_seqs,
+            max_num_batched_tokens=self.config.max_num_batched_tokens,
+            vocab_size=self.vocab_size,
+        )
+
+    def lose_ranks(self) -> None:
+        """Others take their place, with nothing computed; the plans under way have no results."""
+        blocks = self.blocks
+        self.blocks = BlockAllocator(blocks.num_blocks, blocks.block_size, blocks.enable_prefix_cache)
+        self.ranks = self._new_ranks()
+        self.in_flight.clear()
+        self.scheduler.restart(self.blocks)
+        self.check_books()
 
     def add(self, new: SequenceRequest) -> None:
         self.scheduler.add(new)
@@ -145,9 +165,9 @@ class FakeCopy:
         assert all(seq.slot is not None or not seq.block_ids for seq in sequences)
         for priority in {seq.request.priority for seq in sequences}:
             equals = [seq for seq in sequences if seq.request.priority == priority]
-            runs = [seq.slot is not None for seq in equals]
             admitted = [seq.was_admitted for seq in equals]
-            assert runs == sorted(runs, reverse=True), "someone overtook an older request"
+            runs = [seq.slot is not None for seq in equals if seq.phase is Phase.THINKING]
+            assert runs == sorted(runs, reverse=True), "someone who thinks overtook an older request that thinks"
             assert admitted == sorted(admitted, reverse=True), "someone was admitted before an older request"
 
     def _take(self, update: SequenceUpdate) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from msgspec.structs import replace
 
 from cluster.errors import RankLost
-from cluster.router.shards import GroupInfo, OnProgress
+from cluster.router.shards import GroupInfo, OnProgress, Survivors
 from tests.fakes import FakeRanks
 from workers.layout import ParallelLayout
 from workers.placement_map import EMPTY_SLOT, placement_problem
@@ -68,6 +68,9 @@ class FakeShardGroup:
         self.layout = ParallelLayout(tp=2, dp=len(ranks))
         self.experts = experts
         self.num_stops = 0
+        self.silence_s = 0.0
+        self.deadly_token: int | None = None
+        """Ranks fail that are to put it through the model."""
         self._on_progress = on_progress
         self._start_error = start_error
         self._orders: deque[list[StepPlan] | PlacementUpdate] = deque()
@@ -106,7 +109,7 @@ class FakeShardGroup:
         while True:
             await self._flowing.wait()
             if self._lost is not None:
-                raise RankLost(self._lost, rank=1)
+                raise RankLost(self._lost, rank=1, was_killed="killed" in self._lost)
             if self._orders:
                 order = self._orders.popleft()
                 if not isinstance(order, PlacementUpdate):
@@ -118,6 +121,8 @@ class FakeShardGroup:
             await self._changed.wait()
 
     def _execute(self, plans: list[StepPlan]) -> list[StepResult]:
+        if any(self.deadly_token in prefill.token_ids for plan in plans for prefill in plan.prefills):
+            raise RankLost("rank 1 failed: RuntimeError: a token that no kernel can bear", rank=1)
         results = []
         for group, (ranks, plan) in enumerate(zip(self.ranks, plans, strict=True)):
             first = group * self.layout.tp
@@ -129,6 +134,9 @@ class FakeShardGroup:
             return results
         loads = self.experts.take(self.layout.world_size)
         return [replace(result, expert_loads=loads[result.rank]) for result in results]
+
+    async def dissolve(self) -> Survivors:
+        return {}
 
     async def stop(self) -> None:
         self.num_stops += 1

@@ -10,8 +10,8 @@ import signal
 import sys
 import threading
 
-from workers.errors import CheckpointError
-from workers.shard import Progress, ShardConfig, main
+from workers.errors import CheckpointError, PeerLate
+from workers.shard import Progress, Runner, ShardConfig, main
 from workers.step import PlacementUpdate, StepPlan, StepResult
 
 NUM_BLOCKS = 100
@@ -23,13 +23,19 @@ class FakeRunner:
     weight_bytes = 1000
     kv_bytes = 2000
 
-    def __init__(self, config: ShardConfig, progress: Progress) -> None:
+    num_exchanges = 0
+
+    def __init__(self, config: ShardConfig, progress: Progress, previous: Runner | None) -> None:
         self._rank = config.runner.rank
         self._names_tokens = config.runner.rank % config.runner.layout.tp == 0
         self._placement = 0
         self.num_blocks = NUM_BLOCKS + self._rank
         scenario, _, rank = config.runner.model_dir.partition(":")
         self._scenario = scenario if rank == str(self._rank) else "good"
+        self._left = threading.Event()
+        if previous is not None:
+            self._scenario = "good"  # what it had, it had once
+            return
         progress(0, 1000)
         self._load()
         progress(1000, 1000)
@@ -49,11 +55,21 @@ class FakeRunner:
             raise ValueError("matrix of\nno rank")
         if self._scenario == "hangs":
             threading.Event().wait()
+        if self._scenario == "waits-for-others" and not self._left.wait(60):
+            raise TimeoutError("nobody woke it")
+        if self._left.is_set():
+            raise PeerLate("the others are gone")
         if self._scenario == "skips":
             return StepResult(plan.step + 1, self._rank)
         loads = [[self._placement]] if plan.report_loads else []
         token_ids = [7] * len(plan.sampling_slots) if self._names_tokens else []
         return StepResult(plan.step, self._rank, token_ids, expert_loads=loads)
+
+    def abort(self) -> None:
+        self._left.set()
+
+    def leave(self) -> None:
+        pass
 
     def place(self, update: PlacementUpdate) -> None:
         self._placement = update.version

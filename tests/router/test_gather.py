@@ -9,9 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.errors import EngineError
-from cluster.router.gather import Casualties, StepGather
+from cluster.router.gather import Casualties, Pulses, RankEnd, StepGather
 from workers.layout import ParallelLayout
-from workers.step import StepResult
+from workers.step import RankPulse, StepResult
+
+KILLED = RankEnd("was killed by SIGKILL", was_killed=True)
 
 
 @given(st.integers(1, 4), st.integers(0, 6), st.data())
@@ -64,17 +66,18 @@ def test_an_answer_to_nothing_is_an_error() -> None:
 def test_a_rank_that_vanished_is_blamed_for_the_errors_of_the_others() -> None:
     casualties = Casualties()
     casualties.failed(0, "RuntimeError: connection closed by peer")
-    casualties.ended(0, "exited with status 1")
-    casualties.ended(1, "was killed by SIGKILL")
+    casualties.ended(0, RankEnd("exited with status 1", was_killed=False))
+    casualties.ended(1, KILLED)
 
     assert str(casualties.verdict()) == "rank 1 was killed by SIGKILL"
+    assert casualties.verdict().was_killed
 
 
 def test_how_a_rank_ended_says_more_than_that_it_cannot_be_reached() -> None:
     casualties = Casualties()
     casualties.unreachable(0)
     unreachable = str(casualties.verdict())
-    casualties.ended(0, "was killed by SIGKILL")
+    casualties.ended(0, KILLED)
 
     assert unreachable == "rank 0 cannot be reached"
     assert str(casualties.verdict()) == "rank 0 was killed by SIGKILL"
@@ -83,7 +86,25 @@ def test_how_a_rank_ended_says_more_than_that_it_cannot_be_reached() -> None:
 def test_a_rank_that_said_why_it_fails_is_quoted() -> None:
     casualties = Casualties()
     casualties.failed(1, "out of memory")
-    casualties.ended(1, "exited with status 1")
+    casualties.ended(1, RankEnd("exited with status 1", was_killed=False))
     casualties.failed(0, "RuntimeError: connection closed by peer")
 
     assert str(casualties.verdict()) == "rank 1 failed: out of memory"
+    assert not casualties.verdict().was_killed
+
+
+def test_of_late_ranks_the_one_that_is_behind_with_its_exchanges_is_blamed() -> None:
+    pulses = Pulses()
+    for rank, num_exchanges in enumerate([7, 6, 7]):
+        pulses.heard(RankPulse(rank, num_exchanges), now_s=10.0)
+
+    assert pulses.blame([0, 1, 2], now_s=10.5) == 1
+
+
+def test_of_late_ranks_a_silent_one_is_blamed_before_one_that_is_behind() -> None:
+    pulses = Pulses()
+    pulses.heard(RankPulse(2, 9), now_s=5.0)
+    pulses.heard(RankPulse(0, 3), now_s=10.0)
+
+    assert pulses.blame([0, 2], now_s=10.0) == 2
+    assert (pulses.silent(6.0, now_s=10.0), pulses.silent(4.0, now_s=10.0)) == (None, 2)

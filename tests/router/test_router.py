@@ -15,7 +15,7 @@ from cluster.errors import EngineError
 from cluster.router.router import Router
 from cluster.router.scheduler import SchedulerConfig
 from cluster.router.sequence import SequenceRequest
-from cluster.router.shards import OnProgress
+from cluster.router.shards import OnProgress, Survivors
 from cluster.router.supervision import RestartPolicy
 from cluster.router.wire import ModelInfo, to_request
 from mull.v1 import router_pb2 as pb
@@ -41,8 +41,9 @@ class Groups:
     made: list[FakeShardGroup] = field(default_factory=list)
     dp: int = 1
     experts: FakeExperts | None = None
+    deadly_token: int | None = None
 
-    def __call__(self, on_progress: OnProgress) -> FakeShardGroup:
+    def __call__(self, on_progress: OnProgress, _survivors: Survivors) -> FakeShardGroup:
         ranks = [
             FakeRanks(
                 num_blocks=NUM_BLOCKS,
@@ -56,6 +57,7 @@ class Groups:
         ]
         error = self.start_errors.pop(0) if self.start_errors else None
         self.made.append(FakeShardGroup(ranks, on_progress, error, self.experts))
+        self.made[-1].deadly_token = self.deadly_token
         return self.made[-1]
 
 
@@ -128,7 +130,7 @@ async def connect(router: Router) -> AsyncIterator[Connect]:
 def submit(key: int, **fields: object) -> pb.Submit:
     sampling = pb.RouterSampling(temperature=0.6, top_p=0.95, repetition_penalty=1, seed=key)
     values: dict[str, object] = {"prompt_ids": [1, 2, 3], "max_tokens": 20, "sampling": sampling} | fields
-    return pb.Submit(key=key, **values)  # type: ignore[arg-type]  # protobuf's own field types
+    return pb.Submit(key=key, **values)
 
 
 def alone(message: pb.Submit) -> list[int]:
@@ -365,25 +367,74 @@ async def test_a_key_that_is_used_twice_breaks_the_session(connect: Connect, gro
     assert "key 1" in await gateway.call.details()
 
 
-async def test_losing_a_rank_ends_live_requests_and_the_next_group_serves(
-    router: Router, groups: Groups, connect: Connect
-) -> None:
+async def test_live_requests_outlive_the_ranks_that_computed_them(groups: Groups, connect: Connect) -> None:
     gateway = await connect()
-    await gateway.submit(1, max_tokens=390)
-    await gateway.submit(2, max_tokens=390)
-    await gateway.read()
+    messages = {key: await gateway.submit(key, max_tokens=100 * key) for key in (1, 2, 3)}
+    while len(gateway.tokens(3)) < 20:
+        await gateway.read()
 
     groups.made[0].lose_rank()
 
-    for key in (1, 2):
-        end = await gateway.end_of(key)
-        assert end.reason == pb.End.REASON_UNAVAILABLE
-        assert "rank 1 was killed by SIGKILL" in end.message
-    await until(lambda: router.is_ready, "the next group")
-    message = await gateway.submit(3)
-    await gateway.end_of(3)
-    assert gateway.tokens(3) == alone(message)
-    assert (groups.made[0].num_stops, router.stats().num_restarts_total) == (1, 1)
+    for key, message in messages.items():
+        assert (await gateway.end_of(key)).reason == pb.End.REASON_LENGTH
+        assert gateway.tokens(key) == alone(message)
+        assert sum(update.HasField("admitted") for update in gateway.updates[key]) == 1
+    described = await gateway.stub.Describe(pb.DescribeRequest())
+    assert (groups.made[0].num_stops, described.num_restarts_total) == (1, 1)
+    assert described.num_replayed_tokens_total > 60
+
+
+async def test_a_request_that_brings_down_its_ranks_twice_is_given_up_and_the_others_go_on(
+    router: Router, groups: Groups, connect: Connect
+) -> None:
+    # given: ranks that fail whenever they compute a certain token, which is in one prompt alone
+    gateway = await connect()
+    good = {key: submit(key, max_tokens=20, prompt_ids=[key, 5]) for key in (1, 2, 3)}
+    innocent = {token for message in good.values() for token in [*message.prompt_ids, *alone(message)]}
+    groups.deadly_token = groups.made[0].deadly_token = next(t for t in range(4, 50) if t not in innocent)
+    # when
+    for message in good.values():
+        await gateway.call.write(pb.GatewayMessage(submit=message))
+    await gateway.submit(9, prompt_ids=[4, groups.deadly_token, 4], max_tokens=60)
+    end = await gateway.end_of(9)
+    # then
+    assert end.reason == pb.End.REASON_ERROR
+    assert "do not send it again" in end.message
+    for key, message in good.items():
+        await gateway.end_of(key)
+        assert gateway.tokens(key) == alone(message)
+    assert len(groups.made) == 3
+    assert router.describe().num_quarantined_total == 1
+
+
+async def test_while_ranks_start_again_only_those_who_have_begun_are_taken(
+    router: Router, groups: Groups, connect: Connect
+) -> None:
+    gateway = await connect()
+    whole = alone(submit(1, max_tokens=50))
+    groups.start_errors = ["rank 0 failed: no memory"] * 2  # the third try succeeds
+    groups.made[0].lose_rank()
+    await until(lambda: not router.is_ready, "the loss")
+
+    await gateway.submit(1, max_tokens=50, output_ids=whole[:20])
+    await gateway.submit(2, max_tokens=50)
+
+    assert (await gateway.end_of(2)).reason == pb.End.REASON_UNAVAILABLE
+    assert (await gateway.end_of(1)).reason == pb.End.REASON_LENGTH
+    assert gateway.tokens(1) == whole[20:]
+
+
+async def test_a_group_that_gives_no_sign_of_life_is_not_ready(
+    router: Router, groups: Groups, connect: Connect
+) -> None:
+    gateway = await connect()
+
+    groups.made[0].silence_s = 500.0
+
+    described = await gateway.stub.Describe(pb.DescribeRequest())
+    assert (described.ready, described.heartbeat_age_seconds) == (False, 500.0)
+    assert "no sign of life came for 500 s, at most 120" in described.reason
+    assert router.why_not_live == described.reason
 
 
 async def test_a_rank_lost_while_idle_is_noticed(router: Router, groups: Groups, connect: Connect) -> None:
@@ -426,7 +477,7 @@ async def test_a_first_start_that_fails_is_told_in_the_ranks_own_words() -> None
 
 
 async def test_a_group_that_cannot_be_made_fails_the_router() -> None:
-    def make_group(_on_progress: OnProgress) -> FakeShardGroup:
+    def make_group(_on_progress: OnProgress, _survivors: Survivors) -> FakeShardGroup:
         raise OSError("no more descriptors")
 
     router = Router(MODEL, CONFIG, make_group)
@@ -502,8 +553,28 @@ async def test_stop_ends_open_sessions_and_stops_the_ranks(router: Router, group
 
     assert groups.made[0].num_stops == 1
     with pytest.raises(grpc.aio.AioRpcError) as ended:
-        await gateway.end_of(1)
+        await gateway.end_of(2)
     assert ended.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_what_still_runs_at_the_end_is_given_back_with_all_of_its_output(
+    router: Router, connect: Connect
+) -> None:
+    gateway = await connect()
+    message = await gateway.submit(1, max_tokens=390)
+    await gateway.read()
+
+    assert router.describe().ready
+    stopping = asyncio.create_task(router.stop(grace_s=0.02))
+    await asyncio.sleep(0)
+    described = router.describe()
+    end = await gateway.end_of(1)
+    await stopping
+
+    assert not described.ready
+    assert "stopping" in described.reason
+    assert end.reason == pb.End.REASON_UNAVAILABLE
+    assert gateway.tokens(1) == alone(message)[: len(gateway.tokens(1))]
 
 
 async def test_stop_with_grace_lets_live_requests_end_and_refuses_new_ones(router: Router, connect: Connect) -> None:

@@ -6,10 +6,11 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
-from hypothesis import event, given, settings
+import pytest
+from hypothesis import assume, event, given, settings
 from hypothesis import strategies as st
 
-from cluster.errors import Overloaded, PromptTooLong
+from cluster.errors import InvalidRequest, Overloaded, PromptTooLong
 from cluster.router.sequence import FinishReason, SequenceRequest
 from tests.router.fake_copy import FakeCopy, request
 from workers.step import SamplingParams
@@ -27,6 +28,11 @@ class Cancel:
 class SetBudget:
     index: int
     thinking_budget: int
+
+
+@dataclass(frozen=True)
+class LoseRanks:
+    pass
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,7 @@ moves = st.lists(
         arrivals(),
         st.builds(Cancel, st.integers(0, 20)),
         st.builds(SetBudget, st.integers(0, 20), st.integers(0, 10)),
+        st.just(LoseRanks()),
     ),
     min_size=10,
     max_size=60,
@@ -102,6 +109,8 @@ def make_move(copy: FakeCopy, move: object) -> None:
         case Receive():
             if copy.in_flight:
                 copy.receive()
+        case LoseRanks():
+            copy.lose_ranks()
         case Cancel(index):
             if index in copy.requests:
                 copy.cancel(index)
@@ -172,3 +181,37 @@ def test_every_sequence_gets_what_it_would_get_alone_and_all_blocks_come_back(
     event("thoughts closed" if copy.forced else "no thoughts closed")
     event("preempted" if copy.scheduler.num_preempted_total else "not preempted")
     event("prefix hit" if copy.scheduler.stats.prefix_hit_tokens_total else "no prefix hit")
+
+
+@settings(max_examples=200, deadline=None)
+@given(tight_copies(), arrivals(), st.integers(0, 20))
+def test_a_sequence_that_comes_with_output_goes_on_as_if_it_had_never_stopped(
+    setting: dict[str, Any], asked: dict[str, Any], num_known: int
+) -> None:
+    copy = FakeCopy(**setting)
+    offer(copy, request(0, **asked))
+    copy.run()
+    assume(copy.token_ids.get(0))
+    known = copy.token_ids[0][:num_known]
+    assume(len(known) < len(copy.token_ids[0]))
+
+    elsewhere = FakeCopy(**setting)
+    elsewhere.add(request(0, **asked, output_ids=known))
+    elsewhere.run()
+
+    assert known + elsewhere.token_ids[0] == copy.token_ids[0]
+    assert elsewhere.finish[0] is copy.finish[0]
+    event("thoughts closed" if copy.forced else "no thoughts closed")
+
+
+@settings(max_examples=100, deadline=None)
+@given(tight_copies(), arrivals())
+def test_nothing_can_follow_an_output_that_has_ended(setting: dict[str, Any], asked: dict[str, Any]) -> None:
+    copy = FakeCopy(**setting)
+    offer(copy, request(0, **asked))
+    copy.run()
+    assume(copy.token_ids.get(0))
+
+    with pytest.raises(InvalidRequest, match="nothing can follow") as refused:
+        copy.scheduler.add(request(1, **asked, output_ids=copy.token_ids[0]))
+    assert refused.value.field == "resume"

@@ -22,10 +22,10 @@ from cluster.router.in_process import InProcessGroup
 from cluster.router.launchers import ProcessLauncher
 from cluster.router.rank_socket import RankSocket
 from cluster.router.rendezvous import Rendezvous
-from cluster.router.shards import GroupBounds, GroupInfo, RankGroup
+from cluster.router.shards import GroupBounds, GroupInfo, RankGroup, Survivors
 from workers.config import RunnerConfig
 from workers.layout import ParallelLayout
-from workers.shard import Progress, ShardConfig
+from workers.shard import Progress, Runner, ShardConfig
 from workers.step import PlacementUpdate, RankLoading, StepPlan, StepResult
 
 FAKE_SHARD = str(Path(__file__).with_name("fake_shard.py"))
@@ -41,10 +41,12 @@ def runners(scenario: str, tp: int, dp: int = 1) -> list[RunnerConfig]:
 class Started:
     """A group under test, what it told, and whether anything of it is left."""
 
-    def __init__(self, scenario: str, tp: int, bounds: GroupBounds, dp: int = 1) -> None:
+    def __init__(
+        self, scenario: str, tp: int, bounds: GroupBounds, dp: int = 1, survivors: Survivors | None = None
+    ) -> None:
         self.progress: list[RankLoading] = []
         launcher = ProcessLauncher([sys.executable, FAKE_SHARD])
-        self.group = RankGroup(launcher, runners(scenario, tp, dp), bounds, self.progress.append)
+        self.group = RankGroup(launcher, runners(scenario, tp, dp), bounds, self.progress.append, survivors)
         self.info: GroupInfo | None = None
 
     async def start(self) -> GroupInfo:
@@ -63,8 +65,15 @@ Make = Callable[..., Awaitable[Started]]
 async def make() -> AsyncIterator[Make]:
     made: list[Started] = []
 
-    async def start(scenario: str = "good", *, tp: int = 2, dp: int = 1, bounds: GroupBounds = BOUNDS) -> Started:
-        made.append(Started(scenario, tp, bounds, dp))
+    async def start(
+        scenario: str = "good",
+        *,
+        tp: int = 2,
+        dp: int = 1,
+        bounds: GroupBounds = BOUNDS,
+        survivors: Survivors | None = None,
+    ) -> Started:
+        made.append(Started(scenario, tp, bounds, dp, survivors))
         await made[-1].start()
         return made[-1]
 
@@ -212,6 +221,46 @@ async def test_a_rank_that_loads_too_long_is_named_and_nothing_is_left(make: Mak
     assert ranks_alive() == []
 
 
+async def test_who_survives_a_loss_joins_the_next_group_with_its_weights(make: Make) -> None:
+    # given: a rank that waits for the one that is lost, and one that does not
+    started = await make("waits-for-others:0", tp=3)
+    assert started.info is not None
+    before = {rank.rank: rank.pid for rank in started.info.ranks}
+    started.group.send([StepPlan(0, decodes=[1])])
+    os.kill(before[1], signal.SIGKILL)
+    with pytest.raises(RankLost, match="rank 1 was killed by SIGKILL") as lost:
+        await asyncio.wait_for(started.group.receive(), WAIT_S)
+    # when
+    survivors = await asyncio.wait_for(started.group.dissolve(), WAIT_S)
+    again = await make("good", tp=3, survivors=survivors)
+    # then
+    assert again.info is not None
+    assert lost.value.was_killed
+    assert {rank.rank for rank in again.info.ranks if rank.pid == before[rank.rank]} == {0, 2}
+    assert {progress.rank for progress in again.progress} == {1}, "only the lost one loads"
+    assert (await again.step(7)).token_ids == [7, 7]
+
+
+async def test_a_stopped_rank_is_noticed_while_idle(make: Make) -> None:
+    started = await make(bounds=GroupBounds(pulse_timeout_s=2.5, stop_timeout_s=1))
+    assert started.info is not None
+
+    os.kill(started.info.ranks[1].pid, signal.SIGSTOP)
+
+    with pytest.raises(RankLost, match=r"rank 1 was not heard of for 2\.5 s"):
+        await asyncio.wait_for(started.group.receive(), WAIT_S)
+
+
+async def test_a_stopped_rank_is_blamed_and_not_the_one_that_waits_for_it(make: Make) -> None:
+    started = await make("waits-for-others:0", bounds=GroupBounds(step_timeout_s=4, stop_timeout_s=1))
+    assert started.info is not None
+    os.kill(started.info.ranks[1].pid, signal.SIGSTOP)
+
+    with pytest.raises(RankLost, match=r"rank 1 was late.* \(rank 0 was waiting for it\)") as lost:
+        await started.step()
+    assert lost.value.rank == 1
+
+
 async def test_ctrl_c_in_the_terminal_does_not_reach_the_ranks(make: Make) -> None:
     started = await make(tp=1)
     assert started.info is not None
@@ -258,12 +307,20 @@ class EchoRunner:
     weight_bytes = 1
     kv_bytes = 2
 
-    def __init__(self, config: ShardConfig, progress: Progress) -> None:
-        del config
+    num_exchanges = 0
+
+    def __init__(self, config: ShardConfig, progress: Progress, previous: Runner | None) -> None:
+        del config, previous
         progress(1, 1)
 
     def place(self, update: PlacementUpdate) -> None:
         raise NotImplementedError
+
+    def abort(self) -> None:
+        pass
+
+    def leave(self) -> None:
+        pass
 
     def execute(self, plan: StepPlan) -> StepResult:
         if plan.prefills:

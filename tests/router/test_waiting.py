@@ -11,7 +11,7 @@ from cluster.router.waiting import WaitingQueue
 def queue(*priorities: int) -> WaitingQueue[str]:
     waiting: WaitingQueue[str] = WaitingQueue()
     for arrival, priority in enumerate(priorities):
-        waiting.add(arrival, f"item {arrival}", priority=priority, arrival=arrival)
+        waiting.add(arrival, f"item {arrival}", place=(-priority, arrival))
     return waiting
 
 
@@ -22,9 +22,9 @@ def test_higher_priorities_go_first_and_equals_in_the_order_of_arrival() -> None
 def test_who_comes_back_takes_its_old_place() -> None:
     waiting = queue(0, 0, 0)
     key, item = waiting.pop()
-    waiting.add(key, item, priority=0, arrival=0)
+    waiting.add(key, item, place=(0, 0))
 
-    assert waiting.head == "item 0"
+    assert waiting.first(lambda _item: True) == "item 0"
 
 
 def test_an_item_can_be_replaced_where_it_waits() -> None:

@@ -77,7 +77,7 @@ def read(tokenizer: Tokenizer, chunks: list[list[int]], *, starts_thinking: bool
     open_id, close_id = tokenizer.token_id("<tool_call>"), tokenizer.token_id("</tool_call>")
     assert open_id is not None
     assert close_id is not None
-    made = AnswerRules(**{"tool_tags": ToolTags(open_id, close_id), **rules})  # type: ignore[arg-type]
+    made = AnswerRules(**{"tool_tags": ToolTags(open_id, close_id), **rules})
     splitter = PhaseSplitter(think, tokenizer.detokenizer(), starts_thinking=starts_thinking, rules=made)
     reading = Reading()
     for chunk in chunks:
@@ -94,9 +94,9 @@ def read(tokenizer: Tokenizer, chunks: list[list[int]], *, starts_thinking: bool
 def read_everywhere_cut(tokenizer: Tokenizer, text: str, **rules: object) -> Reading:
     """The reading of token after token; every other way to cut the stream must give the same."""
     ids = tokenizer.encode(text)
-    reading = read(tokenizer, [[token_id] for token_id in ids], **rules)  # type: ignore[arg-type]
+    reading = read(tokenizer, [[token_id] for token_id in ids], **rules)
     for cut in range(len(ids) + 1):
-        assert read(tokenizer, [ids[:cut], ids[cut:]], **rules) == reading  # type: ignore[arg-type]
+        assert read(tokenizer, [ids[:cut], ids[cut:]], **rules) == reading
     return reading
 
 

@@ -59,7 +59,7 @@ def run(runner: ModelRunner, orders: Sequence[Order]) -> Ran:
         ran.logits.append(compute(x_BH).clone())
         return ran.logits[-1].clone()
 
-    runner.decoder.logits = record  # type: ignore[method-assign]
+    runner.decoder.logits = record
     try:
         for order in orders:
             if isinstance(order, PlacementUpdate):
@@ -67,7 +67,7 @@ def run(runner: ModelRunner, orders: Sequence[Order]) -> Ran:
             else:
                 ran.results.append(runner.execute(order))
     finally:
-        runner.decoder.logits = compute  # type: ignore[method-assign]
+        runner.decoder.logits = compute
     return ran
 
 

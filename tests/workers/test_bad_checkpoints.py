@@ -190,7 +190,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
         f"{FIRST}: ",
     ),
     "index is no JSON": (write_bytes(INDEX, b"nope"), f"{INDEX}: no readable weight_map"),
-    "index maps to numbers": (point_index_to(5), f"{INDEX}: weight_map is not a mapping"),  # type: ignore[arg-type]
+    "index maps to numbers": (point_index_to(5), f"{INDEX}: weight_map is not a mapping"),
     "path traversal": (
         point_index_to("../../etc/passwd.safetensors"),
         f"{INDEX}: '../../etc/passwd.safetensors' is not",

@@ -27,6 +27,8 @@ class PlacedExperts:
     def __init__(self, layers: list[ExpertLayer], spec: ShardSpec, world: RankGroup) -> None:
         self.layers, self.spec, self.world = layers, spec, world
         self.version = 0
+        self.have_moved = False
+        """The weights are not those that loading gives."""
 
     def take_loads(self) -> list[list[int]]:
         """For each layer, tokens of this rank's slots since the last call."""
@@ -35,6 +37,7 @@ class PlacedExperts:
     def apply(self, update: PlacementUpdate) -> None:
         """Raises PlanError before anything moves."""
         self._check(update)
+        self.have_moved = True
         for layer, placement in zip(self.layers, update.layers, strict=True):
             moves = moves_between(layer.placement, placement, layer.local_slots.size)
             if moves:

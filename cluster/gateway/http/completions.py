@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from cluster.config import EffortBudgets
 from cluster.gateway.http.collected import CollectedChoice, Collector, token_logprobs, total_usage
@@ -20,14 +21,20 @@ from cluster.gateway.http.parts import (
 )
 from mull.v1 import generation_pb2 as pb
 
+MAX_PROMPTS = 64
 
-def read_completion(body: Fields, budgets: EffortBudgets) -> pb.GenerateRequest:
-    """The request that a text completion stands for. Raises InvalidRequest."""
+
+def read_completions(body: Fields, budgets: EffortBudgets) -> list[pb.GenerateRequest]:
+    """One request for each prompt of a text completion, otherwise the same. Raises InvalidRequest."""
+    request = _read_without_prompt(body, budgets)
+    return [_with_prompt(request, prompt) for prompt in _prompts(body)]
+
+
+def _read_without_prompt(body: Fields, budgets: EffortBudgets) -> pb.GenerateRequest:
     refuse_not_served(body, "echo", "suffix", "use_beam_search")
     if body.values.get("best_of") not in (None, body.values.get("n") or 1):
         raise body.refused("best_of", "not supported; leave it out, or send n for more generations")
     request = read_options(body, budgets)
-    _read_prompt(request, body)
     request.raw_tool_calls = True
     if (max_tokens := body.integer("max_tokens", -MAX_INT64, MAX_INT64)) is not None:
         request.max_tokens = max_tokens
@@ -36,36 +43,47 @@ def read_completion(body: Fields, budgets: EffortBudgets) -> pb.GenerateRequest:
     return request
 
 
-def _read_prompt(request: pb.GenerateRequest, body: Fields) -> None:
-    """A text or a list of token ids, or either of them alone in a list."""
-    prompt = body.values.get("prompt")
-    if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
-        if len(prompt) > 1:
-            raise body.refused("prompt", f"{len(prompt)} prompts; send one a request")
-        prompt = prompt[0]
+def _prompts(body: Fields) -> list[str | list[int]]:
+    """A text or a list of token ids, or a list of those."""
+    given = body.values.get("prompt")
+    prompts: list[Any] = given if isinstance(given, list) and given and not isinstance(given[0], int) else [given]
+    if len(prompts) > MAX_PROMPTS:
+        raise body.refused("prompt", f"{len(prompts)} prompts; send at most {MAX_PROMPTS} a request")
+    if not all(isinstance(prompt, (str, list)) for prompt in prompts):
+        raise body.wrong("prompt", "a string, a list of token ids, or a list of strings or of such lists")
+    return prompts
+
+
+def _with_prompt(request: pb.GenerateRequest, prompt: str | list[int]) -> pb.GenerateRequest:
+    asked = pb.GenerateRequest()
+    asked.CopyFrom(request)
     if isinstance(prompt, str):
-        request.raw_prompt = prompt
-    elif isinstance(prompt, list):
-        request.token_ids.ids.extend(Fields({"prompt": prompt}).integers("prompt"))
+        asked.raw_prompt = prompt
     else:
-        raise body.wrong("prompt", "a string or a list of token ids")
+        asked.token_ids.ids.extend(Fields({"prompt": prompt}).integers("prompt"))
+    return asked
 
 
 class CompletionForm:
     """The answer to one text completion. Expects events as raw text."""
 
-    def __init__(self, response_id: str, model: str, token_bytes: TokenBytes, *, include_usage: bool) -> None:
+    def __init__(
+        self, response_id: str, model: str, token_bytes: TokenBytes, *, include_usage: bool, choices_per_prompt: int
+    ) -> None:
         """`include_usage`: a stream's last chunk tells the usage."""
         about = {"id": response_id, "object": "text_completion", "created": int(time.time()), "model": model}
         self._about: Json = about
         self._token_bytes = token_bytes
         self._include_usage = include_usage
-        self._usages: list[pb.Usage] = []
+        self._choices_per_prompt = choices_per_prompt
+        self._usages: dict[int, pb.Usage] = {}
+        """Of each choice that has finished."""
         self._offsets: dict[int, int] = {}
 
     def document(self, collected: Collector) -> Json:
         choices = [self._choice(choice) for choice in collected.choices]
-        return {**self._about, "choices": choices, "usage": usage_json(collected.usage)}
+        self._usages = {choice.index: choice.finished.usage for choice in collected.choices if choice.finished}
+        return {**self._about, "choices": choices, "usage": self._usage()}
 
     def begin(self) -> bytes:
         return b""
@@ -76,10 +94,16 @@ class CompletionForm:
     def end(self) -> bytes:
         if not self._include_usage:
             return DONE
-        return data({**self._about, "choices": [], "usage": usage_json(total_usage(self._usages))}) + DONE
+        return data({**self._about, "choices": [], "usage": self._usage()}) + DONE
 
     def fail(self, error: Json) -> bytes:
         return data(error) + DONE
+
+    def _usage(self) -> Json:
+        by_prompt: dict[int, list[pb.Usage]] = {}
+        for choice, usage in self._usages.items():
+            by_prompt.setdefault(choice // self._choices_per_prompt, []).append(usage)
+        return usage_json(_sum(total_usage(usages) for usages in by_prompt.values()))
 
     def _choice(self, choice: CollectedChoice) -> Json:
         return {
@@ -103,7 +127,7 @@ class CompletionForm:
                     return b""
                 return self._chunk(event.choice, delta.text, logprobs=logprobs)
             case "finished":
-                self._usages.append(event.finished.usage)
+                self._usages[event.choice] = event.finished.usage
                 return self._chunk(event.choice, "", **finish_json(event.finished))
             case _:
                 return b""
@@ -114,3 +138,13 @@ class CompletionForm:
         if self._include_usage:
             chunk["usage"] = None
         return data(chunk)
+
+
+def _sum(usages: Iterable[pb.Usage]) -> pb.Usage:
+    total = pb.Usage()
+    for usage in usages:
+        total.prompt_tokens += usage.prompt_tokens
+        total.cached_tokens += usage.cached_tokens
+        total.thinking_tokens += usage.thinking_tokens
+        total.answer_tokens += usage.answer_tokens
+    return total

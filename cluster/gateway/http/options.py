@@ -36,7 +36,7 @@ def read_options(body: Fields, budgets: EffortBudgets) -> pb.GenerateRequest:
     request.stop.extend(body.texts("stop"))
     request.stop_token_ids.extend(body.integers("stop_token_ids"))
     _read_notes(request, body)
-    _read_template(request, body)
+    request.chat_template_variables_json = read_template_variables(body)
     _read_budget(request, body, budgets)
     if (response_format := _response_format(body)) is not None:
         request.response_format.CopyFrom(response_format)
@@ -92,10 +92,10 @@ def _read_notes(request: pb.GenerateRequest, body: Fields) -> None:
         request.metadata["user"] = user
 
 
-def _read_template(request: pb.GenerateRequest, body: Fields) -> None:
+def read_template_variables(body: Fields) -> str:
+    """`chat_template_kwargs` as JSON; empty where there are none. Raises InvalidRequest."""
     variables = body.object("chat_template_kwargs")
-    if variables is not None and variables.values:
-        request.chat_template_variables_json = json_text(variables.values)
+    return json_text(variables.values) if variables is not None and variables.values else ""
 
 
 def _read_budget(request: pb.GenerateRequest, body: Fields, budgets: EffortBudgets) -> None:

@@ -25,7 +25,7 @@ from cluster.gateway.core import GenerationCore
 from cluster.gateway.http.answer import Batches, JsonAnswer, StreamedAnswer, WholeAnswer, error_answer
 from cluster.gateway.http.chat import ChatForm, read_chat
 from cluster.gateway.http.collected import as_raw_text
-from cluster.gateway.http.completions import CompletionForm, read_completion
+from cluster.gateway.http.completions import CompletionForm, read_completions
 from cluster.gateway.http.door import caller_of
 from cluster.gateway.http.errors import BodyTooLarge, BodyTooLate
 from cluster.gateway.http.exchanges import Exchanges
@@ -33,7 +33,9 @@ from cluster.gateway.http.fields import Fields
 from cluster.gateway.http.forms import Form
 from cluster.gateway.http.messages import read_messages, read_tools
 from cluster.gateway.http.openapi import openapi_document
+from cluster.gateway.http.options import read_template_variables
 from cluster.gateway.http.parts import Json
+from cluster.gateway.http.prompts import side_by_side
 from cluster.gateway.http.response_form import ResponseForm
 from cluster.gateway.http.responses import read_response
 from cluster.gateway.requests import is_request_id, new_request_id
@@ -110,15 +112,28 @@ class Routes:
     async def complete(self, request: Request) -> Response:
         """POST /v1/completions."""
         body = await self._body(request)
-        asked = read_completion(body, self._config.effort_budgets)
-        request_id = _identify(request, asked)
+        prompts = read_completions(body, self._config.effort_budgets)
+        first = prompts[0]
+        request_id, choices_per_prompt = _identify(request, first), max(1, first.n)
+        for asked in prompts:
+            # Who asks by the id means the whole request.
+            asked.request_id = request_id
         form = CompletionForm(
             f"cmpl-{request_id}",
-            asked.model or self._core.model.name,
+            first.model or self._core.model.name,
             self._core.model.tokenizer.token_bytes,
             include_usage=_includes_usage(body),
+            choices_per_prompt=choices_per_prompt,
         )
-        return self._answer(request, body, asked, form, raw=True)
+        if len(prompts) == 1:
+            return self._answer(request, body, first, form, raw=True)
+        caller = caller_of(request)
+
+        def batches() -> Batches:
+            streams = [_raw_batches(self._core.stream(asked, caller)) for asked in prompts]
+            return side_by_side(streams, choices_per_prompt)
+
+        return self._answer_from(batches, body, form, request_id)
 
     async def respond(self, request: Request) -> Response:
         """POST /v1/responses."""
@@ -130,11 +145,12 @@ class Routes:
         return self._answer(request, body, asked, form, raw=False)
 
     async def tokenize(self, request: Request) -> Response:
-        """POST /tokenize: `prompt`, or `messages` with `tools`."""
+        """POST /tokenize: `prompt`, or `messages` with `tools` and `chat_template_kwargs`."""
         body = await self._body(request)
         asked = pb.TokenizeRequest(model=body.text("model") or "")
         if body.has("messages"):
             asked.conversation.CopyFrom(pb.Conversation(messages=read_messages(body), tools=read_tools(body)))
+            asked.chat_template_variables_json = read_template_variables(body)
         elif (prompt := body.text("prompt")) is not None:
             asked.text = prompt
         else:
@@ -205,15 +221,17 @@ class Routes:
         return Fields(_object(bytes(read)))
 
     def _answer(self, request: Request, body: Fields, asked: pb.GenerateRequest, form: Form, *, raw: bool) -> Response:
-        if (reason := self._why_not_ready()) is not None:
-            raise NotReady(f"{reason}; try again later")
-
         def batches() -> Batches:
             stream = self._core.stream(asked, caller_of(request))
             return _raw_batches(stream) if raw else stream
 
+        return self._answer_from(batches, body, form, asked.request_id)
+
+    def _answer_from(self, batches: Callable[[], Batches], body: Fields, form: Form, request_id: str) -> Response:
+        if (reason := self._why_not_ready()) is not None:
+            raise NotReady(f"{reason}; try again later")
         kind = StreamedAnswer if body.flag("stream") else WholeAnswer
-        return kind(batches, form, self._exchanges, asked.request_id)
+        return kind(batches, form, self._exchanges, request_id)
 
     def _model(self) -> Json:
         model = self._core.model

@@ -84,7 +84,7 @@ class Trainer:
         matrices = [weight for name, weight in named.items() if name.endswith(MATRICES)]
         others = [weight for name, weight in named.items() if not name.endswith(MATRICES)]
         for name, weight in named.items():
-            weight.row_blocks = {"qkv": 4, "gate_up": 2}.get(name.rsplit(".")[-1], 1)  # type: ignore[attr-defined]
+            weight.row_blocks = {"qkv": 4, "gate_up": 2}.get(name.rsplit(".")[-1], 1)
         self.optimisers: list[torch.optim.Optimizer] = [
             Muon(matrices, config.muon_lr),
             torch.optim.AdamW(others, config.adam_lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True),

@@ -79,16 +79,20 @@ class Resume(_message.Message):
     def __init__(self, choices: _Optional[_Iterable[_Union[ResumedChoice, _Mapping]]] = ...) -> None: ...
 
 class ResumedChoice(_message.Message):
-    __slots__ = ("choice", "token_ids", "next_sequence", "finished")
+    __slots__ = ("choice", "token_ids", "next_sequence", "finished", "text_bytes", "thinking_ended")
     CHOICE_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     NEXT_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
+    TEXT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    THINKING_ENDED_FIELD_NUMBER: _ClassVar[int]
     choice: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     next_sequence: int
     finished: bool
-    def __init__(self, choice: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., next_sequence: _Optional[int] = ..., finished: _Optional[bool] = ...) -> None: ...
+    text_bytes: int
+    thinking_ended: bool
+    def __init__(self, choice: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., next_sequence: _Optional[int] = ..., finished: _Optional[bool] = ..., text_bytes: _Optional[int] = ..., thinking_ended: _Optional[bool] = ...) -> None: ...
 
 class ToolChoice(_message.Message):
     __slots__ = ("mode", "tool_name")
@@ -424,14 +428,16 @@ class Completion(_message.Message):
     def __init__(self, choice: _Optional[int] = ..., seed: _Optional[int] = ..., thinking: _Optional[str] = ..., answer: _Optional[str] = ..., tool_calls: _Optional[_Iterable[_Union[ToolCall, _Mapping]]] = ..., thinking_ended: _Optional[_Union[ThinkingEnded.Reason, str]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[Logprobs, _Mapping]]] = ...) -> None: ...
 
 class TokenizeRequest(_message.Message):
-    __slots__ = ("model", "conversation", "text")
+    __slots__ = ("model", "conversation", "text", "chat_template_variables_json")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     CONVERSATION_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
+    CHAT_TEMPLATE_VARIABLES_JSON_FIELD_NUMBER: _ClassVar[int]
     model: str
     conversation: Conversation
     text: str
-    def __init__(self, model: _Optional[str] = ..., conversation: _Optional[_Union[Conversation, _Mapping]] = ..., text: _Optional[str] = ...) -> None: ...
+    chat_template_variables_json: str
+    def __init__(self, model: _Optional[str] = ..., conversation: _Optional[_Union[Conversation, _Mapping]] = ..., text: _Optional[str] = ..., chat_template_variables_json: _Optional[str] = ...) -> None: ...
 
 class TokenizeResponse(_message.Message):
     __slots__ = ("token_ids", "max_model_len", "texts")

@@ -39,7 +39,7 @@ std::int64_t now_ns() {
 struct HostGroup {
     std::uint8_t* memory;  // a Counter per rank, then the mailboxes: [rank][half][half_bytes]
     std::int64_t half_bytes;
-    std::int64_t timeout_ns;
+    std::int64_t timeout_ns;  // 0, from any thread, ends a wait at its next nap
     std::int32_t rank, size;
     std::uint32_t posts;
 
@@ -64,13 +64,13 @@ struct HostGroup {
             _mm_pause();
         }
         Counter& theirs = counter(of);
-        const std::int64_t deadline = now_ns() + timeout_ns;
+        const std::int64_t began = now_ns();
         theirs.sleepers.fetch_add(1);
         const timespec nap{0, NAP_NS};
         while (true) {
             const std::uint32_t seen = theirs.posts.load();
             if (static_cast<std::int32_t>(seen - posts) >= 0) break;
-            if (now_ns() > deadline) {
+            if (now_ns() - began > __atomic_load_n(&timeout_ns, __ATOMIC_RELAXED)) {
                 theirs.sleepers.fetch_sub(1);
                 return false;
             }
