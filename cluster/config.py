@@ -123,14 +123,14 @@ class GatewayConfig(_Part):
     """Open Generate streams of one gateway; one more is refused with RESOURCE_EXHAUSTED."""
     max_unread_tokens: int = Field(4096, ge=1)
     """Tokens kept for a client that does not read; past it the stream ends with RESOURCE_EXHAUSTED."""
+    replay_timeout_s: float = Field(600.0, gt=0)
+    """How long a request that has lost its copy of the model waits for one; its own deadline may come first."""
     head_timeout_s: float = Field(10.0, gt=0)
     """How long a client may take for the head of an HTTP request."""
     body_timeout_s: float = Field(60.0, gt=0)
     """How long it may take for the body of one, or for the message of a gRPC call."""
     idle_timeout_s: float = Field(300.0, gt=0)
     """How long a connection without a request stays open."""
-    replay_timeout_s: float = Field(600.0, gt=0)
-    """How long a request that has lost its copy of the model waits for one; its own deadline may come first."""
     drain_s: float = Field(30.0, ge=0)
     """How long running streams may go on after a shutdown was asked for."""
     effort_budgets: EffortBudgets = EffortBudgets()
