@@ -72,10 +72,10 @@ class GatewayServer:
         """Raises ConfigError for certificates or keys that cannot be used."""
         security = security or SecurityConfig()
         self._config = config
-        self._access = Access(security.keys_file)
         self._certificates = None if security.tls is None else ServerCertificates(security.tls)
         self._registry = registry or CollectorRegistry()
         self._metrics = GatewayMetrics(self._registry)
+        self._access = Access(security.keys_file, on_refused=self._metrics.on_refused)
         self.copies = Copies(
             directory,
             max_unread_tokens=config.max_unread_tokens,
