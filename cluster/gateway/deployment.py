@@ -69,13 +69,12 @@ def _address_from(router: Any) -> RouterAddress:
 
 
 def gateway_deployment(config: ClusterConfig, router: serve.Application) -> serve.Application:
-    """One gateway per node, on the ports that the config fixes; in a cluster of several nodes on this one."""
-    here = {f"node:{ray.util.get_node_ip_address()}": 0.001} if config.router.ray_address else {}  # type: ignore[no-untyped-call]  # Ray has no types there
+    """One gateway per node, on the ports that the config fixes."""
     deployment: Any = serve.deployment(
         name=NAME,
-        num_replicas=1,
+        num_replicas=config.gateway.replicas,
         max_replicas_per_node=1,
-        ray_actor_options={"num_cpus": 0, "resources": here},
+        ray_actor_options={"num_cpus": 0, "resources": _node(config)},
         health_check_period_s=HEALTH_PERIOD_S,
         graceful_shutdown_timeout_s=config.gateway.drain_s + SHUTDOWN_MARGIN_S,
         # Clients' streams do not come through Serve: `__del__` waits for them.
@@ -83,3 +82,12 @@ def gateway_deployment(config: ClusterConfig, router: serve.Application) -> serv
     )(GatewayDeployment)
     application: serve.Application = deployment.bind(config, router)
     return application
+
+
+def _node(config: ClusterConfig) -> dict[str, float]:
+    """The Ray resource that puts a gateway where it belongs; in a cluster of several nodes at least on this one."""
+    if config.gateway.node_resource is not None:
+        return {config.gateway.node_resource: 1}
+    if config.router.ray_address is None:
+        return {}
+    return {f"node:{ray.util.get_node_ip_address()}": 0.001}  # type: ignore[no-untyped-call]  # Ray has no types there

@@ -152,7 +152,7 @@ def router_deployment(config: ClusterConfig) -> serve.Application:
     bundle: dict[str, float] = {"CPU": size, "GPU": size} if device == "cuda" else {"CPU": size}
     deployment: Any = serve.deployment(
         name=NAME,
-        num_replicas=1,
+        num_replicas=config.router.copies,
         ray_actor_options={"num_cpus": 1, "runtime_env": NORMAL_PRIORITY},
         placement_group_bundles=[{"CPU": 1}, *[bundle] * (layout.world_size // size)],
         placement_group_strategy="PACK",
