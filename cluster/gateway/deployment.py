@@ -33,7 +33,6 @@ class GatewayDeployment:
         )
         self._server = GatewayServer(config.gateway, model, _address_from(router), security=config.security)
         self._ports = await self._server.start()
-        self._is_draining = False
 
     async def ports(self) -> dict[str, int]:
         """Where it listens: grpc, http and metrics."""
@@ -45,12 +44,11 @@ class GatewayDeployment:
 
     async def drain(self, grace_s: float) -> int:
         """Refuse new requests and let open streams end. Returns how many were cut off after `grace_s`."""
-        self._is_draining = True
         return await self._server.drain(grace_s)
 
     async def check_health(self) -> None:
         """Serve restarts the replica when this raises."""
-        if not self._is_draining and not self._server.is_serving:
+        if not self._server.is_draining and not self._server.is_serving:
             raise EngineError("the gateway has stopped serving")
 
     async def __del__(self) -> None:
