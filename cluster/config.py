@@ -123,6 +123,12 @@ class GatewayConfig(_Part):
     """Open Generate streams of one gateway; one more is refused with RESOURCE_EXHAUSTED."""
     max_unread_tokens: int = Field(4096, ge=1)
     """Tokens kept for a client that does not read; past it the stream ends with RESOURCE_EXHAUSTED."""
+    stream_retention_s: float = Field(60.0, gt=0)
+    """How long an HTTP stream that may be resumed goes on without its client."""
+    max_kept_streams: int = Field(128, ge=1)
+    """HTTP streams that may be resumed."""
+    max_kept_stream_bytes: int = Field(2**20, ge=1024)
+    """Kept of each of them, the newest events."""
     replay_timeout_s: float = Field(600.0, gt=0)
     """How long a request that has lost its copy of the model waits for one; its own deadline may come first."""
     head_timeout_s: float = Field(10.0, gt=0)
