@@ -114,6 +114,10 @@ class EffortBudgets(_Part):
 class GatewayConfig(_Part):
     """What clients connect to."""
 
+    replicas: int = Field(1, ge=1)
+    """Gateways, each on a node of its own."""
+    node_resource: str | None = None
+    """Ray resource of the nodes that gateways run on; None: the node that the app was started from."""
     host: str = "127.0.0.1"
     grpc_port: int = Field(50051, ge=0, le=65535)
     http_port: int = Field(8000, ge=0, le=65535)
@@ -148,6 +152,14 @@ class GatewayConfig(_Part):
     def _phrase_is_one_thought(self) -> Self:
         if "</think>" in self.thinking_close_phrase:
             raise ValueError("thinking_close_phrase contains </think>; leave it out, it is added")
+        return self
+
+    @model_validator(mode="after")
+    def _replicas_have_nodes(self) -> Self:
+        if self.replicas > 1 and self.node_resource is None:
+            raise ValueError(
+                f"replicas {self.replicas} need a node each; name the Ray resource of those nodes in node_resource"
+            )
         return self
 
     @model_validator(mode="after")

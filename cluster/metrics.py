@@ -87,6 +87,13 @@ class GatewayMetrics:
         self.requests_failed = Counter(
             "mull_requests_failed_total", "Requests that ended otherwise, by status code.", ["code"], registry=registry
         )
+        self.calls_refused = Counter(
+            "mull_calls_refused_total",
+            "Calls kept out by their key or a limit of their tenant: unauthenticated, forbidden, requests, streams, "
+            "prompt, output.",
+            ["reason"],
+            registry=registry,
+        )
         self.prompt_tokens = Counter(
             "mull_prompt_tokens_total", "Prompt tokens of admitted requests.", registry=registry
         )
@@ -124,6 +131,10 @@ class GatewayMetrics:
         # Children are looked up once: a labelled lookup costs more than the increment.
         self.generated_thinking = self.generation_tokens.labels("thinking")
         self.generated_answer = self.generation_tokens.labels("answer")
+
+    def on_refused(self, reason: str) -> None:
+        """A call was not let in."""
+        self.calls_refused.labels(reason).inc()
 
 
 def _histogram(registry: CollectorRegistry, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:

@@ -25,9 +25,10 @@ def start_ray(config: ClusterConfig) -> None:
         # Ray replaces a loopback address by one that others can reach, and then listens on all interfaces, except
         # where it is told that a cluster of machines is not wanted. Read when it is imported, here and in its workers.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-        # Other users of this machine must not run code as ours. In the environment, which only we and our processes
-        # can read: Ray would write a token of its own to a file.
-        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+        # Other users of this machine must not run code as ours: Ray asks for a token by default. This one is in our
+        # environment, which only we and our processes can read; Ray would write its own to a file.
+        os.environ.pop("RAY_AUTH_MODE", None)
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     from ray import serve
     from ray.serve.config import ProxyLocation
 

@@ -97,7 +97,7 @@ class GenerationCore:
         error comes out of the closing.
         """
         request.request_id = request.request_id or new_request_id()
-        timer, record = RequestTimer(self._metrics), RequestRecord(request)
+        timer, record = RequestTimer(self._metrics), RequestRecord(request, caller.tenant)
         try:
             with self._stream_slot(), caller.allowance.streams(max(1, request.n)):
                 prepared = caller.apply(await self._prepare(request), self.model)

@@ -46,13 +46,17 @@ class Doorkeeper(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # gener
         if not details.method.startswith(_OURS):
             return await continuation(details)
         try:
-            caller = self._access.caller(_authorization(details.invocation_metadata or ()))
-            if details.method not in _ANY_KEY:
-                caller.check_scope(Scope.ADMIN if details.method.startswith(_ADMIN) else Scope.GENERATE)
+            self._access.admit(_authorization(details.invocation_metadata or ()), _scope_of(details.method))
         except MullError as error:
             return _refusal(error)
         handler = await continuation(details)
         return handler and _bounded(handler, self._message_timeout_s)
+
+
+def _scope_of(method: str) -> Scope | None:
+    if method in _ANY_KEY:
+        return None
+    return Scope.ADMIN if method.startswith(_ADMIN) else Scope.GENERATE
 
 
 def _authorization(metadata: Any) -> str | None:

@@ -186,6 +186,15 @@ async def test_the_client_gets_invalid_argument_and_the_field(
     assert gateway.router.submits == []
 
 
+@pytest.mark.parametrize("text", ["x" * 2**20, "é" * 2**20])
+async def test_an_error_that_quotes_a_long_text_still_reaches_the_client(gateway: RunningGateway, text: str) -> None:
+    for request in (ask(model=text), chat(pb.Message(role=text))):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await gateway.stub.Generate(request).read()
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert "grpc-status-details-bin" in dict(caught.value.trailing_metadata())
+
+
 def test_a_prompt_longer_than_the_context_names_both_numbers(model: ServedModel) -> None:
     with pytest.raises(PromptTooLong, match=r"5000 tokens.* 4096 "):
         prepare(pb.GenerateRequest(token_ids=pb.TokenIds(ids=[5] * 5000)), model)

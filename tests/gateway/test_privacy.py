@@ -55,6 +55,7 @@ async def test_neither_keys_nor_texts_are_logged(
     # then
     log = written(caplog)
     assert failed.status_code == 500
+    assert "of acme ended: status OK" in log
     assert "grpc-17 failed: KeyError" in log
     assert "http-17 failed: KeyError" in log
     for secret in (PROMPT, ANSWER, guarded.acme, guarded.acme.split("-", 2)[2]):

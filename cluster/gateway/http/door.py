@@ -35,9 +35,8 @@ class HttpDoor:
         if scope["path"] not in OPEN_PATHS:
             headers = Headers(scope=scope)
             try:
-                caller = self._access.caller(_authorization(headers))
-                if not scope["path"].startswith(ANY_KEY_PREFIX):
-                    caller.check_scope(KeyScope.GENERATE)
+                needed = None if scope["path"].startswith(ANY_KEY_PREFIX) else KeyScope.GENERATE
+                caller = self._access.admit(_authorization(headers), needed)
             except MullError as error:
                 given = headers.get("x-request-id", "")
                 request_id = given if is_request_id(given) else new_request_id()

@@ -20,7 +20,7 @@ from cluster.errors import (
     UnknownModel,
 )
 from cluster.gateway.http.parts import Json
-from cluster.gateway.status import log_fault
+from cluster.gateway.status import log_fault, short_message
 
 RETRY_AFTER_S = 1
 
@@ -84,7 +84,7 @@ def error_headers(error: Exception) -> dict[str, str]:
 def error_json(error: Exception, request_id: str) -> Json:
     """OpenAI's error document. The text of an error that was not raised on purpose goes to the log alone."""
     row = http_status(error)
-    message = str(error)
+    message = short_message(error) if isinstance(error, MullError) else ""
     param = None
     if not isinstance(error, MullError):
         log_fault(error, request_id)
