@@ -88,6 +88,7 @@ class Simulation:
         self.gateways: dict[int, SimGateway] = {}
         self.past_routers: list[SimRouter] = []
         self.past_gateways: list[SimGateway] = []
+        self.routers_come_back = True
         self._num_started = self._num_unfinished = 0
         for place in range(dice.randint(1, 2)):
             self._start_router(place)
@@ -118,6 +119,17 @@ class Simulation:
         for gateway in [*self.past_gateways, *self.gateways.values()]:
             report.counts["replays of gateways"] += gateway.num_replays
         return report
+
+    def run_without_routers(self, lost_at_s: float, until_s: float) -> None:
+        """All Routers are lost for good; what had begun waits for one, as long as it may."""
+        world = self.world
+        for client in self.clients:
+            world.after(world.between(0.0, 0.08), client.call)
+        world.run(until_s=lost_at_s, is_over=lambda: False)
+        self.routers_come_back = False
+        for router in self.routers.values():
+            router.kill()
+        world.run(until_s=until_s, is_over=lambda: self._num_unfinished == 0)
 
     # What must hold
 
@@ -166,7 +178,8 @@ class Simulation:
 
     def _router_ended(self, place: int, router: SimRouter) -> None:
         self.past_routers.append(router)
-        self.world.after(self.world.between(0.0, LONGEST_RESTART_S), lambda: self._start_router(place))
+        if self.routers_come_back:
+            self.world.after(self.world.between(0.0, LONGEST_RESTART_S), lambda: self._start_router(place))
 
     def _start_gateway(self, place: int) -> None:
         self._num_started += 1

@@ -20,7 +20,8 @@ from cluster.router.blocks import BlockAllocator
 from cluster.router.engine import Engine
 from cluster.router.quarantine import Quarantine
 from cluster.router.sequence import Sequence
-from tests.simulation.simulation import Failure, run
+from tests.simulation.gateway import POLICY
+from tests.simulation.simulation import Failure, Simulation, run
 
 NUM_BATCHES, BATCH_SIZE = 8, 1250
 FIRST_SEED = 1_000_000
@@ -52,6 +53,20 @@ def test_no_fault_loses_repeats_or_changes_a_token_or_leaves_anything_behind(bat
     counts = run_batch(FIRST_SEED + batch * BATCH_SIZE)
 
     assert all(counts[name] for name in MUST_HAPPEN), f"these runs show too little: {counts}"
+
+
+def test_streams_of_a_cluster_that_is_gone_are_told_so_in_time() -> None:
+    num_waiting = 0
+    for seed in range(FIRST_SEED, FIRST_SEED + 50):
+        simulation = Simulation(seed)
+        simulation.run_without_routers(lost_at_s=0.1, until_s=0.2)
+        waiting = [(client, client.num_refusals) for client in simulation.clients if not client.is_done]
+
+        simulation.world.run(until_s=0.2 + POLICY.timeout_s + 0.2, is_over=lambda: False)
+
+        assert all(client.is_done or client.num_refusals > before for client, before in waiting)
+        num_waiting += sum(bool(client.output_ids) for client, _ in waiting)
+    assert num_waiting > 0
 
 
 def digest_of(seed: int) -> str:
