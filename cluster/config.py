@@ -114,6 +114,10 @@ class EffortBudgets(_Part):
 class GatewayConfig(_Part):
     """What clients connect to."""
 
+    replicas: int = Field(1, ge=1)
+    """Gateways, each on a node of its own."""
+    node_resource: str | None = None
+    """Ray resource of the nodes that gateways run on; None: the node that the app was started from."""
     host: str = "127.0.0.1"
     grpc_port: int = Field(50051, ge=0, le=65535)
     http_port: int = Field(8000, ge=0, le=65535)
@@ -123,6 +127,12 @@ class GatewayConfig(_Part):
     """Open Generate streams of one gateway; one more is refused with RESOURCE_EXHAUSTED."""
     max_unread_tokens: int = Field(4096, ge=1)
     """Tokens kept for a client that does not read; past it the stream ends with RESOURCE_EXHAUSTED."""
+    stream_retention_s: float = Field(60.0, gt=0)
+    """How long an HTTP stream that may be resumed goes on without its client."""
+    max_kept_streams: int = Field(128, ge=1)
+    """HTTP streams that may be resumed."""
+    max_kept_stream_bytes: int = Field(2**20, ge=1024)
+    """Kept of each of them, the newest events."""
     replay_timeout_s: float = Field(600.0, gt=0)
     """How long a request that has lost its copy of the model waits for one; its own deadline may come first."""
     head_timeout_s: float = Field(10.0, gt=0)
@@ -142,6 +152,14 @@ class GatewayConfig(_Part):
     def _phrase_is_one_thought(self) -> Self:
         if "</think>" in self.thinking_close_phrase:
             raise ValueError("thinking_close_phrase contains </think>; leave it out, it is added")
+        return self
+
+    @model_validator(mode="after")
+    def _replicas_have_nodes(self) -> Self:
+        if self.replicas > 1 and self.node_resource is None:
+            raise ValueError(
+                f"replicas {self.replicas} need a node each; name the Ray resource of those nodes in node_resource"
+            )
         return self
 
     @model_validator(mode="after")

@@ -124,8 +124,18 @@ def config_from_flags(args: argparse.Namespace) -> ClusterConfig:
     if args.insecure:
         values.setdefault("security", {})["insecure"] = True
     model = values.setdefault("model", {})
-    path = str(args.model or model.get("path") or builtin_model())
-    name = args.served_model_name or model.get("name") or Path(path).resolve().name
+    if args.model is not None:
+        model["path"] = str(args.model)
+    if args.served_model_name is not None:
+        model["name"] = args.served_model_name
+    return config_from_values(values)
+
+
+def config_from_values(values: dict[str, dict[str, Any]]) -> ClusterConfig:
+    """Nested values as they are; a model that they do not name is the built-in one. Raises ConfigError."""
+    model = values.get("model", {})
+    path = str(model.get("path") or builtin_model())
+    name = model.get("name") or Path(path).resolve().name
     return parse_config({**values, "model": {**model, "path": path, "name": name}})
 
 

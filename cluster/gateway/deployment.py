@@ -36,7 +36,6 @@ class GatewayDeployment:
         )
         self._server = GatewayServer(config.gateway, model, _directory_of(router), security=config.security)
         self._ports = await self._server.start()
-        self._is_draining = False
 
     async def ports(self) -> dict[str, int]:
         """Where it listens: grpc, http and metrics."""
@@ -48,12 +47,11 @@ class GatewayDeployment:
 
     async def drain(self, grace_s: float) -> int:
         """Refuse new requests and let open streams end. Returns how many were cut off after `grace_s`."""
-        self._is_draining = True
         return await self._server.drain(grace_s)
 
     async def check_health(self) -> None:
         """Serve restarts the replica when this raises."""
-        if not self._is_draining and not self._server.is_serving:
+        if not self._server.is_draining and not self._server.is_serving:
             raise EngineError("the gateway has stopped serving")
 
     async def __del__(self) -> None:
@@ -76,13 +74,12 @@ def _directory_of(router: Any) -> CopyDirectory:
 
 
 def gateway_deployment(config: ClusterConfig, router: serve.Application) -> serve.Application:
-    """One gateway per node, on the ports that the config fixes; in a cluster of several nodes on this one."""
-    here = {f"node:{ray.util.get_node_ip_address()}": 0.001} if config.router.ray_address else {}  # type: ignore[no-untyped-call]  # Ray has no types there
+    """One gateway per node, on the ports that the config fixes."""
     deployment: Any = serve.deployment(
         name=NAME,
-        num_replicas=1,
+        num_replicas=config.gateway.replicas,
         max_replicas_per_node=1,
-        ray_actor_options={"num_cpus": 0, "resources": here},
+        ray_actor_options={"num_cpus": 0, "resources": _node(config)},
         health_check_period_s=HEALTH_PERIOD_S,
         graceful_shutdown_timeout_s=config.gateway.drain_s + SHUTDOWN_MARGIN_S,
         # Clients' streams do not come through Serve: `__del__` waits for them.
@@ -90,3 +87,12 @@ def gateway_deployment(config: ClusterConfig, router: serve.Application) -> serv
     )(GatewayDeployment)
     application: serve.Application = deployment.bind(config, router)
     return application
+
+
+def _node(config: ClusterConfig) -> dict[str, float]:
+    """The Ray resource that puts a gateway where it belongs; in a cluster of several nodes at least on this one."""
+    if config.gateway.node_resource is not None:
+        return {config.gateway.node_resource: 1}
+    if config.router.ray_address is None:
+        return {}
+    return {f"node:{ray.util.get_node_ip_address()}": 0.001}  # type: ignore[no-untyped-call]  # Ray has no types there

@@ -11,13 +11,11 @@ import asyncio
 import logging
 import socket
 from dataclasses import dataclass
-from threading import Thread
-from wsgiref.simple_server import WSGIServer
 
 from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry
 
 from cluster.config import GatewayConfig, SecurityConfig
 from cluster.errors import ConfigError
@@ -26,6 +24,7 @@ from cluster.gateway.admin import AdminServicer
 from cluster.gateway.copies import Copies, CopyDirectory
 from cluster.gateway.core import DRAINING, GenerationCore
 from cluster.gateway.doorkeeper import Doorkeeper
+from cluster.gateway.exposition import Exposition
 from cluster.gateway.http.server import BACKLOG, HttpServer
 from cluster.gateway.recovery import ReplayPolicy
 from cluster.gateway.router_link import LinkTimes
@@ -73,8 +72,8 @@ class GatewayServer:
         security = security or SecurityConfig()
         self._config = config
         self._certificates = None if security.tls is None else ServerCertificates(security.tls)
-        self._registry = registry or CollectorRegistry()
-        self._metrics = GatewayMetrics(self._registry)
+        registry = registry or CollectorRegistry()
+        self._metrics = GatewayMetrics(registry)
         self._access = Access(security.keys_file, on_refused=self._metrics.on_refused)
         self.copies = Copies(
             directory,
@@ -88,8 +87,10 @@ class GatewayServer:
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the package has no stubs for it
         self._http = HttpServer(self._core, config, self._why_not_ready, self._access, self._certificates)
         self._server: aio.Server | None = None
-        self._exposition: tuple[WSGIServer, Thread] | None = None
+        self._exposition = Exposition(registry, self._why_not_ready, self._drain_from_thread)
         self._follower: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._drainer: asyncio.Task[int] | None = None
 
     @property
     def core(self) -> GenerationCore:
@@ -115,6 +116,7 @@ class GatewayServer:
 
     async def start(self) -> GatewayPorts:
         """Listen. Raises ConfigError, one line with the remedy, for a port that is taken."""
+        self._loop = asyncio.get_running_loop()
         await self._set_health(ready=False)
         metrics_port = self._start_exposition()
         try:
@@ -128,7 +130,7 @@ class GatewayServer:
                 listener.close()
                 raise
         except BaseException:
-            self._stop_exposition()
+            self._exposition.stop()
             raise
         self.copies.start()
         self._follower = asyncio.create_task(self._follow_copies(), name="health follower")
@@ -152,7 +154,7 @@ class GatewayServer:
             self._server = None
         await self._http.stop()
         await self.copies.close()
-        self._stop_exposition()
+        self._exposition.stop()
         return num_cut
 
     def _why_not_ready(self) -> str | None:
@@ -188,19 +190,18 @@ class GatewayServer:
     def _start_exposition(self) -> int:
         config = self._config
         try:
-            self._exposition = start_http_server(config.metrics_port, config.host, self._registry)
+            return self._exposition.start(config.host, config.metrics_port)
         except OSError as error:
             raise _port_error("metrics_port", config.host, config.metrics_port, error) from error
-        return self._exposition[0].server_port
 
-    def _stop_exposition(self) -> None:
-        if self._exposition is None:
-            return
-        server, thread = self._exposition
-        server.shutdown()
-        server.server_close()
-        thread.join()
-        self._exposition = None
+    def _drain_from_thread(self) -> None:
+        """Begin to drain, asked for over the metrics port."""
+        assert self._loop is not None, "the port opens in start()"
+        self._loop.call_soon_threadsafe(self._begin_drain)
+
+    def _begin_drain(self) -> None:
+        if self._drainer is None:
+            self._drainer = asyncio.create_task(self.drain(self._config.drain_s), name="drain")
 
     async def _follow_copies(self) -> None:
         while True:

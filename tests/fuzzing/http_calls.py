@@ -12,8 +12,8 @@ from schemathesis.generation import GenerationMode
 from cluster.gateway.http.openapi import openapi_document
 
 SCHEMA = schemathesis.openapi.from_dict(openapi_document())
-OPERATIONS = {result.ok().path: result.ok() for result in SCHEMA.get_all_operations()}
-POST_OPERATIONS = sorted(path for path, operation in OPERATIONS.items() if operation.method == "post")
+OPERATIONS = {result.ok().path: result.ok() for result in SCHEMA.get_all_operations() if result.ok().method == "post"}
+POST_OPERATIONS = sorted(OPERATIONS)
 TIMEOUT_S = 20.0
 
 

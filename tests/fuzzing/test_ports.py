@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 
 from cluster.config import GatewayConfig
 from cluster.gateway.http.exchanges import Exchanges
+from cluster.gateway.http.kept import KeepPolicy, KeptStreams
 from cluster.gateway.http.openapi import openapi_document
 from cluster.gateway.http.routes import build_http_app
 from tests.fuzzing.echo_site import EchoSite, echo_site
@@ -64,7 +65,8 @@ def test_no_http_request_ends_in_a_fault_of_ours(site: EchoSite, path: str) -> N
 
 
 def test_the_document_has_every_route_that_is_served() -> None:
-    app = build_http_app(None, GatewayConfig(), lambda: None, Exchanges())  # type: ignore[arg-type]  # none is asked
+    kept = KeptStreams(KeepPolicy(retention_s=1, max_streams=1, max_bytes=1))
+    app = build_http_app(None, GatewayConfig(), lambda: None, Exchanges(), kept)  # type: ignore[arg-type]  # none is asked
     served = {route.path.replace(":path", "") for route in app.routes}  # type: ignore[attr-defined]  # all have paths
 
     assert served - {"/", "/openapi.json"} == set(openapi_document()["paths"])

@@ -104,20 +104,21 @@ class SimRouter:
             self._on_end(self)
 
     def drain(self, grace_s: float) -> None:
-        """SIGTERM: nothing new, and after a time the end."""
-        self._world.tell("%s drains", self.name)
-        self._router._draining = True
-        self._world.after(grace_s, self.kill)
+        """SIGTERM: nothing new; after a time what still runs is given back, and the process ends."""
+        if self.is_alive and not self._router._draining:
+            self._world.tell("%s drains", self.name)
+            self._router._draining = True
+            self._world.after(grace_s, self._leave)
 
     def kill_rank(self) -> None:
         if self.is_alive and self._ranks is not None:
             self._world.tell("%s: a rank dies", self.name)
-            self._ranks.kill()
+            self._ranks.kill_one()
 
     def hang_rank(self) -> None:
         if self.is_alive and self._ranks is not None:
             self._world.tell("%s: a rank hangs", self.name)
-            self._ranks.hang()
+            self._ranks.hang_one()
 
     # What the engine's task does in the product
 
@@ -158,6 +159,13 @@ class SimRouter:
             while (plans := self._core.next_plans()) is not None:
                 self._ranks.send(plans)
         self._flush_soon()
+
+    def _leave(self) -> None:
+        if self.is_alive:
+            self._world.tell("%s gives back what still runs", self.name)
+            self._router._give_back()
+            self._flush()
+            self._world.after(LAST_WRITE_S, self.kill)
 
     # Sessions
 

@@ -29,6 +29,10 @@ class BodyTooLarge(RequestError):
     """The request's body passes the bound."""
 
 
+class StreamGone(RequestError):
+    """No stream is kept under that event id, or not from there on."""
+
+
 class BodyTooLate(RequestError):
     """The request's body did not come in time."""
 
@@ -49,6 +53,7 @@ STATUSES: dict[type[Exception], HttpStatus] = {
     RequestError: HttpStatus(400, "invalid_request_error"),
     PromptTooLong: HttpStatus(400, "invalid_request_error", "context_length_exceeded"),
     UnknownModel: HttpStatus(404, "invalid_request_error", "model_not_found"),
+    StreamGone: HttpStatus(410, "invalid_request_error", "stream_gone"),
     BodyTooLarge: HttpStatus(413, "invalid_request_error", "request_too_large"),
     BodyTooLate: HttpStatus(408, "invalid_request_error", "request_timeout", (("connection", "close"),)),
     Unauthenticated: HttpStatus(401, "invalid_request_error", "invalid_api_key", (("www-authenticate", "Bearer"),)),

@@ -60,7 +60,14 @@ def _post(schema: str, summary: str, *, streams: bool = False) -> Json:
     if streams:
         content["text/event-stream"] = {"type": "string"}
     body = {"required": True, "content": {"application/json": {"schema": _ref(schema)}}}
-    return {"post": {"summary": summary, "requestBody": body, "responses": _responses(content)}}
+    post = {"summary": summary, "requestBody": body, "responses": _responses(content)}
+    return {"post": post, "get": _rest_of_stream()} if streams else {"post": post}
+
+
+def _rest_of_stream() -> Json:
+    header = {"name": "Last-Event-ID", "in": "header", "required": True, "schema": {"type": "string"}}
+    responses = _responses({"text/event-stream": {"type": "string"}})
+    return {"summary": "Goes on with a stream that is kept.", "parameters": [header], "responses": responses}
 
 
 def _responses(content: dict[str, Json]) -> Json:
@@ -178,7 +185,7 @@ def _options() -> Json:
         "structured_outputs": {"type": "object"},
         "chat_template_kwargs": {"type": "object"},
         "metadata": {"type": "object", "additionalProperties": text},
-        "stream_options": {"type": "object", "properties": {"include_usage": flag}},
+        "stream_options": {"type": "object", "properties": {"include_usage": flag, "resumable": flag}},
         "user": text,
     }
 

@@ -17,6 +17,7 @@ from cluster.gateway.core import GenerationCore
 from cluster.gateway.http.bounded_protocol import bounded_protocol
 from cluster.gateway.http.door import HttpDoor
 from cluster.gateway.http.exchanges import Exchanges
+from cluster.gateway.http.kept import KeepPolicy, KeptStreams
 from cluster.gateway.http.routes import WhyNotReady, build_http_app
 from cluster.tls import ServerCertificates
 
@@ -39,7 +40,13 @@ class HttpServer:
     ) -> None:
         """`certificates` make it an HTTPS port."""
         self._exchanges = Exchanges()
-        app = HttpDoor(build_http_app(core, config, why_not_ready, self._exchanges), access)
+        policy = KeepPolicy(
+            retention_s=config.stream_retention_s,
+            max_streams=config.max_kept_streams,
+            max_bytes=config.max_kept_stream_bytes,
+        )
+        self._kept = KeptStreams(policy)
+        app = HttpDoor(build_http_app(core, config, why_not_ready, self._exchanges, self._kept), access)
         settings = uvicorn.Config(
             app,
             http=bounded_protocol(config.head_timeout_s),
@@ -73,6 +80,7 @@ class HttpServer:
     async def stop(self) -> None:
         """Interrupt what still runs, and close the port."""
         self._exchanges.cut()
+        await self._kept.close()
         if self._task is not None:
             self._server.should_exit = True
             await asyncio.gather(self._task, return_exceptions=True)

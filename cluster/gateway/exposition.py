@@ -1,0 +1,98 @@
+"""The metrics port: Prometheus' exposition, and what a supervisor of this process asks and says.
+
+In plain HTTP and without a key, whatever the ports for clients ask for: Kubernetes' probes have neither certificates
+nor keys. `POST /drain` is for this machine alone.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Callable, Iterable
+from socketserver import ThreadingMixIn
+from threading import Thread
+from typing import TYPE_CHECKING
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+
+from prometheus_client import CollectorRegistry, make_wsgi_app
+
+from cluster.config import is_loopback_host
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+
+
+class Exposition:
+    """One port, with a thread for each request: a reader that stalls delays nobody."""
+
+    def __init__(
+        self, registry: CollectorRegistry, why_not_ready: Callable[[], str | None], begin_drain: Callable[[], None]
+    ) -> None:
+        """Both are called from other threads."""
+        self._metrics: WSGIApplication = make_wsgi_app(registry)
+        self._why_not_ready = why_not_ready
+        self._begin_drain = begin_drain
+        self._running: tuple[_Server, Thread] | None = None
+
+    def start(self, host: str, port: int) -> int:
+        """Listen. Returns the port. Raises OSError."""
+        server = make_server(host, port, self._answer, _server_class(host), handler_class=_Handler)
+        thread = Thread(target=server.serve_forever, name="metrics port", daemon=True)
+        thread.start()
+        self._running = server, thread
+        return server.server_port
+
+    def stop(self) -> None:
+        """Close the port. Does nothing a second time."""
+        if self._running is None:
+            return
+        server, thread = self._running
+        self._running = None
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+    def _answer(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        match environ["PATH_INFO"]:
+            case "/ready":
+                reason = self._why_not_ready()
+                status = "200 OK" if reason is None else "503 Service Unavailable"
+                return _json(start_response, status, {"ready": reason is None, "reason": reason})
+            case "/drain":
+                return self._drain(environ, start_response)
+            case _:
+                return self._metrics(environ, start_response)
+
+    def _drain(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        """POST /drain: take no new work, let streams end, close all ports. Answers at once."""
+        if environ["REQUEST_METHOD"] != "POST":
+            return _json(start_response, "405 Method Not Allowed", {"error": "POST it"})
+        if not is_loopback_host(environ["REMOTE_ADDR"]):
+            return _json(start_response, "403 Forbidden", {"error": "only from this machine"})
+        self._begin_drain()
+        return _json(start_response, "202 Accepted", {"draining": True})
+
+
+def _json(start_response: StartResponse, status: str, value: dict[str, object]) -> Iterable[bytes]:
+    body = json.dumps(value).encode()
+    start_response(status, [("Content-Type", "application/json"), ("Content-Length", str(len(body)))])
+    return [body]
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+
+
+class _ServerV6(_Server):
+    address_family = socket.AF_INET6
+
+
+def _server_class(host: str) -> type[_Server]:
+    return _ServerV6 if ":" in host else _Server
+
+
+class _Handler(WSGIRequestHandler):
+    timeout = 10
+
+    def log_message(self, format: str, *args: object) -> None:
+        """A scrape every few seconds is no news."""
