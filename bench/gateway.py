@@ -109,15 +109,15 @@ class NullGroup:
 async def serve_gateway(router: str) -> None:
     """The real gateway; prints its address."""
     from cluster.config import GatewayConfig, ModelSource
-    from cluster.gateway.router_link import static_address
+    from cluster.gateway.copies import static_addresses
     from cluster.gateway.served_model import ServedModel
     from cluster.gateway.server import GatewayServer
 
     model = ServedModel.load(ModelSource(path=MODEL_DIR, name="pocket"))
-    server = GatewayServer(GatewayConfig(grpc_port=0, http_port=0, metrics_port=0), model, static_address(router))
+    server = GatewayServer(GatewayConfig(grpc_port=0, http_port=0, metrics_port=0), model, static_addresses(router))
     ports = await server.start()
-    while not server.link.state.ready:
-        await server.link.updated()
+    while not server.copies.state.ready:
+        await server.copies.updated()
     print(f"127.0.0.1:{ports.grpc} 127.0.0.1:{ports.http}", flush=True)
     await asyncio.Event().wait()
 

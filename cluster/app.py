@@ -19,7 +19,7 @@ APP_NAME = "mull"
 
 
 def build_app(config: ClusterConfig) -> serve.Application:
-    """One Gateway in front of one Router, which starts its own ranks."""
+    """One Gateway in front of the Routers, each of which starts its own ranks."""
     return gateway_deployment(config, router_deployment(config))
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.config import ClusterConfig, EngineConfig, read_config
+from cluster.config import ClusterConfig, read_config
 from cluster.errors import ConfigError, MullError
 from cluster.flags import (
     add_chat_flags,
@@ -67,7 +67,7 @@ def _serve(args: argparse.Namespace) -> int:
         _print_ranks(cluster)
         print(
             f"ready · grpc {addresses.grpc} · http {addresses.http} · metrics {addresses.metrics} · "
-            f"model {config.model.name} · {_layout_words(config.engine)} · Ctrl-C drains",
+            f"model {config.model.name} · {_layout_words(config)} · Ctrl-C drains",
             flush=True,
         )
         interrupts.wait(every_s=1.0, check=cluster.check)
@@ -132,7 +132,7 @@ def _check(args: argparse.Namespace) -> int:
             ServerCertificates(files)
         if (link := config.security.link_tls) is not None:
             link_server_credentials(link)
-    print(f"{config.model.name} in {config.model.path} can be served with {_layout_words(config.engine)}")
+    print(f"{config.model.name} in {config.model.path} can be served with {_layout_words(config)}")
     return 0
 
 
@@ -152,8 +152,9 @@ def _drain(args: argparse.Namespace) -> int:
     return 0
 
 
-def _layout_words(engine: EngineConfig) -> str:
-    more = {"dp": engine.dp, "expert-tp": engine.expert_tp}
+def _layout_words(config: ClusterConfig) -> str:
+    engine = config.engine
+    more = {"dp": engine.dp, "expert-tp": engine.expert_tp, "copies": config.router.copies}
     return f"tp {engine.tp}" + "".join(f" · {name} {size}" for name, size in more.items() if size > 1)
 
 

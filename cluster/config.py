@@ -90,6 +90,8 @@ class RouterConfig(_Part):
     """A step that takes longer names the late rank, which then counts as lost."""
     copies: int = Field(1, ge=1)
     """Routers, each with a whole model on ranks of its own."""
+    drain_s: float = Field(30.0, ge=0)
+    """How long running requests may go on at a Router that must go; they then move to another copy."""
     ray_address: str | None = None
     """host:port of a Ray cluster to run in, on all its nodes; None starts one on this machine alone."""
     rebalance_interval_steps: int = Field(1000, ge=0)
@@ -125,6 +127,20 @@ class GatewayConfig(_Part):
     """Open Generate streams of one gateway; one more is refused with RESOURCE_EXHAUSTED."""
     max_unread_tokens: int = Field(4096, ge=1)
     """Tokens kept for a client that does not read; past it the stream ends with RESOURCE_EXHAUSTED."""
+    stream_retention_s: float = Field(60.0, gt=0)
+    """How long an HTTP stream that may be resumed goes on without its client."""
+    max_kept_streams: int = Field(128, ge=1)
+    """HTTP streams that may be resumed."""
+    max_kept_stream_bytes: int = Field(2**20, ge=1024)
+    """Kept of each of them, the newest events."""
+    replay_timeout_s: float = Field(600.0, gt=0)
+    """How long a request that has lost its copy of the model waits for one; its own deadline may come first."""
+    head_timeout_s: float = Field(10.0, gt=0)
+    """How long a client may take for the head of an HTTP request."""
+    body_timeout_s: float = Field(60.0, gt=0)
+    """How long it may take for the body of one, or for the message of a gRPC call."""
+    idle_timeout_s: float = Field(300.0, gt=0)
+    """How long a connection without a request stays open."""
     drain_s: float = Field(30.0, ge=0)
     """How long running streams may go on after a shutdown was asked for."""
     effort_budgets: EffortBudgets = EffortBudgets()

@@ -104,17 +104,17 @@ class LocalCluster:
         while time.monotonic() < deadline_s:
             self._interrupts.check()
             info = self.info()
+            progress(sum(it.loaded_bytes for it in info.routers), sum(it.total_bytes for it in info.routers))
             for router in info.routers:
-                progress(router.loaded_bytes, router.total_bytes)
                 if router.failed:
                     raise EngineError(router.reason)
-            if info.ready:
+            if sum(router.ready for router in info.routers) >= self._config.router.copies:
                 return
             time.sleep(_POLL_S)
         raise EngineError(f"not ready within {self._config.router.start_timeout_s:g} s: {info.reason}")
 
     def check(self) -> None:
-        """Raise EngineError when the Router has given up, or the gateway has been silent for long.
+        """Raise EngineError when every Router has given up, or the gateway has been silent for long.
 
         A gateway that died is not the end: Serve starts it again, on the same ports.
         """
@@ -128,9 +128,8 @@ class LocalCluster:
                 raise EngineError(f"the gateway has not answered for {silent_s:.0f} s; see {_RAY_LOGS}") from error
             return
         self._last_answer_s = time.monotonic()
-        for router in info.routers:
-            if router.failed:
-                raise EngineError(router.reason)
+        if info.routers and all(router.failed for router in info.routers):
+            raise EngineError("; ".join(router.reason for router in info.routers))
 
     def drain(self) -> int:
         """Refuse new work and let running streams end, for at most `drain_s`. Returns how many were cut off.

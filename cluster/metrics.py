@@ -7,7 +7,7 @@ figures come by its description. No globals: the registry is passed in.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -45,17 +45,23 @@ _ROUTER_COUNTERS = (
 
 
 class RouterFigures(Collector):
-    """What the Router last said of itself, shown as it is: its totals start again with it, as counters may."""
+    """What each Router in reach said last, shown as it is: its totals start again with it, as counters may."""
 
     def __init__(self) -> None:
-        self.description = DescribeResponse()
+        self.descriptions: Mapping[str, DescribeResponse] = {}
+        """By address."""
 
     def collect(self) -> Iterator[Metric]:
-        said = self.description
         for name, text, field in _ROUTER_GAUGES:
-            yield GaugeMetricFamily(name, text, getattr(said, field))
+            gauge = GaugeMetricFamily(name, text, labels=["copy"])
+            for address, said in self.descriptions.items():
+                gauge.add_metric([address], getattr(said, field))
+            yield gauge
         for name, text, field in _ROUTER_COUNTERS:
-            yield CounterMetricFamily(name, text, getattr(said, field))
+            counter = CounterMetricFamily(name, text, labels=["copy"])
+            for address, said in self.descriptions.items():
+                counter.add_metric([address], getattr(said, field))
+            yield counter
 
 
 class GatewayMetrics:
@@ -63,10 +69,14 @@ class GatewayMetrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.streams_open = Gauge("mull_streams_open", "Generate streams that are open.", registry=registry)
-        self.router = RouterFigures()
-        registry.register(self.router)
-        self.router_ready = Gauge(
-            "mull_router_ready", "1 when the Router can take requests, else 0.", registry=registry
+        self.routers = RouterFigures()
+        registry.register(self.routers)
+        self.router_ready = Gauge("mull_router_ready", "1 when a Router can take requests, else 0.", registry=registry)
+        self.pauses = _histogram(
+            registry,
+            "mull_request_pause_seconds",
+            "How long a request that had lost its copy of the model stood still until its next token.",
+            _LONG_S,
         )
         self.requests_finished = Counter(
             "mull_requests_finished_total",
@@ -76,6 +86,13 @@ class GatewayMetrics:
         )
         self.requests_failed = Counter(
             "mull_requests_failed_total", "Requests that ended otherwise, by status code.", ["code"], registry=registry
+        )
+        self.calls_refused = Counter(
+            "mull_calls_refused_total",
+            "Calls kept out by their key or a limit of their tenant: unauthenticated, forbidden, requests, streams, "
+            "prompt, output.",
+            ["reason"],
+            registry=registry,
         )
         self.prompt_tokens = Counter(
             "mull_prompt_tokens_total", "Prompt tokens of admitted requests.", registry=registry
@@ -115,6 +132,10 @@ class GatewayMetrics:
         self.generated_thinking = self.generation_tokens.labels("thinking")
         self.generated_answer = self.generation_tokens.labels("answer")
 
+    def on_refused(self, reason: str) -> None:
+        """A call was not let in."""
+        self.calls_refused.labels(reason).inc()
+
 
 def _histogram(registry: CollectorRegistry, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
     return Histogram(name, text, buckets=buckets, registry=registry)
@@ -135,6 +156,10 @@ class RequestTimer:
         timer = RequestTimer(self._metrics)
         timer._start_s = self._start_s
         return timer
+
+    def on_resumed(self, num_thinking: int, num_answer: int) -> None:
+        """So many tokens were generated in an earlier call."""
+        self._last_s, self._num_thinking, self._num_answer = time.perf_counter(), num_thinking, num_answer
 
     def on_admitted(self, prompt_tokens: int, cached_tokens: int) -> None:
         """The request took a slot."""

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 
 from cluster.config import ClusterConfig
 from cluster.errors import ConfigError, EngineError
+
+_PROBE_TIMEOUT_S = 10.0
 
 
 def start_ray(config: ClusterConfig) -> None:
@@ -18,6 +21,14 @@ def start_ray(config: ClusterConfig) -> None:
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if config.router.ray_address is None:
+        # Ray replaces a loopback address by one that others can reach, and then listens on all interfaces, except
+        # where it is told that a cluster of machines is not wanted. Read when it is imported, here and in its workers.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        # Other users of this machine must not run code as ours: Ray asks for a token by default. This one is in our
+        # environment, which only we and our processes can read; Ray would write its own to a file.
+        os.environ.pop("RAY_AUTH_MODE", None)
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     from ray import serve
     from ray.serve.config import ProxyLocation
 
@@ -34,6 +45,11 @@ def _init_ray(config: ClusterConfig) -> None:
     import ray
 
     if (address := config.router.ray_address) is not None:
+        if not config.security.insecure and is_open_to_all(address):
+            raise ConfigError(
+                f"--ray-address {address}: whoever reaches it can run code as mull; start its nodes with "
+                "RAY_AUTH_MODE=token and one RAY_AUTH_TOKEN, or give --insecure where the network is private"
+            )
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except ConnectionError as error:
@@ -44,22 +60,38 @@ def _init_ray(config: ClusterConfig) -> None:
         # Nothing of it is for other machines.
         _node_ip_address="127.0.0.1",
         # Logical: what the app asks for, so that Serve never waits for cores that a small machine lacks.
-        num_cpus=config.engine.layout.world_size + 4,
+        num_cpus=config.router.copies * (config.engine.layout.world_size + 1) + 3,
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,
     )
 
 
+def is_open_to_all(address: str) -> bool:
+    """Whether the Ray cluster there answers who shows no token. One that does not answer at all is not."""
+    import grpc
+
+    with grpc.insecure_channel(address) as channel:
+        # An empty message either way.
+        check_alive = channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive", bytes, bytes)
+        try:
+            check_alive(b"", timeout=_PROBE_TIMEOUT_S)
+        except grpc.RpcError as error:
+            return error.code() not in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNAVAILABLE)
+    return True
+
+
 def check_gpus(config: ClusterConfig) -> None:
     """Raises ConfigError where there are fewer GPUs than ranks that need one."""
     import ray
 
-    engine, needed = config.engine, config.engine.layout.world_size
+    engine, copies = config.engine, config.router.copies
+    needed = copies * engine.layout.world_size
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]  # Ray has no types there
     found = int(resources.get("GPU", 0))
     if engine.device == "cuda" and found < needed:
         flags = f"--tp {engine.tp}" + (f" --dp {engine.dp}" if engine.dp > 1 else "")
+        flags += f" --copies {copies}" if copies > 1 else ""
         raise ConfigError(f"--device cuda needs {needed} GPUs for {flags}, found {found}; lower them")
 
 
@@ -69,14 +101,14 @@ def check_nodes(config: ClusterConfig) -> None:
 
     from cluster.router.launchers import ranks_per_bundle
 
-    layout = config.engine.layout
-    together, num_ranks = ranks_per_bundle(layout), layout.world_size
+    layout, copies = config.engine.layout, config.router.copies
+    together, num_ranks = ranks_per_bundle(layout), copies * layout.world_size
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]  # Ray has no types there
     cpus = sorted((int(resources.get("CPU", 0)) for resources in alive), reverse=True)
-    if sum(cpus) <= num_ranks or sum(cpu // together * together for cpu in cpus) < num_ranks:
+    if sum(cpus) < num_ranks + copies or sum(cpu // together * together for cpu in cpus) < num_ranks:
         raise ConfigError(
             f"{num_ranks} ranks, {together} of them on a node at a time, and the Router need a CPU each; the nodes of "
-            f"the Ray cluster have {', '.join(map(str, cpus))}; lower --tp or --dp, or start Ray with more"
+            f"the Ray cluster have {', '.join(map(str, cpus))}; lower --tp, --dp or --copies, or start Ray with more"
         )
 
 

@@ -86,10 +86,13 @@ def _print_tables(info: pb.GetServerInfoResponse, address: str) -> None:
     console.print(
         f"mull {info.version} at {address}{http}: {state} · up {info.uptime_seconds:.0f} s · {info.num_streams} streams"
     )
-    for router in info.routers:
+    for number, router in enumerate(info.routers, start=1):
+        copy = f"copy {number} of {len(info.routers)} · " if len(info.routers) > 1 else ""
+        if not router.ready:
+            console.print(f"{copy}[red]not ready[/]: {router.reason}")
         used = router.num_blocks - router.num_free_blocks
         console.print(
-            f"[bold]{router.model}[/] · {layout_words(router)} · context {router.max_model_len:,} tokens · "
+            f"{copy}[bold]{router.model}[/] · {layout_words(router)} · context {router.max_model_len:,} tokens · "
             f"running {router.num_running} · waiting {router.num_waiting} · "
             f"KV {used:,} of {router.num_blocks:,} blocks of {router.block_size} tokens in use"
         )

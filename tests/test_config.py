@@ -67,6 +67,12 @@ def test_a_model_is_named_after_its_directory() -> None:
         ({"gateway": {"grpc_port": 70000}}, "gateway.grpc_port"),
         ({"gateway": {"grpc_port": 7000, "metrics_port": 7000}}, "both 7000"),
         ({"router": {"step_timeout_s": 0}}, "router.step_timeout_s"),
+        ({"gateway": {"host": "0.0.0.0"}}, "gateway.host 0.0.0.0 is open to other machines in plain text"),
+        ({"gateway": {"host": "gpu-1"}}, "--insecure"),
+        ({"router": {"ray_address": "10.0.0.1:6379"}}, "router.ray_address 10.0.0.1:6379"),
+        ({"security": {"tls_cert": "a.pem"}}, "security: tls_key is missing"),
+        ({"security": {"link_cert": "a.pem", "link_key": "b.pem"}}, "security: link_ca is missing"),
+        ({"security": {"tls_client_ca": "a.pem"}}, "tls_client_ca needs tls_cert"),
     ],
 )
 def test_a_wrong_value_is_one_line_that_names_its_field(values: dict[str, object], words: str) -> None:
@@ -75,6 +81,20 @@ def test_a_wrong_value_is_one_line_that_names_its_field(values: dict[str, object
 
     assert words in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--host", "::1"),
+        ("--host", "localhost", "--ray-address", "127.0.0.1:6379"),
+        ("--host", "0.0.0.0", "--insecure"),
+        ("--host", "0.0.0.0", "--tls-cert", "a.pem", "--tls-key", "a.key"),
+        ("--ray-address", "10.0.0.1:6379", "--link-cert", "a.pem", "--link-key", "a.key", "--link-ca", "ca.pem"),
+    ],
+)
+def test_plain_text_stays_on_this_machine_unless_it_is_asked_for(flags: tuple[str, ...]) -> None:
+    assert config_of(*flags).security.insecure == ("--insecure" in flags)
 
 
 @pytest.mark.parametrize("text", [b"a: [", b"- 1\n- 2\n", b"model: pocket\n", b"engine:\n", b"\xff\xfe\x00"])

@@ -194,7 +194,9 @@ class _ConfigReader:
         return ARCHITECTURES[named[0]]
 
     def _refuse_unsupported(self) -> None:
-        """Features of other checkpoints that would give silently wrong output."""
+        """Features of other checkpoints that would give silently wrong output, and code of their own."""
+        if self.values.get("auto_map"):
+            raise self._error("auto_map asks for code of the checkpoint's own", "no such code is run: use another one")
         if self.values.get("attention_bias"):
             raise self._error("attention_bias is true", "only checkpoints without attention biases can be served")
         if self.values.get("use_sliding_window"):

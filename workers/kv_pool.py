@@ -32,7 +32,10 @@ class KVPool:
 
     def free(self) -> None:
         """Give the memory back; nothing can be computed any more."""
+        is_cuda = any(layer.is_cuda for layer in self.layers)
         self.layers = []
+        if is_cuda:
+            torch.cuda.empty_cache()  # or the next pool would not find it free
 
 
 def block_bytes(config: ModelConfig, spec: ShardSpec, block_size: int, dtype: torch.dtype) -> int:

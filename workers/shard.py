@@ -189,10 +189,9 @@ class Rank:
         """
         rank = config.runner.rank
         link = RouterSocket(config.endpoint, rank)
-        has_joined = False
+        runner: Runner | None = None
         try:
             runner = self._join(config, link)
-            has_joined = True
             _serve_plans(link, runner)
             return EXIT_OK
         except RouterGone:
@@ -204,9 +203,9 @@ class Rank:
             link.send(RankFailed(rank, _one_line(error), traceback.format_exc()))
         finally:
             link.close()
-            if self._runner is not None:
-                self._runner.leave()
-        return GROUP_LOST if has_joined else EXIT_FAILED
+            if runner is not None:
+                runner.leave()
+        return EXIT_FAILED if runner is None else GROUP_LOST
 
     def _join(self, config: ShardConfig, link: RouterSocket) -> Runner:
         started_at = time.monotonic()

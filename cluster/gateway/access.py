@@ -64,11 +64,20 @@ class Caller:
 class Access:
     """The keys of one gateway."""
 
-    def __init__(self, keys_file: Path | None, clock: Callable[[], float] = time.monotonic) -> None:
-        """Raises ConfigError for a file that cannot be read: a gateway must not start without its keys."""
+    def __init__(
+        self,
+        keys_file: Path | None,
+        clock: Callable[[], float] = time.monotonic,
+        on_refused: Callable[[str], object] = lambda _reason: None,
+    ) -> None:
+        """`on_refused` is told why a call was not let in: unauthenticated, forbidden, or which limit it was.
+
+        Raises ConfigError for a file that cannot be read: a gateway must not start without its keys.
+        """
         self._file = keys_file
         self._clock = clock
-        self._anyone = Caller("", frozenset(Scope), Allowance("", TenantLimits(), clock))
+        self._on_refused = on_refused
+        self._anyone = Caller("", frozenset(Scope), Allowance("", TenantLimits(), clock, on_refused))
         self._keys: dict[str, KeyEntry] = {}
         self._allowances: dict[str, Allowance] = {}
         self._stamp: tuple[int, int, int] | None = None
@@ -79,6 +88,17 @@ class Access:
     @property
     def asks_for_keys(self) -> bool:
         return self._file is not None
+
+    def admit(self, authorization: str | None, scope: Scope | None) -> Caller:
+        """Who asks, if they may; None: any key will do. Raises Unauthenticated or Forbidden."""
+        try:
+            caller = self.caller(authorization)
+            if scope is not None:
+                caller.check_scope(scope)
+        except (Unauthenticated, Forbidden) as error:
+            self._on_refused(type(error).__name__.lower())
+            raise
+        return caller
 
     def caller(self, authorization: str | None) -> Caller:
         """Whose key the value of an `authorization` header is. Raises Unauthenticated."""
@@ -109,7 +129,7 @@ class Access:
         read = read_keys(file)
         for tenant, limits in read.tenants.items():
             if (known := self._allowances.get(tenant)) is None:
-                self._allowances[tenant] = Allowance(tenant, limits, self._clock)
+                self._allowances[tenant] = Allowance(tenant, limits, self._clock, self._on_refused)
             elif known.limits != limits:
                 known.change_limits(limits)
         for tenant in self._allowances.keys() - read.tenants.keys():

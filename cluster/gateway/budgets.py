@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from cluster.gateway.copies import Copies
 from cluster.gateway.mailbox import Mailbox
 from cluster.gateway.requests import PreparedRequest
-from cluster.gateway.router_link import RouterLink
 
 
 @dataclass(eq=False)
@@ -26,8 +26,8 @@ class _Running:
 class RunningBudgets:
     """Which requests run, and how long each may think."""
 
-    def __init__(self, link: RouterLink) -> None:
-        self._link = link
+    def __init__(self, copies: Copies) -> None:
+        self._copies = copies
         self._running: set[_Running] = set()
 
     @contextmanager
@@ -52,5 +52,5 @@ class RunningBudgets:
                 entry.budget = budget
                 lowered += 1
                 for mailbox in entry.mailboxes:
-                    self._link.set_budget(mailbox, budget)
+                    self._copies.set_budget(mailbox, budget)
         return lowered

@@ -7,28 +7,32 @@ what is left when the consumer stops or the deadline passes. Knows neither gRPC 
 from __future__ import annotations
 
 import asyncio
+import enum
 import logging
 import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.metadata import version
 
 from cluster.errors import NotReady, Overloaded
 from cluster.gateway.access import Caller
 from cluster.gateway.budgets import RunningBudgets
 from cluster.gateway.conversations import read_template_variables, render_conversation, variables_without_template
+from cluster.gateway.copies import Copies
 from cluster.gateway.generation import Generation
 from cluster.gateway.grammar_check import GrammarCheck, compiled
 from cluster.gateway.interruption import Interruption
 from cluster.gateway.mailbox import Mailbox, wait_for_news
+from cluster.gateway.request_bounds import check_conversation_bounds
 from cluster.gateway.request_log import RequestRecord
 from cluster.gateway.requests import PreparedRequest, check_model, new_request_id, prepare
-from cluster.gateway.router_link import RouterLink
+from cluster.gateway.resumption import MissingEvents, check_repeatable, rebuild
+from cluster.gateway.running import RunningChoice, RunningRequest
 from cluster.gateway.sampling_options import default_options
 from cluster.gateway.served_model import ServedModel
 from cluster.gateway.status import status_code
 from cluster.gateway.stopping import check_vocabulary
+from cluster.gateway.submission import submit_message
 from cluster.metrics import GatewayMetrics, RequestTimer
 from mull.v1 import generation_pb2 as pb
 
@@ -41,13 +45,11 @@ LAST_WORD_S = 1.0
 """For clients to read why their streams were cut."""
 
 
-@dataclass
-class _Choice:
-    """One of a request's generations, while it runs."""
+class HeldEvents(enum.Enum):
+    """What a resumed request gets of the events that its client has."""
 
-    generation: Generation
-    mailbox: Mailbox
-    timer: RequestTimer
+    LEFT_OUT = enum.auto()
+    REPEATED = enum.auto()
 
 
 class GenerationCore:
@@ -56,7 +58,7 @@ class GenerationCore:
     def __init__(
         self,
         model: ServedModel,
-        link: RouterLink,
+        copies: Copies,
         metrics: GatewayMetrics,
         *,
         max_streams: int,
@@ -66,9 +68,9 @@ class GenerationCore:
         self.is_draining = False
         self.http_port = 0
         """Where this server answers HTTP, for those who ask by gRPC; 0: it does not."""
-        self.budgets = RunningBudgets(link)
+        self.budgets = RunningBudgets(copies)
         self._model = model
-        self._link = link
+        self._copies = copies
         self._metrics = metrics
         self._max_streams = max_streams
         self._check_grammar = check_grammar
@@ -80,11 +82,13 @@ class GenerationCore:
 
     @property
     def model(self) -> ServedModel:
-        """The model within the context that the Router has room for."""
-        limit = self._link.context_limit
+        """The model within the context that every Router has room for."""
+        limit = self._copies.context_limit
         return self._model if limit is None else self._model.limited_to(limit)
 
-    async def stream(self, request: pb.GenerateRequest, caller: Caller) -> AsyncGenerator[list[pb.GenerateEvent]]:
+    async def stream(
+        self, request: pb.GenerateRequest, caller: Caller, held: HeldEvents = HeldEvents.LEFT_OUT
+    ) -> AsyncGenerator[list[pb.GenerateEvent]]:
         """The events of all generations of a request, in batches as they come; gives it a request id where it has none.
 
         Raises RequestError, Overloaded, NotReady, SlowReader, DeadlinePassed or EngineError. Close it
@@ -93,22 +97,25 @@ class GenerationCore:
         error comes out of the closing.
         """
         request.request_id = request.request_id or new_request_id()
-        timer, record = RequestTimer(self._metrics), RequestRecord(request)
+        timer, record = RequestTimer(self._metrics), RequestRecord(request, caller.tenant)
         try:
             with self._stream_slot(), caller.allowance.streams(max(1, request.n)):
                 prepared = caller.apply(await self._prepare(request), self.model)
                 caller.allowance.charge_prompt(len(prepared.prompt_ids))
+                if held is HeldEvents.REPEATED:
+                    check_repeatable(prepared)
                 async with Interruption(prepared.timeout_s) as interruption:
-                    with self._submitted(prepared, interruption, timer) as choices:
-                        record.on_submitted([choice.generation for choice in choices])
+                    with self._submitted(prepared, interruption, timer, held) as running:
+                        record.on_submitted(running.generations)
+                        if running.events:
+                            yield running.events
+                        choices = running.choices
                         while choices:
                             await wait_for_news([choice.mailbox for choice in choices])
-                            events = [
-                                event for choice in choices if choice.mailbox.has_news for event in _accept(choice)
-                            ]
+                            events = [event for choice in choices if choice.mailbox.has_news for event in choice.take()]
                             caller.allowance.charge_output(sum(map(_num_tokens, events)))
                             yield events
-                            choices = [choice for choice in choices if choice.generation.finished is None]
+                            choices = [choice for choice in choices if not choice.has_finished]
         except (asyncio.CancelledError, GeneratorExit):
             timer.on_failed("CANCELLED")
             record.on_ended("CANCELLED")
@@ -147,8 +154,8 @@ class GenerationCore:
         return pb.ListModelsResponse(models=[listed])
 
     async def server_info(self) -> pb.GetServerInfoResponse:
-        """How this server and its Router are now."""
-        state = await self._link.describe()
+        """How this server and its Routers are now."""
+        state = await self._copies.describe()
         return pb.GetServerInfoResponse(
             version=version("mull"),
             ready=state.ready and not self.is_draining,
@@ -156,7 +163,7 @@ class GenerationCore:
             uptime_seconds=time.monotonic() - self._start_s,
             num_streams=self.num_streams,
             http_port=self.http_port,
-            routers=[state.description] if state.description is not None else [],
+            routers=state.descriptions.values(),
         )
 
     def refuse_new(self) -> None:
@@ -206,41 +213,52 @@ class GenerationCore:
 
     @contextmanager
     def _submitted(
-        self, request: PreparedRequest, interruption: Interruption, timer: RequestTimer
-    ) -> Iterator[list[_Choice]]:
+        self, request: PreparedRequest, interruption: Interruption, timer: RequestTimer, held: HeldEvents
+    ) -> Iterator[RunningRequest]:
         """Inside, the request's generations run; what has not finished at the end is cancelled."""
-        choices: list[_Choice] = []
+        running = RunningRequest()
         self._interruptions.add(interruption)
         try:
             for number in range(request.n):
-                mailbox = self._link.submit(request, number)
-                mailbox.on_overflow = interruption.interrupt
                 own_timer = timer if number == 0 else timer.sibling()
-                choices.append(_Choice(Generation(request, self._model, number), mailbox, own_timer))
-            with self.budgets.running(request, [choice.mailbox for choice in choices]):
-                yield choices
+                self._open(running, request, number, own_timer, held)
+            for choice in running.choices:
+                choice.mailbox.on_overflow = interruption.interrupt
+            with self.budgets.running(request, [choice.mailbox for choice in running.choices]):
+                yield running
         finally:
             self._interruptions.discard(interruption)
-            for choice in choices:
+            for choice in running.choices:
                 choice.mailbox.on_overflow = None
-                self._link.release(choice.mailbox)
+                self._copies.release(choice.mailbox)
 
+    def _open(
+        self, running: RunningRequest, request: PreparedRequest, number: int, timer: RequestTimer, held: HeldEvents
+    ) -> None:
+        """Begin one of the generations, or go on with it, as far as the client does not have all of it."""
+        generation, missing = Generation(request, self._model, number), None
+        has = request.held.get(number)
+        if has is not None:
+            if has.finished and held is HeldEvents.LEFT_OUT:
+                return
+            missing = MissingEvents(has) if held is HeldEvents.LEFT_OUT else None
+            rebuilt = rebuild(generation, has, request, number)
+            running.events += rebuilt if missing is None else missing.of(rebuilt)
+            timer.on_resumed(generation.num_thinking_tokens, generation.num_answer_tokens)
+        running.generations.append(generation)
+        if generation.finished is None:
+            mailbox = self._submit(request, number)
+            running.choices.append(RunningChoice(generation, mailbox, timer, missing))
 
-def _accept(choice: _Choice) -> list[pb.GenerateEvent]:
-    generation, timer = choice.generation, choice.timer
-    delivery = choice.mailbox.take()
-    events = generation.accept(delivery)
-    if delivery.cached_tokens is not None:
-        timer.on_admitted(generation.num_prompt_tokens, delivery.cached_tokens)
-    timer.on_tokens(generation.num_thinking_tokens, generation.num_answer_tokens)
-    if generation.finished is not None:
-        ended = generation.thinking_ended
-        timer.on_finished(
-            finish_reason=_label(pb.Finished.Reason.Name(generation.finished.reason)),
-            phase=generation.phase.value,
-            thinking_ended=None if ended is None else _label(pb.ThinkingEnded.Reason.Name(ended.reason)),
-        )
-    return events
+    def _submit(self, request: PreparedRequest, number: int) -> Mailbox:
+        submit = submit_message(request, number)
+        if not request.is_resumed:
+            return self._copies.submit(submit)
+        has = request.held.get(number)
+        if has is not None:
+            # Its Started has come, and with it those logprobs.
+            submit.ClearField("num_prompt_logprobs")
+        return self._copies.resume(submit, has.token_ids if has is not None else ())
 
 
 def _num_tokens(event: pb.GenerateEvent) -> int:
@@ -248,13 +266,9 @@ def _num_tokens(event: pb.GenerateEvent) -> int:
     return 0 if body in (None, "started") else len(getattr(event, body).token_ids)
 
 
-def _label(enum_name: str) -> str:
-    """REASON_STOP → stop."""
-    return enum_name.removeprefix("REASON_").lower()
-
-
 def _tokenize(request: pb.TokenizeRequest, model: ServedModel) -> pb.TokenizeResponse:
     check_model(request.model, model)
+    check_conversation_bounds(request.conversation)
     tokenizer = model.tokenizer
     text = request.text
     if request.WhichOneof("input") == "conversation":

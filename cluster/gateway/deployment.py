@@ -1,6 +1,6 @@
 """The Gateway's Ray Serve deployment: a shell that starts a GatewayServer in its replica and drains it.
 
-Serve is the control plane only: the Router's address comes by a deployment handle, tokens never do.
+Serve is the control plane only: the Routers' addresses come by a deployment handle, tokens never do.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ import ray
 from ray import serve
 
 from cluster.config import ClusterConfig
-from cluster.errors import EngineError
-from cluster.gateway.router_link import RouterAddress
+from cluster.errors import EngineError, NotReady
+from cluster.gateway.copies import CopyDirectory
 from cluster.gateway.served_model import ServedModel
 from cluster.gateway.server import GatewayServer
+from cluster.serve_ports import listen_on_node_address
 
 NAME = "Gateway"
 HEALTH_PERIOD_S = 2.0
+ASK_TIMEOUT_S = 5.0
 SHUTDOWN_MARGIN_S = 5.0
 """Over `drain_s`, for closing ports and links."""
 
@@ -27,11 +29,12 @@ class GatewayDeployment:
     """The replica. Without a Router it stays up and healthy, and says that it is not ready."""
 
     async def __init__(self, config: ClusterConfig, router: Any) -> None:  # type: ignore[misc]  # Serve awaits it
+        listen_on_node_address()
         self._drain_s = config.gateway.drain_s
         model = await asyncio.to_thread(
             ServedModel.load, config.model, config.engine.max_model_len, config.gateway.thinking_close_phrase
         )
-        self._server = GatewayServer(config.gateway, model, _address_from(router), security=config.security)
+        self._server = GatewayServer(config.gateway, model, _directory_of(router), security=config.security)
         self._ports = await self._server.start()
 
     async def ports(self) -> dict[str, int]:
@@ -57,11 +60,15 @@ class GatewayDeployment:
             await self.drain(self._drain_s)
 
 
-def _address_from(router: Any) -> RouterAddress:
-    """Asks the Router's deployment, by its handle, where it listens."""
+def _directory_of(router: Any) -> CopyDirectory:
+    """Asks every replica of the Router's deployment where it listens."""
 
-    async def ask() -> str:
-        return str(await router.address.remote())
+    async def ask() -> list[str]:
+        replies = await router.broadcast("address").results_async(timeout_s=ASK_TIMEOUT_S, return_exceptions=True)
+        addresses = [reply for reply in replies if isinstance(reply, str)]
+        if not addresses:
+            raise NotReady(f"none of {len(replies)} Routers answers ({replies[0]})")
+        return addresses
 
     return ask
 

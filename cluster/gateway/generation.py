@@ -7,7 +7,8 @@ the Router or gRPC calls.
 
 from __future__ import annotations
 
-import uuid
+import hashlib
+from array import array
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -63,12 +64,19 @@ class Generation:
         return len(self._request.prompt_ids)
 
     @property
+    def num_unsent_tokens(self) -> int:
+        """Tokens that are in no event yet."""
+        return len(self._unsent_ids)
+
+    @property
     def phase(self) -> Phase:
         """Where the generation is."""
         return self._splitter.phase
 
     def accept(self, delivery: Delivery) -> list[pb.GenerateEvent]:
         """The events of these tokens. Once it has `finished` on its own, the Router's sequence is to be cancelled."""
+        if delivery.cached_tokens is not None:
+            self.cached_tokens = delivery.cached_tokens
         events = [] if self._num_events else [self._started(delivery)]
         text_ids, stop_ids = delivery.token_ids, []
         if delivery.finish == router_pb2.End.REASON_STOP and text_ids:
@@ -83,7 +91,6 @@ class Generation:
         return events
 
     def _started(self, delivery: Delivery) -> pb.GenerateEvent:
-        self.cached_tokens = delivery.cached_tokens or 0
         started = pb.Started(
             request_id=self._request.request_id,
             model=self._model.name,
@@ -108,7 +115,7 @@ class Generation:
                 return self._thinking_ended(pb.ThinkingEnded(reason=reason, token_ids=ids, logprobs=logprobs))
             case ToolCallStarted(index, name):
                 start = pb.ToolCallStart(
-                    index=index, id=f"call_{uuid.uuid4().hex}", name=name, token_ids=ids, logprobs=logprobs
+                    index=index, id=self._call_id(index), name=name, token_ids=ids, logprobs=logprobs
                 )
                 return self._event(tool_call_start=start)
             case ToolCallArguments(index, text):
@@ -116,6 +123,12 @@ class Generation:
                     index=index, arguments_json=text, token_ids=ids, logprobs=logprobs
                 )
                 return self._event(tool_call_arguments_delta=arguments)
+
+    def _call_id(self, index: int) -> str:
+        """Unique, and the same wherever the generation goes on: a client may know it already."""
+        prompt = array("I", self._request.prompt_ids).tobytes()
+        name = f"{self._request.request_id}/{self._choice}/{index}/"
+        return f"call_{hashlib.blake2b(name.encode() + prompt, digest_size=16).hexdigest()}"
 
     def _finish_early(self) -> list[pb.GenerateEvent]:
         """A stop text came, or as many tool calls as may."""

@@ -54,12 +54,19 @@ class Bucket:
 class Allowance:
     """The use of one tenant."""
 
-    def __init__(self, tenant: str, limits: TenantLimits, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        tenant: str,
+        limits: TenantLimits,
+        clock: Callable[[], float],
+        on_refused: Callable[[str], object] = lambda _limit: None,
+    ) -> None:
         self.num_streams = 0
         """Generations under way."""
         self._tenant = tenant
         self._limits = limits
         self._clock = clock
+        self._on_refused = on_refused
         self._buckets = {name: Bucket(*rate) for name, rate in _rates(limits).items()}
 
     @property
@@ -87,6 +94,7 @@ class Allowance:
         self._check("prompt", 1.0, f"{limits.max_prompt_tokens_per_min} prompt tokens a minute")
         self._check("output", 1.0, f"{limits.max_output_tokens_per_min} output tokens a minute")
         if limits.max_streams is not None and self.num_streams + count > limits.max_streams:
+            self._on_refused("streams")
             raise LimitReached(
                 f"{self._tenant}: {self.num_streams} generations are under way and {count} more are over the limit of "
                 f"{limits.max_streams}; try again when some have ended",
@@ -111,6 +119,7 @@ class Allowance:
     def _check(self, name: str, needed: float, words: str) -> None:
         bucket = self._buckets.get(name)
         if bucket is not None and (wait_s := bucket.wait_s(needed, self._clock())) > 0:
+            self._on_refused(name)
             raise LimitReached(
                 f"{self._tenant}: the limit is {words}; try again in {wait_s:.3g} s", limit=name, retry_after_s=wait_s
             )

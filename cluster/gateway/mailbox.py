@@ -38,7 +38,8 @@ class Delivery:
 class Mailbox:
     """The unread updates of one request."""
 
-    def __init__(self, key: int, max_unread_tokens: int) -> None:
+    def __init__(self, key: int, max_unread_tokens: int, num_received: int = 0) -> None:
+        """`num_received`: tokens of the output that came before, and not here."""
         self.key = key
         self.on_overflow: Callable[[MullError], object] | None = None
         """Called once when the bound is passed: the reader may be stuck in a write and must be woken."""
@@ -50,7 +51,7 @@ class Mailbox:
         self._finish: pb.End.Reason | None = None
         self._error: MullError | None = None
         self._waiter: asyncio.Future[None] | None = None
-        self._num_received = 0
+        self._num_received = num_received
         self._forced = range(0)
         self._prompt_logprobs: list[pb.RouterLogprobs] = []
 

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Sequence
 
 from cluster.gateway.generation import Generation
+from cluster.gateway.requests import is_request_id
 from mull.v1 import generation_pb2 as pb
 
 logger = logging.getLogger(__name__)
@@ -18,8 +19,10 @@ logger = logging.getLogger(__name__)
 class RequestRecord:
     """What is told of one request."""
 
-    def __init__(self, request: pb.GenerateRequest) -> None:
+    def __init__(self, request: pb.GenerateRequest, tenant: str) -> None:
+        """`tenant` is empty where no keys are asked for."""
         self._request = request
+        self._tenant = tenant
         self._generations: Sequence[Generation] = ()
 
     def on_submitted(self, generations: Sequence[Generation]) -> None:
@@ -28,10 +31,14 @@ class RequestRecord:
 
     def on_ended(self, code: str) -> None:
         """Write the line; `code` is the status that the client got, or would have got."""
-        generations = self._generations
+        generations, request = self._generations, self._request
+        # Of a request that was refused nothing is known to be short, or to stay on one line.
+        notes = dict(request.metadata) if generations else {}
         logger.info(
-            "request %s ended: status %s, finish %s, prompt tokens %d, cached %d, thinking %d, answer %d, metadata %s",
-            self._request.request_id,
+            "request %s%s ended: status %s, finish %s, "
+            "prompt tokens %d, cached %d, thinking %d, answer %d, metadata %s",
+            request.request_id if is_request_id(request.request_id) else "without a valid id",
+            f" of {self._tenant}" if self._tenant else "",
             code,
             ",".join(_finish(generation) for generation in generations) or "none",
             generations[0].num_prompt_tokens if generations else 0,
@@ -39,7 +46,7 @@ class RequestRecord:
             sum(generation.num_thinking_tokens for generation in generations),
             sum(generation.num_answer_tokens for generation in generations),
             # As JSON it stays on one line, whatever a client put into it.
-            json.dumps(dict(self._request.metadata), sort_keys=True),
+            json.dumps(notes, sort_keys=True),
         )
 
 

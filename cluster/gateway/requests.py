@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from cluster.errors import InvalidRequest, PromptTooLong, UnknownModel
 from cluster.gateway.answer_format import read_response_format, required_calls
 from cluster.gateway.conversations import read_template_variables, render_conversation, variables_without_template
+from cluster.gateway.request_bounds import check_request_bounds
+from cluster.gateway.resume_options import HeldChoice, read_resume
 from cluster.gateway.sampling_options import read_bad_words, read_logit_bias, read_prompt_logprobs, read_sampling
 from cluster.gateway.served_model import ServedModel
 from cluster.gateway.stopping import (
@@ -68,6 +70,10 @@ class PreparedRequest:
     bad_words: tuple[tuple[int, ...], ...] = ()
     num_prompt_logprobs: int | None = None
     timeout_s: float | None = None
+    held: Mapping[int, HeldChoice] = field(default_factory=dict)
+    """What the client has already, by choice."""
+    is_resumed: bool = False
+    """It goes on with an earlier call."""
 
     def seed_of(self, choice: int) -> int:
         """The seed of one of the `n` generations."""
@@ -77,6 +83,7 @@ class PreparedRequest:
 def prepare(request: pb.GenerateRequest, model: ServedModel) -> PreparedRequest:
     """Check and complete a request. Raises RequestError."""
     check_model(request.model, model)
+    check_request_bounds(request)
     request_id = _request_id(request.request_id)
     n = _num_choices(request)
     sampling = read_sampling(request.sampling, model.defaults, n)
@@ -117,6 +124,8 @@ def prepare(request: pb.GenerateRequest, model: ServedModel) -> PreparedRequest:
         bad_words=read_bad_words(request.sampling, model.tokenizer),
         num_prompt_logprobs=read_prompt_logprobs(request.sampling),
         timeout_s=timeout_s,
+        held=read_resume(request, n=n, sampling=sampling, max_tokens=max_tokens, vocab_size=model.vocab_size),
+        is_resumed=request.HasField("resume"),
     )
 
 

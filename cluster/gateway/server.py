@@ -1,7 +1,7 @@
 """GatewayServer: everything a gateway listens on, started together and drained together.
 
 Hop 1. One grpc.aio server with the generation service, health and reflection; beside it HTTP and Prometheus'
-exposition. Health is SERVING only while the Router can take requests. Knows nothing of Ray: the deployment is a thin
+exposition. Health is SERVING only while a Router can take requests. Knows nothing of Ray: the deployment is a thin
 shell around it.
 """
 
@@ -21,11 +21,13 @@ from cluster.config import GatewayConfig, SecurityConfig
 from cluster.errors import ConfigError
 from cluster.gateway.access import Access
 from cluster.gateway.admin import AdminServicer
+from cluster.gateway.copies import Copies, CopyDirectory
 from cluster.gateway.core import DRAINING, GenerationCore
 from cluster.gateway.doorkeeper import Doorkeeper
 from cluster.gateway.exposition import Exposition
 from cluster.gateway.http.server import BACKLOG, HttpServer
-from cluster.gateway.router_link import LinkTimes, RouterAddress, RouterLink
+from cluster.gateway.recovery import ReplayPolicy
+from cluster.gateway.router_link import LinkTimes
 from cluster.gateway.served_model import ServedModel
 from cluster.gateway.servicer import GenerationServicer
 from cluster.metrics import GatewayMetrics
@@ -39,6 +41,7 @@ logger = logging.getLogger(__name__)
 SERVICE_NAME = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
 ADMIN_NAME = admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name
 HEALTH_NAMES = ("", SERVICE_NAME)
+STREAMS_FOR_SHORT_CALLS = 64
 UNARY_GRACE_S = 1.0
 """For the last events on their way and for short calls, once all streams have ended."""
 
@@ -59,7 +62,7 @@ class GatewayServer:
         self,
         config: GatewayConfig,
         model: ServedModel,
-        router_address: RouterAddress,
+        directory: CopyDirectory,
         *,
         security: SecurityConfig | None = None,
         registry: CollectorRegistry | None = None,
@@ -67,15 +70,20 @@ class GatewayServer:
     ) -> None:
         """Raises ConfigError for certificates or keys that cannot be used."""
         security = security or SecurityConfig()
-        self.link = RouterLink(
-            router_address, max_unread_tokens=config.max_unread_tokens, times=link_times, tls=security.link_tls
-        )
         self._config = config
-        self._access = Access(security.keys_file)
         self._certificates = None if security.tls is None else ServerCertificates(security.tls)
         registry = registry or CollectorRegistry()
         self._metrics = GatewayMetrics(registry)
-        self._core = GenerationCore(model, self.link, self._metrics, max_streams=config.max_streams)
+        self._access = Access(security.keys_file, on_refused=self._metrics.on_refused)
+        self.copies = Copies(
+            directory,
+            max_unread_tokens=config.max_unread_tokens,
+            policy=ReplayPolicy(timeout_s=config.replay_timeout_s),
+            times=link_times,
+            tls=security.link_tls,
+            on_pause=self._metrics.pauses.observe,
+        )
+        self._core = GenerationCore(model, self.copies, self._metrics, max_streams=config.max_streams)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the package has no stubs for it
         self._http = HttpServer(self._core, config, self._why_not_ready, self._access, self._certificates)
         self._server: aio.Server | None = None
@@ -102,9 +110,9 @@ class GatewayServer:
     @property
     def is_serving(self) -> bool:
         """Whether its tasks run as they should; a Router that is away does not count."""
-        tasks = (self._follower, self.link.task)
         is_listening = self._server is not None and self._http.is_serving
-        return is_listening and all(task is not None and not task.done() for task in tasks)
+        is_following = self._follower is not None and not self._follower.done()
+        return is_listening and is_following and self.copies.is_working
 
     async def start(self) -> GatewayPorts:
         """Listen. Raises ConfigError, one line with the remedy, for a port that is taken."""
@@ -124,8 +132,8 @@ class GatewayServer:
         except BaseException:
             self._exposition.stop()
             raise
-        self.link.start()
-        self._follower = asyncio.create_task(self._follow_router(), name="health follower")
+        self.copies.start()
+        self._follower = asyncio.create_task(self._follow_copies(), name="health follower")
         return GatewayPorts(grpc_port, metrics_port, http_port)
 
     async def drain(self, grace_s: float) -> int:
@@ -145,19 +153,21 @@ class GatewayServer:
             await self._server.stop(UNARY_GRACE_S if num_cut == 0 else None)
             self._server = None
         await self._http.stop()
-        await self.link.close()
+        await self.copies.close()
         self._exposition.stop()
         return num_cut
 
     def _why_not_ready(self) -> str | None:
         if self._core.is_draining:
             return DRAINING
-        state = self.link.state
+        state = self.copies.state
         return None if state.ready else state.reason
 
     async def _start_grpc(self) -> int:
         config = self._config
-        server = aio.server(options=_server_options(config), interceptors=[Doorkeeper(self._access)])
+        server = aio.server(
+            options=_server_options(config), interceptors=[Doorkeeper(self._access, config.body_timeout_s)]
+        )
         add_GenerationServiceServicer_to_server(GenerationServicer(self._core, self._access), server)
         add_AdminServiceServicer_to_server(AdminServicer(self._core.budgets, self._access), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
@@ -193,14 +203,13 @@ class GatewayServer:
         if self._drainer is None:
             self._drainer = asyncio.create_task(self.drain(self._config.drain_s), name="drain")
 
-    async def _follow_router(self) -> None:
+    async def _follow_copies(self) -> None:
         while True:
-            await self.link.updated()
-            state = self.link.state
+            await self.copies.updated()
+            state = self.copies.state
             await self._set_health(state.ready)
             self._metrics.router_ready.set(state.ready)
-            if state.description is not None:
-                self._metrics.router.description = state.description
+            self._metrics.routers.descriptions = state.descriptions
 
     async def _set_health(self, ready: bool) -> None:
         status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
@@ -220,6 +229,11 @@ def _server_options(config: GatewayConfig) -> list[tuple[str, int]]:
         # Clients may ping that often too: thoughts can leave a stream silent while it waits for a slot.
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
+        # A client that connects and then says nothing, before and after its handshakes.
+        ("grpc.server_handshake_timeout_ms", int(1000 * config.head_timeout_s)),
+        ("grpc.max_connection_idle_ms", int(1000 * config.idle_timeout_s)),
+        # More wait at the client: one connection cannot open streams without end.
+        ("grpc.max_concurrent_streams", config.max_streams + STREAMS_FOR_SHORT_CALLS),
     ]
 
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import grpc.aio
 
 from cluster.gateway.access import Access
-from cluster.gateway.core import GenerationCore
+from cluster.gateway.core import GenerationCore, HeldEvents
 from cluster.gateway.doorkeeper import caller_of
 from cluster.gateway.requests import new_request_id
 from cluster.gateway.status import abort
@@ -49,7 +49,7 @@ class GenerationServicer(GenerationServiceServicer):
         builder = CompletionBuilder()
         try:
             caller = caller_of(context, self._access)
-            async with aclosing(self._core.stream(request, caller)) as batches:
+            async with aclosing(self._core.stream(request, caller, HeldEvents.REPEATED)) as batches:
                 async for events in batches:
                     builder.add(events)
         except Exception as error:

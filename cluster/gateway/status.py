@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import traceback
 from typing import Any, NoReturn
 
 import grpc.aio
@@ -21,7 +22,7 @@ from cluster.errors import (
     SlowReader,
     Unauthenticated,
 )
-from cluster.gateway.requests import is_request_id
+from cluster.gateway.requests import is_request_id, new_request_id
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,8 @@ STATUS_CODES: dict[type[MullError], grpc.StatusCode] = {
 }
 """A class without a row has its nearest ancestor's code."""
 
+MAX_MESSAGE_BYTES = 1024
+"""gRPC clients take 8 KiB of trailers, in which a byte that is not ASCII takes three."""
 REQUEST_ID_KEY = "mull-request-id"
 
 
@@ -48,18 +51,33 @@ def status_code(error: Exception) -> grpc.StatusCode:
     return grpc.StatusCode.INTERNAL
 
 
+def short_message(error: MullError) -> str:
+    """Its words, as far as they fit into a trailer, thrice: errors quote what clients sent."""
+    words = str(error).encode()
+    return str(error) if len(words) <= MAX_MESSAGE_BYTES else words[:MAX_MESSAGE_BYTES].decode("utf-8", "ignore") + "…"
+
+
+def log_fault(error: Exception, request_id: str) -> None:
+    """What was not raised on purpose, and where. Its own words may quote a client's texts: only DEBUG has them."""
+    frames = "".join(traceback.format_tb(error.__traceback__))
+    logger.error("request %s failed: %s\n%s", request_id, type(error).__name__, frames)
+    logger.debug("request %s failed", request_id, exc_info=error)
+
+
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception, request_id: str) -> NoReturn:
     """End the call with the error's status; always raises.
 
     The text of an error that was not raised on purpose goes to the log, never to the client.
     """
+    # Whatever the client sent as an id, what is written and sent back is short and on one line.
+    request_id = request_id if is_request_id(request_id) else new_request_id()
     code = status_code(error)
     if isinstance(error, MullError):
-        message = str(error)
+        message = short_message(error)
     else:
-        logger.error("request %s failed", request_id, exc_info=error)
+        log_fault(error, request_id)
         message = f"an unexpected fault, logged under request id {request_id}"
-    metadata: list[tuple[str, str | bytes]] = [(REQUEST_ID_KEY, request_id)] if is_request_id(request_id) else []
+    metadata: list[tuple[str, str | bytes]] = [(REQUEST_ID_KEY, request_id)]
     if isinstance(error, RequestError):
         metadata.append(("grpc-status-details-bin", _bad_request(error, code)))
     elif isinstance(error, LimitReached):
@@ -69,7 +87,7 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception, r
 
 def _bad_request(error: RequestError, code: grpc.StatusCode) -> bytes:
     """The standard details message (google.rpc.BadRequest) that names the field for programs."""
-    violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=str(error))
+    violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=short_message(error))
     return _details(error_details_pb2.BadRequest(field_violations=[violation]), error, code)
 
 
@@ -81,6 +99,6 @@ def _retry_info(error: LimitReached, code: grpc.StatusCode) -> bytes:
 
 
 def _details(message: Message, error: MullError, code: grpc.StatusCode) -> bytes:
-    status = status_pb2.Status(code=code.value[0], message=str(error))
+    status = status_pb2.Status(code=code.value[0], message=short_message(error))
     status.details.add().Pack(message)
     return bytes(status.SerializeToString())

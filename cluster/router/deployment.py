@@ -11,7 +11,7 @@ from typing import Any, Literal
 import ray
 from ray import serve
 
-from cluster.config import ClusterConfig, EngineConfig
+from cluster.config import ClusterConfig
 from cluster.errors import EngineError
 from cluster.router.balancer import ModelExperts, RebalancePolicy
 from cluster.router.engine import GroupFactory
@@ -21,6 +21,7 @@ from cluster.router.router import Router, RouterStats
 from cluster.router.scheduler import SchedulerConfig
 from cluster.router.shards import GroupBounds, RankGroup
 from cluster.router.wire import ModelInfo
+from cluster.serve_ports import listen_on_node_address
 from cluster.text.phases import THINK_END
 from cluster.text.tokenizer import read_encoder
 from cluster.tls import link_server_credentials
@@ -29,22 +30,21 @@ from workers.config import ModelConfig, RunnerConfig
 Device = Literal["cpu", "cuda"]
 
 NAME = "Router"
-STOP_GRACE_S = 5.0
-"""For sessions that are still open when the replica must go; gateways have drained by then."""
-SHUTDOWN_TIMEOUT_S = 30.0
-"""Sessions' grace plus the bounds on stopping ranks, with room."""
+STOP_TIMEOUT_S = 25.0
+"""Over `drain_s`: the bounds on stopping ranks, with room."""
 HEALTH_PERIOD_S = 2.0
 LIVE_MARGIN_S = 30.0
 """Over the bound of a step, within which the group itself must have found the rank that is lost."""
 
 
-def resolve_device(engine: EngineConfig) -> Device:
-    """ "auto" is a GPU where the Ray cluster has one for each rank."""
+def resolve_device(config: ClusterConfig) -> Device:
+    """ "auto" is a GPU where the Ray cluster has one for each rank of each copy."""
+    engine = config.engine
     if engine.device != "auto":
         return engine.device
     resources: dict[str, float] = ray.cluster_resources() if ray.is_initialized() else {}  # type: ignore[no-untyped-call]  # Ray has no types there
     num_gpus = resources.get("GPU", 0)
-    return "cuda" if num_gpus >= engine.layout.world_size else "cpu"
+    return "cuda" if num_gpus >= config.router.copies * engine.layout.world_size else "cpu"
 
 
 def model_info(config: ClusterConfig) -> ModelInfo:
@@ -70,6 +70,7 @@ def _experts(model: ModelConfig, num_redundant: int) -> ModelExperts | None:
 def runner_configs(config: ClusterConfig, max_model_len: int, device: Device) -> list[RunnerConfig]:
     """One per rank."""
     engine, world = config.engine, config.engine.layout.world_size
+    num_here = world * config.router.copies
     return [
         RunnerConfig(
             model_dir=str(config.model.path),
@@ -77,7 +78,7 @@ def runner_configs(config: ClusterConfig, max_model_len: int, device: Device) ->
             layout=engine.layout,
             redundant_experts=engine.redundant_experts,
             device=device,
-            num_threads=engine.threads_per_rank or max(1, (os.cpu_count() or 1) // world),
+            num_threads=engine.threads_per_rank or max(1, (os.cpu_count() or 1) // num_here),
             max_model_len=max_model_len,
             max_num_seqs=engine.max_num_seqs,
             max_num_batched_tokens=engine.max_num_batched_tokens,
@@ -121,8 +122,10 @@ class RouterDeployment:
     """The replica. Its constructor returns while the ranks load: Describe tells how far they are, or what is wrong."""
 
     async def __init__(self, config: ClusterConfig, device: Device) -> None:  # type: ignore[misc]  # Serve awaits it
+        listen_on_node_address()
         launcher = RayLauncher()
         self._host = launcher.host
+        self._drain_s = config.router.drain_s
         self._router = make_router(config, device, launcher)
         link_tls = config.security.link_tls
         await self._router.start(self._host, 0, None if link_tls is None else link_server_credentials(link_tls))
@@ -142,12 +145,12 @@ class RouterDeployment:
     async def __del__(self) -> None:
         # A constructor that failed has left nothing to stop.
         if hasattr(self, "_router"):
-            await self._router.stop(STOP_GRACE_S)
+            await self._router.stop(self._drain_s)
 
 
 def router_deployment(config: ClusterConfig) -> serve.Application:
-    """One Router with a bundle for itself and one for each set of ranks that must share a node."""
-    device, layout = resolve_device(config.engine), config.engine.layout
+    """A Router for each copy, with a bundle for itself and one for each set of ranks that must share a node."""
+    device, layout = resolve_device(config), config.engine.layout
     size = ranks_per_bundle(layout)
     bundle: dict[str, float] = {"CPU": size, "GPU": size} if device == "cuda" else {"CPU": size}
     deployment: Any = serve.deployment(
@@ -157,7 +160,7 @@ def router_deployment(config: ClusterConfig) -> serve.Application:
         placement_group_bundles=[{"CPU": 1}, *[bundle] * (layout.world_size // size)],
         placement_group_strategy="PACK",
         health_check_period_s=HEALTH_PERIOD_S,
-        graceful_shutdown_timeout_s=SHUTDOWN_TIMEOUT_S,
+        graceful_shutdown_timeout_s=config.router.drain_s + STOP_TIMEOUT_S,
         # No request comes through Serve, so there is nothing to wait for.
         graceful_shutdown_wait_loop_s=0.1,
     )(RouterDeployment)

@@ -19,6 +19,7 @@ from cluster.router.scheduler import SchedulerConfig
 from cluster.router.sequence import SequenceRequest, SequenceUpdate
 from cluster.router.shards import GroupInfo, OnProgress, ShardGroup, Steps, Survivors
 from cluster.router.supervision import RestartPolicy
+from workers.layout import ParallelLayout
 from workers.step import RankLoading
 
 log = logging.getLogger(__name__)
@@ -64,6 +65,8 @@ class Engine:
         self._group: ShardGroup | None = None
         self.info: GroupInfo | None = None
         """The group that takes plans now."""
+        self.layout: ParallelLayout | None = None
+        """Of the newest group that took plans; None before the first one."""
         self.loading: dict[int, RankLoading] = {}
         """The last progress of each rank of the newest group."""
 
@@ -154,7 +157,7 @@ class Engine:
         pool = Pool(num_groups=info.layout.dp, num_blocks=info.num_blocks, block_size=info.block_size)
         self.core.on_started(pool)
         self.balancer = self._make_balancer(info)
-        self._group, self.info = group, info
+        self._group, self.info, self.layout = group, info, info.layout
         self._alive_s = time.monotonic()
         self._settled.set()
         blocks = "%d ranks in %d groups, each with %d blocks of %d tokens"

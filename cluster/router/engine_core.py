@@ -56,7 +56,8 @@ class EngineCore:
         self._enable_prefix_cache = enable_prefix_cache
         self._supervisor = Supervisor(policy)
         self._scheduler: CopyScheduler | None = None
-        self._pool: Pool | None = None
+        self.pool: Pool | None = None
+        """None before the first start."""
         self._num_steps_of_life: int | None = None
         """Of the present ranks; None while there are none."""
 
@@ -119,7 +120,7 @@ class EngineCore:
             num_tokens = self._scheduler.restart(blocks)
             self.num_replayed_tokens_total += num_tokens
             log.info("%d sequences go on, %d tokens are computed again", self._scheduler.num_unfinished, num_tokens)
-        self._pool = pool
+        self.pool = pool
         self._num_steps_of_life = 0
         self._supervisor.started()
 
@@ -165,7 +166,7 @@ class EngineCore:
         self._scheduler = None
 
     def _check_same(self, pool: Pool) -> None:
-        old = self._pool
+        old = self.pool
         assert old is not None
         if (pool.num_groups, pool.block_size) != (old.num_groups, old.block_size) or pool.num_blocks < old.num_blocks:
             raise EngineError(

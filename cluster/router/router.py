@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 LAST_WRITE_S = 0.2
 """Sessions stay open as long as their gateways live; this is for the last messages of drained requests to leave."""
+STOPPING = "the Router is stopping"
 SERVER_OPTIONS = [
     ("grpc.so_reuseport", 0),  # two Routers must not share a port silently
     ("grpc.max_receive_message_length", -1),  # the context bounds a prompt, and gateways bound their clients' messages
@@ -52,7 +53,8 @@ class RouterStats:
     reason: str
     loading: list[RankLoading]
     layout: ParallelLayout | None
-    """None while no group takes plans."""
+    """None before the first start."""
+    block_size: int
     ranks: list[RankReady]
     scheduler: SchedulerStats | None
     """None before the first start, and at the end."""
@@ -171,11 +173,12 @@ class Router:
         return self._engine.core.reason
 
     async def stop(self, grace_s: float = 0.0) -> None:
-        """Refuse new requests, let the live ones run for at most `grace_s`, then end sessions and ranks."""
+        """Refuse new requests, let the live ones run for at most `grace_s`, then give them back, and stop the ranks."""
         try:
             await self._drain(grace_s)
+            self._give_back()
             if self._server is not None:
-                await self._server.stop(LAST_WRITE_S if grace_s else 0)
+                await self._server.stop(LAST_WRITE_S)
         finally:
             await self._engine.stop()
 
@@ -187,7 +190,15 @@ class Router:
                     self._ended.clear()
                     await self._ended.wait()
         except TimeoutError:
-            log.warning("%d requests were cut off", sum(len(session.live) for session in self._sessions.values()))
+            num_live = sum(len(session.live) for session in self._sessions.values())
+            log.warning("%d requests still ran after %g s; their gateways take them elsewhere", num_live, grace_s)
+
+    def _give_back(self) -> None:
+        """What still runs goes on at another copy, or later: its gateway has all of its output."""
+        for session in self._sessions.values():
+            for key in sorted(session.live):
+                self._engine.cancel(RequestKey(session.id, key))
+                session.end(key, pb.End.REASON_UNAVAILABLE, STOPPING)
 
     # Sessions
 
@@ -222,7 +233,7 @@ class Router:
             raise EngineError(f"a gateway used key {submit.key} again while it was live")
         try:
             if self._draining:
-                raise NotReady("the Router is stopping")
+                raise NotReady(STOPPING)
             self._engine.add(to_request(submit, session.id, self._model))
             session.live.add(submit.key)
         except NotReady as error:
@@ -268,7 +279,8 @@ class Router:
             state=core.state,
             reason=core.reason,
             loading=[engine.loading[rank] for rank in sorted(engine.loading)],
-            layout=engine.info.layout if engine.info else None,
+            layout=engine.layout,
+            block_size=core.pool.block_size if core.pool else 0,
             ranks=engine.info.ranks if engine.info else [],
             scheduler=core.stats,
             num_sessions=len(self._sessions),
@@ -286,10 +298,10 @@ class Router:
         stats = self.stats()
         response = pb.DescribeResponse(
             model=self._model.name,
-            ready=self.is_ready,
-            reason=stats.reason or self.why_not_live or "",
+            ready=self.is_ready and not self._draining,
+            reason=STOPPING if self._draining else stats.reason or self.why_not_live or "",
             max_model_len=self._engine.core.context_limit or self._model.max_model_len,
-            block_size=stats.ranks[0].block_size if stats.ranks else 0,
+            block_size=stats.block_size,
             loaded_bytes=sum(rank.read_bytes for rank in stats.loading),
             total_bytes=sum(rank.total_bytes for rank in stats.loading),
             failed=self.has_failed,

@@ -69,11 +69,14 @@ class AnswerReader:
 
     @property
     def is_blank(self) -> bool:
-        """Nothing but newlines came."""
-        return self._is_blank and self._call is None and not self._detokenizer.is_pending
+        """Nothing but newlines came, and no call."""
+        has_called = self._call is not None or self._next_index > 0
+        return self._is_blank and not has_called and not self._detokenizer.is_pending
 
     def push(self, token_ids: Sequence[int], position: int) -> list[Piece]:
         """The pieces of these tokens, the first being token `position` of the output. Past a stop all is ignored."""
+        if self.is_over:
+            return []
         if self._call is None and not self._rules.stops and self._marks.isdisjoint(token_ids):
             return [Delta(Phase.ANSWER, self._visible(self._detokenizer.push(token_ids)), len(token_ids))]
         pieces: list[Piece] = []

@@ -28,7 +28,7 @@ def hosts() -> Iterator[list[Host]]:
 
 def test_two_groups_on_two_hosts_answer_the_demo_question(hosts: list[Host]) -> None:
     head = hosts[0]
-    layout = ("--tp", "2", "--dp", "2", "--redundant-experts", "4", "--threads-per-rank", "1")
+    layout = ("--insecure", "--tp", "2", "--dp", "2", "--redundant-experts", "4", "--threads-per-rank", "1")
 
     with head.serving("--ray-address", f"{head.address}:{RAY_PORT}", *layout) as server:
         answer = head.run(*MULL, "chat", "What is 347 + 285?", "--address", server.address, "--temperature", "0")
@@ -46,7 +46,7 @@ def test_the_end_of_a_server_leaves_no_rank_on_the_other_host(hosts: list[Host])
     head, other = hosts
     address = f"{head.address}:{RAY_PORT}"
 
-    with head.serving("--ray-address", address, "--tp", "2", "--dp", "2", "--threads-per-rank", "1"):
+    with head.serving("--insecure", "--ray-address", address, "--tp", "2", "--dp", "2", "--threads-per-rank", "1"):
         assert "ShardActor" in other.processes()
 
     assert "ShardActor" not in other.processes()
@@ -55,10 +55,18 @@ def test_the_end_of_a_server_leaves_no_rank_on_the_other_host(hosts: list[Host])
 
 def test_a_layout_that_the_hosts_have_no_room_for_is_refused_with_the_numbers(hosts: list[Host]) -> None:
     head = hosts[0]
-    flags = ("--ray-address", f"{head.address}:{RAY_PORT}", "--tp", "4", "--dp", "2")
+    flags = ("--insecure", "--ray-address", f"{head.address}:{RAY_PORT}", "--tp", "4", "--dp", "2")
 
     done = head.attempt(*MULL, "serve", *flags)
 
     assert done.returncode == 2
     assert "8 ranks, 4 of them on a node at a time" in done.stderr
     assert "have 3, 2" in done.stderr
+
+
+def test_only_a_cluster_that_asks_for_a_token_is_closed(hosts: list[Host]) -> None:
+    probe = (
+        f"from cluster.ray_cluster import is_open_to_all; print(is_open_to_all({f'{hosts[0].address}:{RAY_PORT}'!r}))"
+    )
+
+    assert hosts[0].run(MULL[0], "-c", probe).strip() == "False"

@@ -15,7 +15,8 @@ from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.config import GatewayConfig, ModelSource
-from cluster.gateway.router_link import LinkTimes, static_address
+from cluster.gateway.copies import static_addresses
+from cluster.gateway.router_link import LinkTimes
 from cluster.gateway.served_model import ServedModel
 from cluster.gateway.server import GatewayPorts, GatewayServer
 from mull.v1 import generation_pb2 as pb
@@ -75,9 +76,9 @@ def gateway_config() -> GatewayConfig:
 async def gateway(
     router: ScriptedRouter, model: ServedModel, gateway_config: GatewayConfig
 ) -> AsyncIterator[RunningGateway]:
-    server = GatewayServer(gateway_config, model, static_address(router.address), link_times=FAST)
+    server = GatewayServer(gateway_config, model, static_addresses(router.address), link_times=FAST)
     ports = await server.start()
-    await until(lambda: server.link.state.ready and router.has_session, "the link to the Router")
+    await until(lambda: server.copies.state.ready and router.has_session, "the link to the Router")
     async with grpc.aio.insecure_channel(f"127.0.0.1:{ports.grpc}") as channel:
         yield RunningGateway(server, ports, router, GenerationServiceStub(channel), channel)
         await server.drain(0)

@@ -13,9 +13,10 @@ import httpx
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from prometheus_client import CollectorRegistry
 
 from cluster.config import GatewayConfig, SecurityConfig
-from cluster.gateway.router_link import static_address
+from cluster.gateway.copies import static_addresses
 from cluster.gateway.served_model import ServedModel
 from cluster.gateway.server import GatewayServer
 from cluster.keys import Scope, add_key, revoke_key
@@ -59,11 +60,15 @@ class Guarded:
     acme: str
     other: str
     operator: str
+    registry: CollectorRegistry
 
     def answer(self, *token_ids: int) -> None:
         """Let every request end with these tokens."""
         send = self.router.send
         self.router.on_submit = lambda submit: send(update(submit.key, token_ids, admitted=0, end=STOP))
+
+    def num_refused(self, reason: str) -> float | None:
+        return self.registry.get_sample_value("mull_calls_refused_total", {"reason": reason})
 
     def change_limits(self, tenant: str, **limits: Any) -> None:
         add_key(self.keys_file, tenant, frozenset({Scope.GENERATE}), limits)
@@ -77,17 +82,19 @@ async def guarded(
     acme = add_key(file, "acme", frozenset({Scope.GENERATE}), {})
     other = add_key(file, "other", frozenset({Scope.GENERATE}), {})
     operator = add_key(file, "operator", frozenset({Scope.ADMIN}), {})
-    security = SecurityConfig(keys_file=file)
-    server = GatewayServer(gateway_config, model, static_address(router.address), link_times=FAST, security=security)
+    security, registry = SecurityConfig(keys_file=file), CollectorRegistry()
+    server = GatewayServer(
+        gateway_config, model, static_addresses(router.address), link_times=FAST, security=security, registry=registry
+    )
     ports = await server.start()
-    await until(lambda: server.link.state.ready and router.has_session, "the link to the Router")
+    await until(lambda: server.copies.state.ready and router.has_session, "the link to the Router")
     url = f"http://127.0.0.1:{ports.http}"
     async with (
         grpc.aio.insecure_channel(f"127.0.0.1:{ports.grpc}") as channel,
         httpx.AsyncClient(base_url=url, timeout=10) as client,
     ):
         stubs = GenerationServiceStub(channel), AdminServiceStub(channel)
-        yield Guarded(file, router, *stubs, channel, client, server, acme, other, operator)
+        yield Guarded(file, router, *stubs, channel, client, server, acme, other, operator, registry)
         await server.drain(0)
 
 
@@ -223,6 +230,17 @@ async def test_over_a_limit_a_call_is_told_when_to_come_again(guarded: Guarded) 
     assert (answer.status_code, answer.json()["error"]["code"]) == (429, "rate_limit_exceeded")
     assert 1 <= int(answer.headers["retry-after"]) <= 100
     assert (await guarded.stub.Tokenize(request, metadata=bearer(guarded.other))).token_ids
+
+
+async def test_calls_that_are_kept_out_are_counted_by_reason(guarded: Guarded) -> None:
+    guarded.change_limits("acme", max_requests_per_s=0.01)
+    request = pb.TokenizeRequest(text="x")
+    for key in (guarded.acme, guarded.acme, "nothing", guarded.operator):
+        await asyncio.gather(guarded.stub.Tokenize(request, metadata=bearer(key)), return_exceptions=True)
+    await guarded.http.post("/tokenize", json={"prompt": "x"})
+
+    counts = {reason: guarded.num_refused(reason) for reason in ("requests", "unauthenticated", "forbidden", "streams")}
+    assert counts == {"requests": 1, "unauthenticated": 2, "forbidden": 1, "streams": None}
 
 
 def retry_info(error: grpc.aio.AioRpcError) -> error_details_pb2.RetryInfo:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
@@ -53,7 +55,7 @@ BAD_REQUESTS = [
     (chat(user(tool_calls=[pb.ToolCall(name="f")])), "conversation.messages[0].tool_calls", "assistant"),
     (call(name=""), "conversation.messages[1].tool_calls[0].name", "empty"),
     (call(name="f", arguments_json="{"), "conversation.messages[1].tool_calls[0].arguments_json", "JSON"),
-    (call(name="f", arguments_json="[" * 100_000), "conversation.messages[1].tool_calls[0].arguments_json", "JSON"),
+    (call(name="f", arguments_json="[" * 50), "conversation.messages[1].tool_calls[0].arguments_json", "JSON"),
     (tool(name=""), "conversation.tools[0].name", "empty"),
     (tool(name="f", parameters_json="[1]"), "conversation.tools[0].parameters_json", "object"),
     (tool(name="f", parameters_json='{"a": NaN}'), "conversation.tools[0].parameters_json", "NaN"),
@@ -123,6 +125,31 @@ BAD_REQUESTS = [
         "response_format.choices.texts[0]",
         "empty",
     ),
+    (chat(*[pb.Message(role="user", content="x")] * 4097), "conversation.messages", "4096"),
+    (with_tools(*(f"f{i}" for i in range(257))), "conversation.tools", "256"),
+    (tool(name="f" * 257), "conversation.tools[0].name", "256"),
+    (
+        tool(name="f", parameters_json='{"a":' * 65 + "1" + "}" * 65),
+        "conversation.tools[0].parameters_json",
+        "65 levels",
+    ),
+    (tool(name="f", parameters_json=json.dumps({"a": "x" * 70_000})), "conversation.tools[0].parameters_json", "65536"),
+    (
+        chat(pb.Message(role="assistant", tool_calls=[pb.ToolCall(name="f")] * 257)),
+        "conversation.messages[0].tool_calls",
+        "256",
+    ),
+    (
+        chat(pb.Message(role="assistant", tool_calls=[pb.ToolCall(name="f", arguments_json='{"a":' + "[" * 100)])),
+        "conversation.messages[0].tool_calls[0].arguments_json",
+        "64",
+    ),
+    (ask(response_format=pb.ResponseFormat(json_schema="[" * 1000)), "response_format.json_schema", "64"),
+    (ask(response_format=pb.ResponseFormat(json_schema="é" * 40_000)), "response_format.json_schema", "65536"),
+    (ask(stop=["x" * 1025]), "stop[0]", "1024"),
+    (sampling(bad_words=["a", "x" * 1025]), "sampling.bad_words[1]", "1024"),
+    (ask(metadata={"a": "x" * 513}), "metadata", "512"),
+    (ask(chat_template_variables_json='{"a":' * 70), "chat_template_variables_json", "64"),
     (ask(chat_template_variables_json="["), "chat_template_variables_json", "JSON"),
     (ask(chat_template_variables_json='{"tools": 1}'), "chat_template_variables_json", "tools"),
     (pb.GenerateRequest(raw_prompt="x", chat_template_variables_json="{}"), "chat_template_variables_json", "template"),
@@ -157,6 +184,15 @@ async def test_the_client_gets_invalid_argument_and_the_field(
     assert detail.field_violations[0].field in str(caught.value.details())
     assert metadata[REQUEST_ID_KEY]
     assert gateway.router.submits == []
+
+
+@pytest.mark.parametrize("text", ["x" * 2**20, "é" * 2**20])
+async def test_an_error_that_quotes_a_long_text_still_reaches_the_client(gateway: RunningGateway, text: str) -> None:
+    for request in (ask(model=text), chat(pb.Message(role=text))):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await gateway.stub.Generate(request).read()
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert "grpc-status-details-bin" in dict(caught.value.trailing_metadata())
 
 
 def test_a_prompt_longer_than_the_context_names_both_numbers(model: ServedModel) -> None:
@@ -229,7 +265,7 @@ def test_any_prompt_that_ends_with_an_open_tag_starts_in_its_thoughts(
 async def test_an_unexpected_fault_is_internal_and_tells_nothing_but_the_request_id(
     gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gateway.server.link, "submit", lambda *_: 1 / 0)
+    monkeypatch.setattr(gateway.server.copies, "submit", lambda *_: 1 / 0)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await gateway.stub.Generate(ask(request_id="mine")).read()
     assert caught.value.code() is grpc.StatusCode.INTERNAL
@@ -240,4 +276,11 @@ async def test_an_unexpected_fault_is_internal_and_tells_nothing_but_the_request
 async def test_a_message_that_is_too_large_is_refused(gateway: RunningGateway) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await gateway.stub.Generate(ask("x" * (9 * 2**20))).read()
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+async def test_a_small_message_that_would_unpack_to_a_large_one_is_refused(gateway: RunningGateway) -> None:
+    call = gateway.stub.Tokenize(pb.TokenizeRequest(text="x" * (16 * 2**20)), compression=grpc.Compression.Gzip)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED

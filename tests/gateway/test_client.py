@@ -123,22 +123,21 @@ async def test_a_refusal_names_the_field_and_is_not_tried_again(client: AsyncCli
 
 
 async def test_a_server_that_comes_late_is_waited_for(talking: RunningGateway) -> None:
-    talking.router.description.ready = False
     port = int(talking.router.address.rsplit(":")[-1])
     await talking.router.stop()
     async with AsyncClient(f"127.0.0.1:{talking.ports.grpc}", retry=FAST, timeout_s=10) as client:
         waiting = asyncio.create_task(client.complete("hi", tools=TOOLS))
-        await until(lambda: not talking.server.link.is_connected, "the Router to be lost")
+        await until(lambda: not talking.server.copies.is_connected, "the Router to be lost")
         await talking.router.start(port)
         check(await waiting)
 
 
-async def test_a_call_that_has_begun_is_not_tried_again(gateway: RunningGateway) -> None:
+async def test_a_fault_of_the_servers_is_not_tried_again(gateway: RunningGateway) -> None:
     gateway.router.on_submit = lambda submit: gateway.router.send(
-        update(submit.key, [40], admitted=0, end=router_pb2.End.REASON_UNAVAILABLE, message="lost")
+        update(submit.key, [40], admitted=0, end=router_pb2.End.REASON_ERROR, message="lost")
     )
     async with AsyncClient(f"127.0.0.1:{gateway.ports.grpc}", retry=FAST) as client:
-        with pytest.raises(CallFailed, match="UNAVAILABLE: lost"):
+        with pytest.raises(CallFailed, match="INTERNAL: lost"):
             await client.chat("hi")
     assert len(gateway.router.submits) == 1
 

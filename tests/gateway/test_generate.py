@@ -111,7 +111,7 @@ async def test_a_reader_that_never_reads_is_bounded_and_then_cancelled(gateway: 
 
 async def assert_bounded(gateway: RunningGateway, call: grpc.aio.UnaryStreamCall) -> None:
     submit = await gateway.router.submitted()
-    mailbox = gateway.server.link.mailbox(submit.key)
+    mailbox = gateway.server.copies.mailbox(submit.key)
     assert mailbox is not None
     # when: 100,000 tokens come
     gateway.router.send(update(submit.key, admitted=0))
@@ -141,10 +141,8 @@ async def test_under_backlog_several_tokens_share_a_message(gateway: RunningGate
     ("reason", "code"),
     [
         (router_pb2.End.REASON_OVERLOADED, grpc.StatusCode.RESOURCE_EXHAUSTED),
-        (router_pb2.End.REASON_UNAVAILABLE, grpc.StatusCode.UNAVAILABLE),
         (router_pb2.End.REASON_INVALID, grpc.StatusCode.INVALID_ARGUMENT),
         (router_pb2.End.REASON_ERROR, grpc.StatusCode.INTERNAL),
-        (router_pb2.End.REASON_CANCELLED, grpc.StatusCode.UNAVAILABLE),
     ],
 )
 async def test_the_routers_refusal_becomes_a_status(
@@ -153,7 +151,7 @@ async def test_the_routers_refusal_becomes_a_status(
     gateway.router.on_submit = lambda submit: gateway.router.send(update(submit.key, end=reason, message="told why"))
     got, details = await status_of(gateway.stub.Generate(ask()))
     assert got is code
-    assert "told why" in details or reason == router_pb2.End.REASON_CANCELLED
+    assert "told why" in details
 
 
 async def test_tokens_before_a_failure_are_delivered(gateway: RunningGateway) -> None:
@@ -166,21 +164,58 @@ async def test_tokens_before_a_failure_are_delivered(gateway: RunningGateway) ->
     assert await call.code() is grpc.StatusCode.INTERNAL
 
 
-async def test_a_lost_router_ends_its_streams_and_is_found_again(gateway: RunningGateway) -> None:
+async def test_a_stream_whose_router_dies_goes_on_behind_its_tokens_once_it_is_back(gateway: RunningGateway) -> None:
     # given
-    call = gateway.stub.Generate(ask())
-    await gateway.router.submitted()
+    call = gateway.stub.Generate(ask(sampling=pb.SamplingOptions(seed=9)))
+    first = await gateway.router.submitted()
+    gateway.router.send(update(first.key, [40, 41], admitted=3))
+    stream = aiter(call)
+    events = [await anext(stream), await anext(stream)]
+    gateway.router.send(update(first.key, [42]))
+    events.append(await anext(stream))
     # when: the Router goes away and comes back at the same address
     port = int(gateway.router.address.rsplit(":")[-1])
     await gateway.router.stop()
-    code, _ = await status_of(call)
-    assert code is grpc.StatusCode.UNAVAILABLE
-    assert (await status_of(gateway.stub.Generate(ask())))[0] is grpc.StatusCode.UNAVAILABLE
+    refused, _ = await status_of(gateway.stub.Generate(ask()))
     await gateway.router.start(port)
-    await until(lambda: gateway.server.link.state.ready, "the link to be back")
-    # then
-    gateway.router.on_submit = lambda submit: gateway.router.send(update(submit.key, [5], admitted=0, end=LENGTH))
-    assert kinds(await collect(gateway.stub.Generate(ask())))[-1] == "finished"
+    # then: it gets the same request with the output so far, and the client sees one stream
+    second = await gateway.router.submitted(2)
+    assert list(second.output_ids) == [40, 41, 42]
+    gateway.router.send(update(second.key, [43], admitted=8, end=LENGTH))
+    events += [event async for event in stream]
+    assert refused is grpc.StatusCode.UNAVAILABLE
+    assert [event.sequence for event in events] == list(range(len(events)))
+    assert [i for e in events for i in getattr(body(e), "token_ids", [])] == [40, 41, 42, 43]
+    assert kinds(events).count("started") == 1
+    assert events[-1].finished.usage.cached_tokens == 3
+    second.ClearField("output_ids")
+    second.key = first.key
+    assert second == first
+
+
+async def test_a_router_that_gives_a_request_back_is_asked_again(gateway: RunningGateway) -> None:
+    unavailable = router_pb2.End.REASON_UNAVAILABLE
+
+    def answer(submit: router_pb2.Submit) -> None:
+        if len(gateway.router.submits) < 3:
+            gateway.router.send(update(submit.key, [40], admitted=0, end=unavailable, message="it must go"))
+        else:
+            gateway.router.send(update(submit.key, [41], admitted=0, end=LENGTH))
+
+    gateway.router.on_submit = answer
+    events = await collect(gateway.stub.Generate(ask()))
+    assert [i for e in events for i in getattr(body(e), "token_ids", [])] == [40, 40, 41]
+    assert [list(submit.output_ids) for submit in gateway.router.submits] == [[], [40], [40, 40]]
+
+
+async def test_a_request_that_no_copy_can_go_on_with_fails_in_the_end(gateway: RunningGateway) -> None:
+    call = gateway.stub.Generate(ask(timeout_seconds=0.2))
+    submit = await gateway.router.submitted()
+    gateway.router.send(update(submit.key, [40], admitted=0))
+    await gateway.router.stop()
+    code, _ = await status_of(call)
+    assert code is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert gateway.server.num_streams == 0
 
 
 async def test_a_session_that_the_router_closes_is_opened_again(gateway: RunningGateway) -> None:
@@ -188,7 +223,7 @@ async def test_a_session_that_the_router_closes_is_opened_again(gateway: Running
     gateway.router.end_session()
     await until(lambda: gateway.router.num_sessions == 2, "the next session")
     gateway.router.on_submit = lambda submit: gateway.router.send(update(submit.key, [5], admitted=0, end=LENGTH))
-    await until(lambda: gateway.server.link.is_connected, "a new session")
+    await until(lambda: gateway.server.copies.is_connected, "a new session")
     assert kinds(await collect(gateway.stub.Generate(ask())))[-1] == "finished"
 
 

@@ -55,6 +55,18 @@ async def test_a_request_that_fails_or_is_cancelled_leaves_its_line_too(
     assert left.startswith("request left ended: status CANCELLED, finish none")
 
 
+async def test_a_request_that_is_refused_cannot_fill_the_log(
+    gateway: RunningGateway, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    for request in (ask(request_id="x\nfaked line" * 1000), ask(metadata={"a": "x" * 10_000})):
+        with pytest.raises(grpc.aio.AioRpcError):
+            await gateway.stub.Complete(request)
+
+    assert len(lines(caplog)) == 2
+    assert all(len(line) < 300 and "\n" not in line for line in lines(caplog))
+
+
 async def test_no_line_of_a_whole_exchange_has_text_in_it(
     gateway: RunningGateway, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -12,7 +12,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from cluster.config import GatewayConfig
 from cluster.errors import ConfigError
-from cluster.gateway.router_link import static_address
+from cluster.gateway.copies import static_addresses
 from cluster.gateway.served_model import ServedModel
 from cluster.gateway.server import SERVICE_NAME, GatewayPorts, GatewayServer
 from mull.v1 import generation_pb2 as pb
@@ -23,7 +23,7 @@ from tests.gateway.scripted_router import update
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
-NOWHERE = static_address("127.0.0.1:1")
+NOWHERE = static_addresses("127.0.0.1:1")
 
 
 async def test_health_follows_the_router(gateway: RunningGateway) -> None:
@@ -33,7 +33,7 @@ async def test_health_follows_the_router(gateway: RunningGateway) -> None:
     # when: it says that it is not
     gateway.router.description.ready = False
     gateway.router.description.reason = "rank 1 is lost"
-    await until(lambda: not gateway.server.link.state.ready, "the Router to be known as not ready")
+    await until(lambda: not gateway.server.copies.state.ready, "the Router to be known as not ready")
     await asyncio.sleep(0)
     # then
     assert await gateway.health() == NOT_SERVING
@@ -76,7 +76,7 @@ async def test_list_models_tells_limits_and_defaults(gateway: RunningGateway) ->
 async def test_the_kv_pool_bounds_what_the_gateway_takes(gateway: RunningGateway) -> None:
     # given: a Router whose KV pool holds less than the model's context
     gateway.router.description.max_model_len = 100
-    await until(lambda: gateway.server.link.context_limit == 100, "the Router's limit")
+    await until(lambda: gateway.server.copies.context_limit == 100, "the Router's limit")
     gateway.router.on_submit = lambda submit: gateway.router.send(
         update(submit.key, [5], admitted=0, end=router_pb2.End.REASON_LENGTH)
     )
@@ -94,7 +94,7 @@ async def test_the_kv_pool_bounds_what_the_gateway_takes(gateway: RunningGateway
 
 async def test_a_router_that_has_more_room_than_the_context_changes_nothing(gateway: RunningGateway) -> None:
     gateway.router.description.max_model_len = 10**6
-    await until(lambda: gateway.server.link.context_limit == 10**6, "the Router's limit")
+    await until(lambda: gateway.server.copies.context_limit == 10**6, "the Router's limit")
     (listed,) = (await gateway.stub.ListModels(pb.ListModelsRequest())).models
     assert listed.max_model_len == 4096
 
@@ -103,15 +103,15 @@ async def test_a_fault_in_asking_the_router_does_not_end_the_asking(
     gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # given: a fault that is not a status
-    link = gateway.server.link
+    copies = gateway.server.copies
     answer = gateway.router.description
     monkeypatch.setattr("cluster.gateway.router_link.pb.DescribeRequest", lambda: 1 / 0)
-    await until(lambda: "ZeroDivisionError" in link.state.reason, "the fault to be told")
+    await until(lambda: "ZeroDivisionError" in copies.state.reason, "the fault to be told")
     # when
     monkeypatch.undo()
     # then
-    await until(lambda: link.state.description == answer, "the Router to be asked again")
-    assert link.is_connected
+    await until(lambda: answer in copies.state.descriptions.values(), "the Router to be asked again")
+    assert copies.is_connected
 
 
 async def test_server_info_has_the_routers_own_words(gateway: RunningGateway) -> None:
@@ -134,27 +134,28 @@ async def test_metrics_count_tokens_by_phase_and_finishes_by_reason(
     gateway.router.on_submit = lambda submit: gateway.router.send(update(submit.key, ids, admitted=4, end=stop))
     assert kinds([event async for event in gateway.stub.Generate(ask())])[-1] == "finished"
     await until(lambda: gateway.server.num_streams == 0, "the stream's end")
-    await until(lambda: gateway.server.link.state.description == said, "the Router's figures")
+    await until(lambda: said in gateway.server.copies.state.descriptions.values(), "the Router's figures")
     await asyncio.sleep(0)
     # when
     url = f"http://127.0.0.1:{gateway.ports.metrics}/metrics"
     text = await asyncio.to_thread(lambda: urllib.request.urlopen(url, timeout=5).read().decode())
     # then
+    copy = f'{{copy="{gateway.router.address}"}}'
     assert 'mull_generation_tokens_total{phase="thinking"} 3.0' in text
     assert 'mull_generation_tokens_total{phase="answer"} 2.0' in text
     assert 'mull_requests_finished_total{finish_reason="stop",phase="answer"} 1.0' in text
     assert 'mull_thinking_ended_total{reason="natural"} 1.0' in text
     assert "mull_cached_prompt_tokens_total 4.0" in text
     assert "mull_time_to_first_answer_token_seconds_count 1.0" in text
-    assert "mull_requests_running 3.0" in text
-    assert "mull_requests_thinking 2.0" in text
-    assert "mull_requests_answering 1.0" in text
-    assert "mull_kv_free_blocks 40.0" in text
-    assert "mull_engine_steps_total 70.0" in text
-    assert "mull_engine_restarts_total 1.0" in text
-    assert "mull_preemptions_total 6.0" in text
-    assert "mull_prefix_query_tokens_total 500.0" in text
-    assert "mull_prefix_hit_tokens_total 300.0" in text
+    assert f"mull_requests_running{copy} 3.0" in text
+    assert f"mull_requests_thinking{copy} 2.0" in text
+    assert f"mull_requests_answering{copy} 1.0" in text
+    assert f"mull_kv_free_blocks{copy} 40.0" in text
+    assert f"mull_engine_steps_total{copy} 70.0" in text
+    assert f"mull_engine_restarts_total{copy} 1.0" in text
+    assert f"mull_preemptions_total{copy} 6.0" in text
+    assert f"mull_prefix_query_tokens_total{copy} 500.0" in text
+    assert f"mull_prefix_hit_tokens_total{copy} 300.0" in text
     assert "mull_streams_open 0.0" in text
 
 

@@ -15,7 +15,7 @@ from cryptography import x509
 
 from cluster.config import GatewayConfig, SecurityConfig, TlsFiles
 from cluster.errors import ConfigError
-from cluster.gateway.router_link import static_address
+from cluster.gateway.copies import static_addresses
 from cluster.gateway.served_model import ServedModel
 from cluster.gateway.server import GatewayPorts, GatewayServer
 from cluster.tls import LINK_NAME, ServerCertificates, link_server_credentials
@@ -35,7 +35,7 @@ def authority(tmp_path: Path) -> Authority:
 async def gateway_of(
     security: SecurityConfig, router: ScriptedRouter, model: ServedModel, config: GatewayConfig
 ) -> AsyncIterator[tuple[GatewayServer, GatewayPorts]]:
-    server = GatewayServer(config, model, static_address(router.address), link_times=FAST, security=security)
+    server = GatewayServer(config, model, static_addresses(router.address), link_times=FAST, security=security)
     ports = await server.start()
     try:
         yield server, ports
@@ -175,10 +175,10 @@ async def test_the_link_to_a_router_needs_certificates_at_both_ends(
     await router.start(credentials=link_server_credentials(files))
     try:
         async with gateway_of(security, router, model, gateway_config) as (server, _):
-            await until(lambda: server.link.state.ready and router.has_session, "the link to the Router")
+            await until(lambda: server.copies.state.ready and router.has_session, "the link to the Router")
             num_sessions = router.num_sessions
         async with gateway_of(SecurityConfig(), router, model, gateway_config) as (server, _):
-            await until(lambda: "out of reach" in server.link.state.reason, "a link that is refused")
+            await until(lambda: "out of reach" in server.copies.state.reason, "a link that is refused")
         assert router.num_sessions == num_sessions == 1
     finally:
         await router.stop()

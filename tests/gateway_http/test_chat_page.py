@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 
 from cluster.errors import NotReady
+from cluster.gateway.access import Access
 from tests.gateway_http.browser import WAIT_S, Page, chromium, new_page, running_browser
 from tests.gateway_http.conftest import TWO_CALLS, Site, answer, finished, started, thought, thoughts_ended
 
@@ -181,3 +182,19 @@ async def test_the_page_needs_nothing_from_elsewhere(site: Site) -> None:
     assert "default-src 'none'" in reply.headers["content-security-policy"]
     assert "https://" not in reply.text
     assert " src=" not in reply.text
+
+
+async def test_a_key_that_was_entered_goes_with_every_request(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str | None] = []
+    caller = Access.caller
+    monkeypatch.setattr(
+        Access, "caller", lambda self, authorization: [shown.append(authorization), caller(self, authorization)][1]
+    )
+
+    await ask(page, "What is 2+2?")
+    await page.until(FIGURES)
+    await page.value("document.getElementById('key').value = 'mull-a-b'")
+    await ask(page, "And 3+3?")
+    await page.until(f"{FIGURES} === 2")
+
+    assert (shown[0], shown[-1]) == (None, "Bearer mull-a-b")

@@ -4,148 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, field
 
 import grpc
 import pytest
 
 from cluster.errors import EngineError
 from cluster.router.router import Router
-from cluster.router.scheduler import SchedulerConfig
-from cluster.router.sequence import SequenceRequest
-from cluster.router.shards import OnProgress, Survivors
-from cluster.router.supervision import RestartPolicy
-from cluster.router.wire import ModelInfo, to_request
+from cluster.router.wire import to_request
 from mull.v1 import router_pb2 as pb
-from mull.v1.router_pb2_grpc import RouterServiceStub
-from tests.fakes import FakeRanks, generate_alone
-from tests.router.fake_group import BLOCK_SIZE, FakeExperts, FakeShardGroup
+from tests.router.router_site import (
+    CONFIG,
+    MAX_UNREAD,
+    MODEL,
+    NUM_BLOCKS,
+    REGEX,
+    THINK_END,
+    WAIT_S,
+    Connect,
+    Groups,
+    alone,
+    submit,
+    until,
+)
 from workers.step import Grammar
-
-CONFIG = SchedulerConfig(max_model_len=400, max_num_seqs=8, max_num_batched_tokens=64, max_waiting=40)
-MODEL = ModelInfo(name="fake", vocab_size=50, max_model_len=CONFIG.max_model_len, think_end_id=3)
-NUM_BLOCKS = 300
-THINK_END = 3
-REGEX = pb.Grammar(kind=pb.Grammar.KIND_REGEX, text="[0-9]")
-WAIT_S = 10.0
-MAX_UNREAD = 20_000
-
-
-@dataclass
-class Groups:
-    """Makes the groups of a Router; each start takes the next of `start_errors`."""
-
-    start_errors: list[str | None] = field(default_factory=list)
-    made: list[FakeShardGroup] = field(default_factory=list)
-    dp: int = 1
-    experts: FakeExperts | None = None
-    deadly_token: int | None = None
-
-    def __call__(self, on_progress: OnProgress, _survivors: Survivors) -> FakeShardGroup:
-        ranks = [
-            FakeRanks(
-                num_blocks=NUM_BLOCKS,
-                block_size=BLOCK_SIZE,
-                max_num_seqs=CONFIG.max_num_seqs,
-                max_num_batched_tokens=CONFIG.max_num_batched_tokens,
-                vocab_size=MODEL.vocab_size,
-                group=group,
-            )
-            for group in range(self.dp)
-        ]
-        error = self.start_errors.pop(0) if self.start_errors else None
-        self.made.append(FakeShardGroup(ranks, on_progress, error, self.experts))
-        self.made[-1].deadly_token = self.deadly_token
-        return self.made[-1]
-
-
-@pytest.fixture
-def groups() -> Groups:
-    return Groups()
-
-
-@pytest.fixture
-async def router(groups: Groups) -> AsyncIterator[Router]:
-    router = Router(
-        MODEL, CONFIG, groups, restarts=RestartPolicy(max_restarts=3, first_backoff_s=0.001), max_unread=MAX_UNREAD
-    )
-    await router.start()
-    yield router
-    await router.stop()
-
-
-class Gateway:
-    """One session, and what it got for each key."""
-
-    def __init__(self, address: str) -> None:
-        self.channel = grpc.aio.insecure_channel(address)
-        self.stub = RouterServiceStub(self.channel)
-        self.call = self.stub.Session()
-        self.num_messages = 0
-        self.updates: dict[int, list[pb.SequenceUpdate]] = defaultdict(list)
-
-    async def submit(self, key: int, **fields: object) -> pb.Submit:
-        message = submit(key, **fields)
-        await self.call.write(pb.GatewayMessage(submit=message))
-        return message
-
-    async def cancel(self, key: int) -> None:
-        await self.call.write(pb.GatewayMessage(cancel=pb.Cancel(key=key)))
-
-    async def read(self) -> None:
-        message = await asyncio.wait_for(self.call.read(), WAIT_S)
-        assert message is not grpc.aio.EOF, f"the session ended: {await self.call.details()}"
-        self.num_messages += 1
-        for update in message.updates:
-            self.updates[update.key].append(update)
-
-    async def end_of(self, key: int) -> pb.End:
-        while not (self.updates[key] and self.updates[key][-1].HasField("end")):
-            await self.read()
-        return self.updates[key][-1].end
-
-    def tokens(self, key: int) -> list[int]:
-        return [token_id for update in self.updates[key] for token_id in update.token_ids]
-
-
-Connect = Callable[[], Awaitable[Gateway]]
-
-
-@pytest.fixture
-async def connect(router: Router) -> AsyncIterator[Connect]:
-    opened: list[Gateway] = []
-
-    async def open_gateway() -> Gateway:
-        await asyncio.wait_for(router.wait_ready(), WAIT_S)
-        opened.append(Gateway(router.address))
-        return opened[-1]
-
-    yield open_gateway
-    for gateway in opened:
-        await gateway.channel.close()
-
-
-def submit(key: int, **fields: object) -> pb.Submit:
-    sampling = pb.RouterSampling(temperature=0.6, top_p=0.95, repetition_penalty=1, seed=key)
-    values: dict[str, object] = {"prompt_ids": [1, 2, 3], "max_tokens": 20, "sampling": sampling} | fields
-    return pb.Submit(key=key, **values)
-
-
-def alone(message: pb.Submit) -> list[int]:
-    request: SequenceRequest = to_request(message, 0, MODEL)
-    return generate_alone(request, context_limit=CONFIG.max_model_len, vocab_size=MODEL.vocab_size)[0]
-
-
-async def until(condition: Callable[[], bool], what: str) -> None:
-    """The Router's tasks share this loop, so giving them turns is enough; bounded."""
-    try:
-        async with asyncio.timeout(WAIT_S):
-            while not condition():  # noqa: ASYNC110  # the product has no event for what tests ask
-                await asyncio.sleep(0.001)
-    except TimeoutError:
-        raise AssertionError(f"waited {WAIT_S:g} s for {what}") from None
 
 
 async def test_a_request_gets_its_tokens_and_its_end(connect: Connect) -> None:
@@ -367,147 +248,6 @@ async def test_a_key_that_is_used_twice_breaks_the_session(connect: Connect, gro
     assert "key 1" in await gateway.call.details()
 
 
-async def test_live_requests_outlive_the_ranks_that_computed_them(groups: Groups, connect: Connect) -> None:
-    gateway = await connect()
-    messages = {key: await gateway.submit(key, max_tokens=100 * key) for key in (1, 2, 3)}
-    while len(gateway.tokens(3)) < 20:
-        await gateway.read()
-
-    groups.made[0].lose_rank()
-
-    for key, message in messages.items():
-        assert (await gateway.end_of(key)).reason == pb.End.REASON_LENGTH
-        assert gateway.tokens(key) == alone(message)
-        assert sum(update.HasField("admitted") for update in gateway.updates[key]) == 1
-    described = await gateway.stub.Describe(pb.DescribeRequest())
-    assert (groups.made[0].num_stops, described.num_restarts_total) == (1, 1)
-    assert described.num_replayed_tokens_total > 60
-
-
-async def test_a_request_that_brings_down_its_ranks_twice_is_given_up_and_the_others_go_on(
-    router: Router, groups: Groups, connect: Connect
-) -> None:
-    # given: ranks that fail whenever they compute a certain token, which is in one prompt alone
-    gateway = await connect()
-    good = {key: submit(key, max_tokens=20, prompt_ids=[key, 5]) for key in (1, 2, 3)}
-    innocent = {token for message in good.values() for token in [*message.prompt_ids, *alone(message)]}
-    groups.deadly_token = groups.made[0].deadly_token = next(t for t in range(4, 50) if t not in innocent)
-    # when
-    for message in good.values():
-        await gateway.call.write(pb.GatewayMessage(submit=message))
-    await gateway.submit(9, prompt_ids=[4, groups.deadly_token, 4], max_tokens=60)
-    end = await gateway.end_of(9)
-    # then
-    assert end.reason == pb.End.REASON_ERROR
-    assert "do not send it again" in end.message
-    for key, message in good.items():
-        await gateway.end_of(key)
-        assert gateway.tokens(key) == alone(message)
-    assert len(groups.made) == 3
-    assert router.describe().num_quarantined_total == 1
-
-
-async def test_while_ranks_start_again_only_those_who_have_begun_are_taken(
-    router: Router, groups: Groups, connect: Connect
-) -> None:
-    gateway = await connect()
-    whole = alone(submit(1, max_tokens=50))
-    groups.start_errors = ["rank 0 failed: no memory"] * 2  # the third try succeeds
-    groups.made[0].lose_rank()
-    await until(lambda: not router.is_ready, "the loss")
-
-    await gateway.submit(1, max_tokens=50, output_ids=whole[:20])
-    await gateway.submit(2, max_tokens=50)
-
-    assert (await gateway.end_of(2)).reason == pb.End.REASON_UNAVAILABLE
-    assert (await gateway.end_of(1)).reason == pb.End.REASON_LENGTH
-    assert gateway.tokens(1) == whole[20:]
-
-
-async def test_a_group_that_gives_no_sign_of_life_is_not_ready(
-    router: Router, groups: Groups, connect: Connect
-) -> None:
-    gateway = await connect()
-
-    groups.made[0].silence_s = 500.0
-
-    described = await gateway.stub.Describe(pb.DescribeRequest())
-    assert (described.ready, described.heartbeat_age_seconds) == (False, 500.0)
-    assert "no sign of life came for 500 s, at most 120" in described.reason
-    assert router.why_not_live == described.reason
-
-
-async def test_a_rank_lost_while_idle_is_noticed(router: Router, groups: Groups, connect: Connect) -> None:
-    await connect()
-
-    groups.made[0].lose_rank()
-
-    await until(lambda: len(groups.made) == 2 and router.is_ready, "the next group")
-
-
-async def test_the_router_gives_up_when_a_group_does_not_come_back(
-    router: Router, groups: Groups, connect: Connect
-) -> None:
-    gateway = await connect()
-    groups.start_errors = ["rank 0 failed: no memory"] * 3
-
-    groups.made[0].lose_rank()
-    reason = await asyncio.wait_for(router.wait_failed(), WAIT_S)
-
-    assert reason == "rank 0 failed: no memory"
-    described = await gateway.stub.Describe(pb.DescribeRequest())
-    assert (described.ready, described.failed, described.reason) == (False, True, reason)
-    await gateway.submit(1)
-    assert (await gateway.end_of(1)).reason == pb.End.REASON_UNAVAILABLE
-    assert len(groups.made) == 4
-
-
-async def test_a_first_start_that_fails_is_told_in_the_ranks_own_words() -> None:
-    groups = Groups([error := "rank 1 failed: /models/x/config.json is missing; download it"])
-    router = Router(MODEL, CONFIG, groups)
-
-    await router.start()
-    with pytest.raises(EngineError, match=r"config\.json is missing"):
-        await asyncio.wait_for(router.wait_ready(), WAIT_S)
-
-    assert (router.describe().failed, router.describe().reason) == (True, error)
-    assert (router.describe().loaded_bytes, router.describe().total_bytes) == (5, 10)
-    await router.stop()
-    assert len(groups.made) == 1
-
-
-async def test_a_group_that_cannot_be_made_fails_the_router() -> None:
-    def make_group(_on_progress: OnProgress, _survivors: Survivors) -> FakeShardGroup:
-        raise OSError("no more descriptors")
-
-    router = Router(MODEL, CONFIG, make_group)
-    await router.start()
-
-    with pytest.raises(EngineError, match="OSError: no more descriptors"):
-        await asyncio.wait_for(router.wait_ready(), WAIT_S)
-
-    assert router.has_failed
-    await router.stop()
-
-
-async def test_a_group_that_cannot_be_cleared_away_fails_the_router(
-    router: Router, groups: Groups, connect: Connect, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def stop() -> None:
-        raise OSError("no such process")
-
-    gateway = await connect()
-    await gateway.submit(1, max_tokens=390)
-    await gateway.read()
-    monkeypatch.setattr(groups.made[0], "stop", stop)
-
-    groups.made[0].lose_rank()
-
-    assert (await gateway.end_of(1)).reason == pb.End.REASON_UNAVAILABLE
-    assert "OSError: no such process" in await asyncio.wait_for(router.wait_failed(), WAIT_S)
-    assert router.has_failed
-
-
 async def test_describe_tells_phases_and_totals(router: Router, connect: Connect) -> None:
     gateway = await connect()
     await gateway.submit(1, prompt_ids=[1] * 9)
@@ -553,8 +293,28 @@ async def test_stop_ends_open_sessions_and_stops_the_ranks(router: Router, group
 
     assert groups.made[0].num_stops == 1
     with pytest.raises(grpc.aio.AioRpcError) as ended:
-        await gateway.end_of(1)
+        await gateway.end_of(2)
     assert ended.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_what_still_runs_at_the_end_is_given_back_with_all_of_its_output(
+    router: Router, connect: Connect
+) -> None:
+    gateway = await connect()
+    message = await gateway.submit(1, max_tokens=390)
+    await gateway.read()
+
+    assert router.describe().ready
+    stopping = asyncio.create_task(router.stop(grace_s=0.02))
+    await asyncio.sleep(0)
+    described = router.describe()
+    end = await gateway.end_of(1)
+    await stopping
+
+    assert not described.ready
+    assert "stopping" in described.reason
+    assert end.reason == pb.End.REASON_UNAVAILABLE
+    assert gateway.tokens(1) == alone(message)[: len(gateway.tokens(1))]
 
 
 async def test_stop_with_grace_lets_live_requests_end_and_refuses_new_ones(router: Router, connect: Connect) -> None:

@@ -13,7 +13,7 @@ from cluster.router.layout_table import RankRole
 from cluster.router.router import Router
 from mull.v1 import router_pb2 as pb
 from tests.router.fake_group import FakeExperts
-from tests.router.test_router import CONFIG, MODEL, NUM_BLOCKS, WAIT_S, Gateway, Groups, alone, until
+from tests.router.router_site import CONFIG, MODEL, NUM_BLOCKS, WAIT_S, Gateway, Groups, alone, until
 from workers.placement_map import initial_placement
 
 NUM_GROUPS = 2

@@ -280,3 +280,30 @@ def test_any_arguments_come_through_cut_anywhere(
     cuts = sorted(data.draw(st.lists(st.integers(0, len(ids)), max_size=5)))
     chunks = [ids[start:stop] for start, stop in zip([0, *cuts], [*cuts, len(ids)], strict=True)]
     assert read(pocket, chunks).calls == [("f", written)]
+
+
+def test_what_follows_a_stop_in_the_same_push_is_ignored_whatever_tags_it_holds(pocket: Tokenizer) -> None:
+    tags = ThinkTags(pocket.token_id("<think>"), pocket.token_id("</think>"))
+    assert tags.open_id is not None
+    ids = [*pocket.encode("7 stop"), tags.open_id, *pocket.encode("8"), tags.open_id]
+    splitter = PhaseSplitter(tags, pocket.detokenizer(), starts_thinking=False, rules=AnswerRules(stops=("stop",)))
+
+    texts = [piece.text for piece in (*splitter.push(ids), *splitter.finish()) if isinstance(piece, Delta)]
+
+    assert "".join(texts) == "7 "
+
+
+def test_an_opening_tag_after_a_call_opens_no_thoughts(qwen: Tokenizer) -> None:
+    think_open, think_close, call_open, call_close = (
+        qwen.token_id(tag) for tag in ("<think>", "</think>", "<tool_call>", "</tool_call>")
+    )
+    assert call_open is not None
+    assert call_close is not None
+    rules = AnswerRules(tool_tags=ToolTags(call_open, call_close))
+    tags = ThinkTags(think_open, think_close)
+    splitter = PhaseSplitter(tags, qwen.detokenizer(), starts_thinking=False, rules=rules)
+
+    splitter.push(qwen.encode('<tool_call>{"name": "f", "arguments": {}}</tool_call><think>x'))
+
+    assert splitter.answer.num_tool_calls == 1
+    assert splitter.phase is Phase.ANSWER

@@ -107,6 +107,24 @@ def test_a_template_may_loop_with_break_and_cannot_reach_into_python() -> None:
         ChatTemplate("{{ messages.__class__.__mro__[1].__subclasses__() }}", {}).render([])
 
 
+LOOPS = "{% set r = range(90000) %}{% for a in r %}{% for b in r %}{% for c in r %}" + "{% endfor %}" * 3
+ENDLESS = {
+    "loops": LOOPS,
+    "loops that hide the clock": "{% set look_at_the_clock = 1 %}{% set environment = 1 %}" + LOOPS,
+    "macros": "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
+    "repetition": "{{ 'x' * 10000000000 }}",
+    "powers": "{{ 9 ** 9 ** 9 ** 9 }}",
+}
+
+
+@pytest.mark.parametrize("source", ENDLESS.values(), ids=ENDLESS)
+def test_a_template_that_would_go_on_without_end_is_stopped(source: str) -> None:
+    template = ChatTemplate(source, {}, render_time_s=0.05)
+
+    with pytest.raises(TemplateError, match=r"0\.05 s|too many|not served"):
+        template.render([])
+
+
 @pytest.mark.parametrize("source", ["{{ raise_exception('no, not so') }}", "{{ messages[0].content + 1 }}"])
 def test_a_template_that_fails_raises_its_own_words(source: str) -> None:
     with pytest.raises(TemplateError, match=r"no, not so|TypeError"):
@@ -121,6 +139,7 @@ def test_a_template_that_fails_raises_its_own_words(source: str) -> None:
         ("tokenizer.json", '{"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}', "ByteLevel"),
         ("tokenizer_config.json", None, "missing"),
         ("tokenizer_config.json", "[]", "JSON object"),
+        ("tokenizer_config.json", '{"auto_map": {"AutoTokenizer": "x.Y"}}', "code of the checkpoint's own"),
         ("chat_template.jinja", "{% if %}", "line 1"),
     ],
 )

@@ -123,6 +123,10 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing dimension": (drop_config("hidden_size"), "config.json: hidden_size is None"),
     "negative dimension": (set_config(num_hidden_layers=-1), "config.json: num_hidden_layers is -1"),
     "heads that do not share": (set_config(num_key_value_heads=3), "config.json: 4 heads over 3 KV heads"),
+    "code of its own": (
+        set_config(auto_map={"AutoModelForCausalLM": "modeling_evil.Evil"}),
+        "config.json: auto_map asks for code of the checkpoint's own; no such code is run",
+    ),
     "attention bias": (set_config(attention_bias=True), "config.json: attention_bias is true"),
     "theta that is no number": (
         set_config(rope_parameters={"rope_theta": "x"}),

@@ -86,7 +86,7 @@ class StreamedAnswer(Response):
         try:
             async with self._exchanges.watched(receive):
                 await self._stream(send)
-            await send(_body(self._form.end(), more=False))
+            await send(stream_body(self._form.end(), more=False))
         except ClientGone:
             return
         except Exception as error:
@@ -95,7 +95,7 @@ class StreamedAnswer(Response):
                 return
             # A client that does not read cannot be told either: its connection closes without a last word.
             async with asyncio.timeout(LAST_WORD_S):
-                await send(_body(self._form.fail(error_json(error, self._request_id)), more=False))
+                await send(stream_body(self._form.fail(error_json(error, self._request_id)), more=False))
 
     async def _stream(self, send: Send) -> None:
         form = self._form
@@ -106,13 +106,19 @@ class StreamedAnswer(Response):
                     await self._begin(send)
                     text = form.begin()
                 if text := text + form.write(events):
-                    await send(_body(text, more=True))
+                    await send(stream_body(text, more=True))
 
     async def _begin(self, send: Send) -> None:
         self._has_begun = True
-        headers = [*_STREAM_HEADERS, (b"x-request-id", self._request_id.encode())]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send(stream_start(self._request_id))
 
 
-def _body(text: bytes, *, more: bool) -> Message:
+def stream_start(request_id: str) -> Message:
+    """The head of a stream."""
+    headers = [*_STREAM_HEADERS, (b"x-request-id", request_id.encode())]
+    return {"type": "http.response.start", "status": 200, "headers": headers}
+
+
+def stream_body(text: bytes, *, more: bool) -> Message:
+    """The next bytes of a stream."""
     return {"type": "http.response.body", "body": text, "more_body": more}

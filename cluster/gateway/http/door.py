@@ -5,6 +5,8 @@ Hop 2 over HTTP. The chat page is open, because it asks its reader for the key; 
 
 from __future__ import annotations
 
+import logging
+
 from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -14,6 +16,8 @@ from cluster.gateway.access import Access, Caller
 from cluster.gateway.http.answer import error_answer
 from cluster.gateway.requests import is_request_id, new_request_id
 from cluster.keys import Scope as KeyScope
+
+logger = logging.getLogger(__name__)
 
 OPEN_PATHS = frozenset({"/", "/health", "/ready", "/version", "/openapi.json"})
 ANY_KEY_PREFIX = "/v1/models"
@@ -31,16 +35,19 @@ class HttpDoor:
         if scope["path"] not in OPEN_PATHS:
             headers = Headers(scope=scope)
             try:
-                caller = self._access.caller(_authorization(headers))
-                if not scope["path"].startswith(ANY_KEY_PREFIX):
-                    caller.check_scope(KeyScope.GENERATE)
+                needed = None if scope["path"].startswith(ANY_KEY_PREFIX) else KeyScope.GENERATE
+                caller = self._access.admit(_authorization(headers), needed)
             except MullError as error:
                 given = headers.get("x-request-id", "")
                 request_id = given if is_request_id(given) else new_request_id()
                 await error_answer(error, request_id)(scope, receive, send)
                 return
             scope.setdefault("state", {})["caller"] = caller
-        await self._app(scope, receive, send)
+        try:
+            await self._app(scope, receive, send)
+        except Exception:
+            # Answered and logged where it was raised; uvicorn would log its words, which may be the client's.
+            logger.debug("a request failed", exc_info=True)
 
 
 def caller_of(request: Request) -> Caller:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import re
 from dataclasses import dataclass
@@ -21,14 +20,21 @@ from cluster.errors import (
     UnknownModel,
 )
 from cluster.gateway.http.parts import Json
-
-logger = logging.getLogger(__name__)
+from cluster.gateway.status import log_fault, short_message
 
 RETRY_AFTER_S = 1
 
 
 class BodyTooLarge(RequestError):
     """The request's body passes the bound."""
+
+
+class StreamGone(RequestError):
+    """No stream is kept under that event id, or not from there on."""
+
+
+class BodyTooLate(RequestError):
+    """The request's body did not come in time."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,9 @@ STATUSES: dict[type[Exception], HttpStatus] = {
     RequestError: HttpStatus(400, "invalid_request_error"),
     PromptTooLong: HttpStatus(400, "invalid_request_error", "context_length_exceeded"),
     UnknownModel: HttpStatus(404, "invalid_request_error", "model_not_found"),
+    StreamGone: HttpStatus(410, "invalid_request_error", "stream_gone"),
     BodyTooLarge: HttpStatus(413, "invalid_request_error", "request_too_large"),
+    BodyTooLate: HttpStatus(408, "invalid_request_error", "request_timeout", (("connection", "close"),)),
     Unauthenticated: HttpStatus(401, "invalid_request_error", "invalid_api_key", (("www-authenticate", "Bearer"),)),
     Forbidden: HttpStatus(403, "invalid_request_error", "insufficient_permissions"),
     LimitReached: HttpStatus(429, "rate_limit_error", "rate_limit_exceeded"),
@@ -76,10 +84,10 @@ def error_headers(error: Exception) -> dict[str, str]:
 def error_json(error: Exception, request_id: str) -> Json:
     """OpenAI's error document. The text of an error that was not raised on purpose goes to the log alone."""
     row = http_status(error)
-    message = str(error)
+    message = short_message(error) if isinstance(error, MullError) else ""
     param = None
     if not isinstance(error, MullError):
-        logger.error("request %s failed", request_id, exc_info=error)
+        log_fault(error, request_id)
         message = f"an unexpected fault, logged under request id {request_id}"
     elif isinstance(error, RequestError):
         param = _http_name(error.field)

@@ -6,6 +6,7 @@ shape. Knows nothing of sockets.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
@@ -26,11 +27,14 @@ from cluster.gateway.http.chat import ChatForm, read_chat
 from cluster.gateway.http.collected import as_raw_text
 from cluster.gateway.http.completions import CompletionForm, read_completions
 from cluster.gateway.http.door import caller_of
-from cluster.gateway.http.errors import BodyTooLarge
+from cluster.gateway.http.errors import BodyTooLarge, BodyTooLate
 from cluster.gateway.http.exchanges import Exchanges
 from cluster.gateway.http.fields import Fields
 from cluster.gateway.http.forms import Form
+from cluster.gateway.http.kept import KeptStreams, StreamSource
+from cluster.gateway.http.kept_answer import KeptAnswer
 from cluster.gateway.http.messages import read_messages, read_tools
+from cluster.gateway.http.openapi import openapi_document
 from cluster.gateway.http.options import read_template_variables
 from cluster.gateway.http.parts import Json
 from cluster.gateway.http.prompts import side_by_side
@@ -42,6 +46,9 @@ from mull.v1 import generation_pb2 as pb
 WhyNotReady = Callable[[], str | None]
 """Why requests cannot be taken now; None where they can."""
 
+STREAM_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+LAST_EVENT_ID = "last-event-id"
+_ALLOW = {"allow": "POST"}
 PAGE_HEADERS = {
     "cache-control": "no-cache",
     "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
@@ -51,11 +58,11 @@ PAGE_HEADERS = {
 
 
 def build_http_app(
-    core: GenerationCore, config: GatewayConfig, why_not_ready: WhyNotReady, exchanges: Exchanges
+    core: GenerationCore, config: GatewayConfig, why_not_ready: WhyNotReady, exchanges: Exchanges, kept: KeptStreams
 ) -> FastAPI:
     """The application of one gateway."""
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
-    routes = Routes(core, config, why_not_ready, exchanges)
+    routes = Routes(core, config, why_not_ready, exchanges, kept)
     posts: dict[str, Callable[..., Awaitable[Response]]] = {
         "/v1/chat/completions": routes.chat,
         "/v1/completions": routes.complete,
@@ -64,12 +71,14 @@ def build_http_app(
         "/detokenize": routes.detokenize,
     }
     gets: dict[str, Callable[..., Awaitable[Response]]] = {
+        **dict.fromkeys(STREAM_PATHS, routes.go_on),
         "/": routes.page,
         "/v1/models": routes.list_models,
         "/v1/models/{name:path}": routes.show_model,
         "/health": routes.health,
         "/ready": routes.ready,
         "/version": routes.version,
+        "/openapi.json": routes.openapi,
     }
     for path, handler in posts.items():
         app.add_api_route(path, handler, methods=["POST"], response_model=None)
@@ -84,17 +93,25 @@ class Routes:
     """The handlers."""
 
     def __init__(
-        self, core: GenerationCore, config: GatewayConfig, why_not_ready: WhyNotReady, exchanges: Exchanges
+        self,
+        core: GenerationCore,
+        config: GatewayConfig,
+        why_not_ready: WhyNotReady,
+        exchanges: Exchanges,
+        kept: KeptStreams,
     ) -> None:
         self._core = core
         self._config = config
         self._why_not_ready = why_not_ready
         self._exchanges = exchanges
+        self._kept = kept
         self._start_s = int(time.time())
         self._page = files(__package__).joinpath("chat_page.html").read_text()
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
+        if LAST_EVENT_ID in request.headers:
+            return await self.go_on(request)
         body = await self._body(request)
         asked = read_chat(body, self._config.effort_budgets)
         request_id = _identify(request, asked)
@@ -108,6 +125,8 @@ class Routes:
 
     async def complete(self, request: Request) -> Response:
         """POST /v1/completions."""
+        if LAST_EVENT_ID in request.headers:
+            return await self.go_on(request)
         body = await self._body(request)
         prompts = read_completions(body, self._config.effort_budgets)
         first = prompts[0]
@@ -130,16 +149,27 @@ class Routes:
             streams = [_raw_batches(self._core.stream(asked, caller)) for asked in prompts]
             return side_by_side(streams, choices_per_prompt)
 
-        return self._answer_from(batches, body, form, request_id)
+        return self._answer_from(request, batches, body, form, request_id)
 
     async def respond(self, request: Request) -> Response:
         """POST /v1/responses."""
+        if LAST_EVENT_ID in request.headers:
+            return await self.go_on(request)
         body = await self._body(request)
         asked = read_response(body, self._config.effort_budgets)
         request_id = _identify(request, asked)
         model = self._core.model
         form = ResponseForm(request_id, asked.model or model.name, model.tokenizer.token_bytes, body)
         return self._answer(request, body, asked, form, raw=False)
+
+    async def go_on(self, request: Request) -> Response:
+        """GET of a path that streams, with Last-Event-ID: the rest of a stream that is kept."""
+        if LAST_EVENT_ID not in request.headers:
+            raise HTTPException(405, "POST a request here; GET goes on with a stream, with Last-Event-ID", _ALLOW)
+        stream, start = self._kept.find(
+            request.headers[LAST_EVENT_ID], caller_of(request).tenant, request.scope["path"]
+        )
+        return KeptAnswer(self._kept, stream, start, self._exchanges)
 
     async def tokenize(self, request: Request) -> Response:
         """POST /tokenize: `prompt`, or `messages` with `tools` and `chat_template_kwargs`."""
@@ -188,20 +218,30 @@ class Routes:
         """GET /version."""
         return JsonAnswer({"version": version("mull")})
 
+    async def openapi(self) -> Response:
+        """GET /openapi.json."""
+        return JsonAnswer(openapi_document())
+
     async def page(self) -> Response:
         """GET /: the chat page."""
         return HTMLResponse(self._page, headers=PAGE_HEADERS)
 
     async def _body(self, request: Request) -> Fields:
-        """The body's fields. Raises InvalidRequest, BodyTooLarge."""
+        """The body's fields. Raises InvalidRequest, BodyTooLarge, BodyTooLate."""
         limit = self._config.max_message_bytes
         declared = request.headers.get("content-length", "0")
         read = bytearray()
         if not declared.isdigit() or int(declared) <= limit:
-            async for piece in request.stream():
-                read += piece
-                if len(read) > limit:
-                    break
+            try:
+                async with asyncio.timeout(self._config.body_timeout_s):
+                    async for piece in request.stream():
+                        read += piece
+                        if len(read) > limit:
+                            break
+            except TimeoutError:
+                raise BodyTooLate(
+                    f"body: not complete within {self._config.body_timeout_s:g} s; send it faster", field="body"
+                ) from None
         if len(read) > limit or (declared.isdigit() and int(declared) > limit):
             size = max(len(read), int(declared) if declared.isdigit() else 0)
             raise BodyTooLarge(f"body: {size} bytes or more, the limit is {limit}; send less", field="body")
@@ -212,11 +252,16 @@ class Routes:
             stream = self._core.stream(asked, caller_of(request))
             return _raw_batches(stream) if raw else stream
 
-        return self._answer_from(batches, body, form, asked.request_id)
+        return self._answer_from(request, batches, body, form, asked.request_id)
 
-    def _answer_from(self, batches: Callable[[], Batches], body: Fields, form: Form, request_id: str) -> Response:
+    def _answer_from(
+        self, request: Request, batches: Callable[[], Batches], body: Fields, form: Form, request_id: str
+    ) -> Response:
         if (reason := self._why_not_ready()) is not None:
             raise NotReady(f"{reason}; try again later")
+        if body.flag("stream") and _is_resumable(body):
+            source = StreamSource(batches, form, request_id, caller_of(request).tenant, request.scope["path"])
+            return KeptAnswer(self._kept, self._kept.open(source), 0, self._exchanges)
         kind = StreamedAnswer if body.flag("stream") else WholeAnswer
         return kind(batches, form, self._exchanges, request_id)
 
@@ -250,6 +295,11 @@ def _identify(request: Request, asked: pb.GenerateRequest) -> str:
 def _includes_usage(body: Fields) -> bool:
     options = body.object("stream_options")
     return options is not None and bool(options.flag("include_usage"))
+
+
+def _is_resumable(body: Fields) -> bool:
+    options = body.object("stream_options")
+    return options is not None and bool(options.flag("resumable"))
 
 
 def _object(text: bytes) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,8 +14,10 @@ from cluster.config import GatewayConfig
 from cluster.errors import EngineError
 from cluster.gateway.access import Access
 from cluster.gateway.core import GenerationCore
+from cluster.gateway.http.bounded_protocol import bounded_protocol
 from cluster.gateway.http.door import HttpDoor
 from cluster.gateway.http.exchanges import Exchanges
+from cluster.gateway.http.kept import KeepPolicy, KeptStreams
 from cluster.gateway.http.routes import WhyNotReady, build_http_app
 from cluster.tls import ServerCertificates
 
@@ -37,10 +40,17 @@ class HttpServer:
     ) -> None:
         """`certificates` make it an HTTPS port."""
         self._exchanges = Exchanges()
-        app = HttpDoor(build_http_app(core, config, why_not_ready, self._exchanges), access)
+        policy = KeepPolicy(
+            retention_s=config.stream_retention_s,
+            max_streams=config.max_kept_streams,
+            max_bytes=config.max_kept_stream_bytes,
+        )
+        self._kept = KeptStreams(policy)
+        app = HttpDoor(build_http_app(core, config, why_not_ready, self._exchanges, self._kept), access)
         settings = uvicorn.Config(
             app,
-            http="httptools",
+            http=bounded_protocol(config.head_timeout_s),
+            timeout_keep_alive=math.ceil(config.idle_timeout_s),
             ws="none",
             lifespan="off",
             log_config=None,
@@ -70,6 +80,7 @@ class HttpServer:
     async def stop(self) -> None:
         """Interrupt what still runs, and close the port."""
         self._exchanges.cut()
+        await self._kept.close()
         if self._task is not None:
             self._server.should_exit = True
             await asyncio.gather(self._task, return_exceptions=True)

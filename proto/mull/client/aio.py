@@ -13,8 +13,8 @@ from google.protobuf.message import Message
 
 from mull.client.channels import CHANNEL_OPTIONS, key_from_environment, with_key
 from mull.client.completion import CompletionBuilder
-from mull.client.errors import CallFailed
 from mull.client.events import Event, to_event
+from mull.client.held import HeldStream
 from mull.client.options import Messages, Options, Tool, chat_request, conversation, prompt_request
 from mull.client.results import ReadsFirstChoice, Result, to_result
 from mull.client.retries import Retries, RetryPolicy
@@ -27,7 +27,8 @@ METHODS = tuple(method.name for method in pb.DESCRIPTOR.services_by_name["Genera
 class AsyncReply(ReadsFirstChoice):
     """One request under way: its events by iterating, and all of it in the end.
 
-    Nothing is sent before the first event is asked for. Leaving it (`async with`, or
+    A stream that is cut, because its server or the connection is gone, goes on where it was, on any server at the
+    address. Nothing is sent before the first event is asked for. Leaving it (`async with`, or
     `aclose`) cancels what has not finished.
     """
 
@@ -36,6 +37,7 @@ class AsyncReply(ReadsFirstChoice):
         self._request = request
         self._retries = retries
         self._builder = CompletionBuilder()
+        self._held = HeldStream()
         self._events: Any = self._read()
         self._call: Any = None
         self._whole: Result | None = None
@@ -92,17 +94,17 @@ class AsyncReply(ReadsFirstChoice):
                 self._call.cancel()
 
     async def _messages(self) -> Any:
+        """All messages, over as many calls as it takes: each goes on where the one before was cut."""
         while True:
-            self._call = self._open(self._request, timeout=self._retries.timeout_s)
-            has_begun = False
+            request = self._held.rest_of(self._request, self._retries.elapsed_s)
+            self._call = self._open(request, timeout=self._retries.timeout_s)
             try:
                 async for message in self._call:
-                    has_begun = True
+                    self._held.add(message)
+                    self._retries.progressed()
                     yield message
                 return
             except grpc.RpcError as error:
-                if has_begun:
-                    raise CallFailed.of(error) from error
                 pause_s = self._retries.pause_after(error)
             await asyncio.sleep(pause_s)
 

@@ -79,16 +79,20 @@ class Resume(_message.Message):
     def __init__(self, choices: _Optional[_Iterable[_Union[ResumedChoice, _Mapping]]] = ...) -> None: ...
 
 class ResumedChoice(_message.Message):
-    __slots__ = ("choice", "token_ids", "next_sequence", "finished")
+    __slots__ = ("choice", "token_ids", "next_sequence", "finished", "text_bytes", "thinking_ended")
     CHOICE_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     NEXT_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
+    TEXT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    THINKING_ENDED_FIELD_NUMBER: _ClassVar[int]
     choice: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     next_sequence: int
     finished: bool
-    def __init__(self, choice: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., next_sequence: _Optional[int] = ..., finished: _Optional[bool] = ...) -> None: ...
+    text_bytes: int
+    thinking_ended: bool
+    def __init__(self, choice: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., next_sequence: _Optional[int] = ..., finished: _Optional[bool] = ..., text_bytes: _Optional[int] = ..., thinking_ended: _Optional[bool] = ...) -> None: ...
 
 class ToolChoice(_message.Message):
     __slots__ = ("mode", "tool_name")

@@ -1,0 +1,241 @@
+"""Routers, gateways and connections that die under load: every stream is, token for token, the undisturbed one."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from urllib.request import urlopen
+
+import psutil
+import pytest
+
+from mull.client import CallFailed, Client, Result, RetryPolicy
+from mull.v1 import generation_pb2 as pb
+from tests.end_to_end.servers import MULL, Server, serving
+
+pytestmark = pytest.mark.timeout(240)
+
+WAIT_S = 60.0
+NUM_TOKENS = 500
+RETRY = RetryPolicy(attempts=30, resumptions=60, first_pause_s=0.1, longest_pause_s=0.5)
+# So hot that it does not come to an end by itself.
+HOT = ("--temperature", "8", "--top-p", "1", "--top-k", "0", "--seed", "3")
+CHAT = ("chat", "Count slowly.", "--json", *HOT, "--max-tokens", str(3 * NUM_TOKENS))
+
+
+def requests() -> list[pb.GenerateRequest]:
+    """Sampled, greedy and penalised ones, two generations at once, thoughts that are cut short."""
+    sampling = pb.SamplingOptions
+    plain = {"max_tokens": NUM_TOKENS, "ignore_eos": True}
+    question = pb.Conversation(messages=[pb.Message(role="user", content="What is 347 + 285?")])
+    return [
+        pb.GenerateRequest(raw_prompt="1 2 3 4", sampling=sampling(seed=1), **plain),
+        pb.GenerateRequest(raw_prompt="Once upon a time", sampling=sampling(temperature=0), **plain),
+        pb.GenerateRequest(
+            raw_prompt="5 6 7", sampling=sampling(seed=2, presence_penalty=0.5, repetition_penalty=1.1), **plain
+        ),
+        pb.GenerateRequest(raw_prompt="ten: ", n=2, sampling=sampling(seed=3, temperature=1), **plain),
+        pb.GenerateRequest(conversation=question, thinking_budget=300, sampling=sampling(seed=4), **plain),
+        pb.GenerateRequest(conversation=question, sampling=sampling(seed=5, logprobs=1), min_tokens=300, **plain),
+    ]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with serving("--copies", "2", "--threads-per-rank", "1") as running:
+        yield running
+
+
+class Streams:
+    """Clients that read one request each, in threads."""
+
+    def __init__(self, address: str) -> None:
+        self.num_tokens = [0] * len(requests())
+        self._client = Client(address, retry=RETRY, timeout_s=WAIT_S)
+        self._threads = ThreadPoolExecutor(len(requests()))
+        self._results: list[Future[Result]] = [
+            self._threads.submit(self._read, index, request) for index, request in enumerate(requests())
+        ]
+
+    def _read(self, index: int, request: pb.GenerateRequest) -> Result:
+        reply = self._client.stream(request)
+        numbers: dict[int, list[int]] = {}
+        for event in reply:
+            self.num_tokens[index] += len(getattr(event, "token_ids", ()))
+            numbers.setdefault(event.choice, []).append(event.sequence)
+        assert all(found == list(range(len(found))) for found in numbers.values())
+        return reply.result()
+
+    @property
+    def num_running(self) -> int:
+        return sum(not result.done() for result in self._results)
+
+    def wait_for_tokens(self, count: int) -> None:
+        """Until each has so many more than now, or is over."""
+        wanted = [number + count for number in self.num_tokens]
+
+        def have_come() -> bool:
+            states = zip(self.num_tokens, wanted, self._results, strict=True)
+            return all(number >= limit or result.done() for number, limit, result in states)
+
+        until(have_come, f"{count} tokens of each stream")
+
+    def results(self) -> list[Result]:
+        try:
+            return [result.result(timeout=WAIT_S) for result in self._results]
+        finally:
+            self._threads.shutdown(wait=False, cancel_futures=True)
+            self._client.close()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(server: Server) -> list[Result]:
+    return Streams(server.address).results()
+
+
+@pytest.fixture(scope="module")
+def undisturbed_chat(server: Server) -> str:
+    done = subprocess.run([*MULL, *CHAT, "--address", server.address], capture_output=True, check=True)
+    return text_of(done.stdout.splitlines())
+
+
+def text_of(lines: Iterable[bytes]) -> str:
+    """What `mull chat --json` printed, without how it was cut."""
+    events = [json.loads(line) for line in lines]
+    assert [event["sequence"] for event in events] == list(range(len(events)))
+    assert events[-1]["reason"] == "length"
+    return "".join(event.get("text", "") for event in events)
+
+
+def until(condition: Callable[[], bool], what: str) -> None:
+    deadline_s = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline_s, f"waited {WAIT_S:g} s for {what}"
+        time.sleep(0.02)
+
+
+def replicas(server: Server, name: str) -> list[psutil.Process]:
+    return [
+        process
+        for process in psutil.Process(server.process.pid).children(recursive=True)
+        if "ServeReplica" in process.name() + "".join(process.cmdline()) and name in "".join(process.cmdline())
+    ]
+
+
+def num_ready_copies(server: Server) -> int:
+    with Client(server.address, retry=RETRY, timeout_s=WAIT_S) as client:
+        try:
+            return sum(router.ready for router in client.server_info().routers)
+        except CallFailed:
+            return 0
+
+
+def num_pauses(server: Server) -> float:
+    text = urlopen(server.metrics_url, timeout=10).read().decode()
+    (line,) = [line for line in text.splitlines() if line.startswith("mull_request_pause_seconds_count")]
+    return float(line.split()[-1])
+
+
+def assert_same(results: list[Result], undisturbed: list[Result]) -> None:
+    for number, (result, whole) in enumerate(zip(results, undisturbed, strict=True)):
+        for choice, wanted in zip(result.choices, whole.choices, strict=True):
+            assert choice.token_ids == wanted.token_ids, f"request {number}"
+            assert (choice.thinking, choice.answer) == (wanted.thinking, wanted.answer), f"request {number}"
+            assert (choice.finish_reason, choice.thinking_ended) == (wanted.finish_reason, wanted.thinking_ended)
+            assert len(choice.logprobs) == len(wanted.logprobs)
+
+
+def test_streams_outlive_their_routers(server: Server, undisturbed: list[Result]) -> None:
+    until(lambda: num_ready_copies(server) == 2, "both copies")
+    routers = replicas(server, "Router")
+    assert len(routers) == 2
+    before = num_pauses(server)
+    # when: one goes away, so that the other takes over; and then that one, so that there is none for a while
+    streams = Streams(server.address)
+    streams.wait_for_tokens(20)
+    routers[0].kill()
+    streams.wait_for_tokens(20)
+    num_cut = streams.num_running
+    routers[1].kill()
+    # then
+    assert_same(streams.results(), undisturbed)
+    assert num_cut > 0
+    assert num_pauses(server) > before
+
+
+def test_streams_and_a_chat_outlive_their_gateway(
+    server: Server, undisturbed: list[Result], undisturbed_chat: str
+) -> None:
+    until(lambda: num_ready_copies(server) == 2, "both copies")
+    (gateway,) = replicas(server, "Gateway")
+    chat = subprocess.Popen([*MULL, *CHAT, "--address", server.address], stdout=subprocess.PIPE)
+    assert chat.stdout is not None
+    lines = [chat.stdout.readline() for _ in range(5)]
+    streams = Streams(server.address)
+    streams.wait_for_tokens(20)
+    num_cut, is_chatting = streams.num_running, chat.poll() is None
+    gateway.kill()
+    assert_same(streams.results(), undisturbed)
+    lines += chat.stdout.readlines()
+    assert chat.wait(WAIT_S) == 0
+    assert text_of(lines) == undisturbed_chat
+    assert num_cut > 0
+    assert is_chatting
+
+
+def test_streams_outlive_their_connection(server: Server, undisturbed: list[Result]) -> None:
+    with proxy(server.address) as (address, cut):
+        streams = Streams(address)
+        for _ in range(3):
+            streams.wait_for_tokens(20)
+            num_cut = streams.num_running
+            cut()
+        assert_same(streams.results(), undisturbed)
+        assert num_cut > 0
+
+
+@contextmanager
+def proxy(target: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    """A port that leads to the target, and what cuts all its connections."""
+    host, _, port = target.rpartition(":")
+    listener = socket.create_server(("127.0.0.1", 0))
+    sockets: list[socket.socket] = []
+
+    def pump(source: socket.socket, sink: socket.socket) -> None:
+        # Cut, by the test or by an end.
+        with suppress(OSError):
+            while data := source.recv(65536):
+                sink.sendall(data)
+        sink.close()
+
+    def accept() -> None:
+        while True:
+            try:
+                client, _ = listener.accept()
+            except OSError:
+                return
+            upstream = socket.create_connection((host, int(port)))
+            sockets.extend((client, upstream))
+            for pair in ((client, upstream), (upstream, client)):
+                threading.Thread(target=pump, args=pair, daemon=True).start()
+
+    def cut() -> None:
+        taken, sockets[:] = sockets[:], []
+        for one in taken:
+            # Its other end may have been first.
+            with suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+
+    threading.Thread(target=accept, daemon=True).start()
+    try:
+        yield f"127.0.0.1:{listener.getsockname()[1]}", cut
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+        cut()
