@@ -34,7 +34,7 @@ async def test_the_metrics_port_is_ready_when_work_can_be_taken(gateway: Running
 
     gateway.router.description.ready = False
     gateway.router.description.reason = "rank 1 is lost"
-    await until(lambda: not gateway.server.link.state.ready, "the Router to be known as not ready")
+    await until(lambda: not gateway.server.copies.state.ready, "the Router to be known as not ready")
 
     assert await call(gateway, "GET", "/ready") == (503, {"ready": False, "reason": "rank 1 is lost"})
 
