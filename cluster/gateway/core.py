@@ -10,8 +10,8 @@ import asyncio
 import enum
 import logging
 import time
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from importlib.metadata import version
 
 from cluster.errors import NotReady, Overloaded
@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 # Template and encoding of a larger request take over a millisecond or so: they run in a thread, the streams go on.
 LARGE_REQUEST_BYTES = 16 * 1024
+LARGE_OUTPUT_TOKENS = 4096
+"""So is output that a client holds."""
 DRAINING = "this server is shutting down"
 LAST_WORD_S = 1.0
 """For clients to read why their streams were cut."""
@@ -104,21 +106,23 @@ class GenerationCore:
                 caller.allowance.charge_prompt(len(prepared.prompt_ids))
                 if held is HeldEvents.REPEATED:
                     check_repeatable(prepared)
-                async with Interruption(prepared.timeout_s) as interruption:
-                    with self._submitted(prepared, interruption, timer, held) as running:
-                        record.on_submitted(running.generations)
-                        if running.events:
-                            yield running.events
-                        choices = running.choices
-                        while choices:
-                            await wait_for_news([choice.mailbox for choice in choices])
-                            events: list[pb.GenerateEvent] = []
-                            for choice in choices:
-                                if choice.mailbox.has_news:
-                                    events += choice.take()
-                                    caller.allowance.charge_output(choice.num_taken)
-                            yield events
-                            choices = [choice for choice in choices if not choice.has_finished]
+                async with (
+                    Interruption(prepared.timeout_s) as interruption,
+                    self._submitted(prepared, interruption, timer, held) as running,
+                ):
+                    record.on_submitted(running.generations)
+                    if running.events:
+                        yield running.events
+                    choices = running.choices
+                    while choices:
+                        await wait_for_news([choice.mailbox for choice in choices])
+                        events: list[pb.GenerateEvent] = []
+                        for choice in choices:
+                            if choice.mailbox.has_news:
+                                events += choice.take()
+                                caller.allowance.charge_output(choice.num_taken)
+                        yield events
+                        choices = [choice for choice in choices if not choice.has_finished]
         except (asyncio.CancelledError, GeneratorExit):
             timer.on_failed("CANCELLED")
             record.on_ended("CANCELLED")
@@ -214,17 +218,17 @@ class GenerationCore:
             await self._check_grammar(prepared.grammar, self._model.path, prepared.grammar_field)
         return prepared
 
-    @contextmanager
-    def _submitted(
+    @asynccontextmanager
+    async def _submitted(
         self, request: PreparedRequest, interruption: Interruption, timer: RequestTimer, held: HeldEvents
-    ) -> Iterator[RunningRequest]:
+    ) -> AsyncIterator[RunningRequest]:
         """Inside, the request's generations run; what has not finished at the end is cancelled."""
         running = RunningRequest()
         self._interruptions.add(interruption)
         try:
             for number in range(request.n):
                 own_timer = timer if number == 0 else timer.sibling()
-                self._open(running, request, number, own_timer, held)
+                await self._open(running, request, number, own_timer, held)
             for choice in running.choices:
                 choice.mailbox.on_overflow = interruption.interrupt
             with self.budgets.running(request, [choice.mailbox for choice in running.choices]):
@@ -235,7 +239,7 @@ class GenerationCore:
                 choice.mailbox.on_overflow = None
                 self._copies.release(choice.mailbox)
 
-    def _open(
+    async def _open(
         self, running: RunningRequest, request: PreparedRequest, number: int, timer: RequestTimer, held: HeldEvents
     ) -> None:
         """Begin one of the generations, or go on with it, as far as the client does not have all of it."""
@@ -245,7 +249,10 @@ class GenerationCore:
             if has.finished and held is HeldEvents.LEFT_OUT:
                 return
             missing = MissingEvents(has) if held is HeldEvents.LEFT_OUT else None
-            rebuilt = rebuild(generation, has, request, number)
+            if len(has.token_ids) > LARGE_OUTPUT_TOKENS:
+                rebuilt = await asyncio.to_thread(rebuild, generation, has, request, number)
+            else:
+                rebuilt = rebuild(generation, has, request, number)
             running.events += rebuilt if missing is None else missing.of(rebuilt)
             timer.on_resumed(generation.num_thinking_tokens, generation.num_answer_tokens)
         running.generations.append(generation)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -44,6 +45,8 @@ class LinkTimes:
     describe_timeout_s: float = 5.0
     poll_starting_s: float = 0.25
     poll_ready_s: float = 2.0
+    longest_silence_s: float = 30.0
+    """Of a Router that is asked how it is: past it the session is given up, though its connection stands."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,7 @@ class RouterLink:
         self._times = times
         self._tls = tls
         self._session: _Session | None = None
+        self._last_answer_s = 0.0
 
     @property
     def is_connected(self) -> bool:
@@ -143,6 +147,7 @@ class RouterLink:
             description = await stub.Describe(pb.DescribeRequest(), timeout=self._times.describe_timeout_s)
             session = _Session(stub)
             self._session = session
+            self._last_answer_s = time.monotonic()
             self.state = _state_of(description)
             logger.info("connected to the Router at %s", self.address)
             self._owner.on_connected(self)
@@ -177,7 +182,10 @@ class RouterLink:
                 logger.exception("asking the Router failed")
             # The session itself may live on; it is what tells whether the Router is lost.
             self.state = RouterState(False, f"the Router does not answer ({_reason(error)})", None)
+            if time.monotonic() - self._last_answer_s > self._times.longest_silence_s:
+                self.cut()
         else:
+            self._last_answer_s = time.monotonic()
             self.state = _state_of(description)
         self._owner.on_described(self)
 

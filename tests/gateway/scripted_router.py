@@ -37,6 +37,9 @@ class ScriptedRouter(RouterServiceServicer):
         self.cancelled_keys: list[int] = []
         self.budgets: list[tuple[int, int]] = []
         """Keys and thinking budgets, as they came."""
+        self.answers = asyncio.Event()
+        """Describe is answered once it is set."""
+        self.answers.set()
         self.num_sessions = 0
         """How many came, the ended ones included."""
         self.on_submit: Callable[[pb.Submit], object] | None = None
@@ -62,6 +65,7 @@ class ScriptedRouter(RouterServiceServicer):
             self._server = None
 
     async def Describe(self, _request: pb.DescribeRequest, _context: grpc.aio.ServicerContext) -> pb.DescribeResponse:
+        await self.answers.wait()
         return self.description
 
     async def Session(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import urllib.request
 from asyncio import to_thread
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import grpc
 import pytest
@@ -60,7 +60,9 @@ async def site(model: ServedModel) -> AsyncIterator[Site]:
     async def directory() -> Sequence[str]:
         return await made.directory()
 
-    server = GatewayServer(GatewayConfig(grpc_port=0, http_port=0, metrics_port=0), model, directory, link_times=FAST)
+    # Long enough for a busy machine, short enough for a test of a Router that hangs.
+    times = replace(FAST, describe_timeout_s=0.5, longest_silence_s=1.0)
+    server = GatewayServer(GatewayConfig(grpc_port=0, http_port=0, metrics_port=0), model, directory, link_times=times)
     async with grpc.aio.insecure_channel("") as unused:
         made = Site(server, GatewayPorts(0, 0, 0), GenerationServiceStub(unused), routers, addresses)
         made.ports = await server.start()
@@ -126,6 +128,15 @@ async def test_what_a_draining_router_gives_back_goes_on_at_the_other_one(site: 
     one.send(update(one.submits[0].key, end=gone, message="the Router is stopping"))
     assert list((await other.submitted()).output_ids) == [40, 41]
     assert await finish(other, call, events) == [40, 41, 42]
+
+
+async def test_a_stream_leaves_a_router_that_hangs_with_its_connection_open(site: Site) -> None:
+    call, events = await running(site)
+    one, other = site.busy()
+    one.answers.clear()
+    assert list((await other.submitted()).output_ids) == [40, 41]
+    assert await finish(other, call, events) == [40, 41, 42]
+    one.answers.set()
 
 
 async def test_copies_that_come_and_go_are_found_and_forgotten(site: Site) -> None:
