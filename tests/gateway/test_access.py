@@ -316,3 +316,20 @@ async def test_chat_over_http_runs_for_the_tenant_of_its_key(guarded: Guarded) -
 
     assert answer.status_code == 200, answer.text
     assert guarded.router.submits[-1].cache_salt == "other"
+
+
+async def test_a_stream_that_is_kept_is_read_on_by_its_tenant_alone(guarded: Guarded) -> None:
+    guarded.answer(41, 42, 151645)
+    body = {"messages": [{"role": "user", "content": "Hi"}], "stream": True, "stream_options": {"resumable": True}}
+    path, mine, others = "/v1/chat/completions", dict(bearer(guarded.acme)), dict(bearer(guarded.other))
+    whole = await guarded.http.post(path, json=body, headers=mine)
+    first_id = next(line for line in whole.text.splitlines() if line.startswith("id: ")).removeprefix("id: ")
+
+    mine_again = await guarded.http.get(path, headers={**mine, "last-event-id": first_id})
+    stolen = await guarded.http.get(path, headers={**others, "last-event-id": first_id})
+    unknown = await guarded.http.get(path, headers={**others, "last-event-id": "0" * 32 + ":0"})
+
+    assert mine_again.status_code == 200
+    assert mine_again.text in whole.text
+    assert (stolen.status_code, stolen.json()) == (unknown.status_code, unknown.json())
+    assert stolen.status_code >= 400
