@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check format proto wheel clean
+.PHONY: demo test check format proto chart wheel clean
 
 demo: .venv/installed
 	@$(BIN)/mull demo
@@ -19,6 +19,7 @@ check: .venv/installed-test
 	@$(BIN)/lint-imports
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash proto/generate.sh --check
 	@bash proto/check.sh
+	@$(BIN)/python helm/generate.py --check
 
 format: .venv/installed-test
 	@$(BIN)/ruff check --fix .
@@ -26,6 +27,10 @@ format: .venv/installed-test
 
 proto: .venv/installed-test
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash proto/generate.sh
+
+# After a change to helm/mull/values.yaml or to cluster/config.py.
+chart: .venv/installed-test
+	@$(BIN)/python helm/generate.py
 
 wheel: .venv/installed-test
 	@$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .

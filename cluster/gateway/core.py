@@ -116,8 +116,11 @@ class GenerationCore:
                     choices = running.choices
                     while choices:
                         await wait_for_news([choice.mailbox for choice in choices])
-                        events = [event for choice in choices if choice.mailbox.has_news for event in choice.take()]
-                        caller.allowance.charge_output(sum(map(_num_tokens, events)))
+                        events: list[pb.GenerateEvent] = []
+                        for choice in choices:
+                            if choice.mailbox.has_news:
+                                events += choice.take()
+                                caller.allowance.charge_output(choice.num_taken)
                         yield events
                         choices = [choice for choice in choices if not choice.has_finished]
         except (asyncio.CancelledError, GeneratorExit):
@@ -266,11 +269,6 @@ class GenerationCore:
             # Its Started has come, and with it those logprobs.
             submit.ClearField("num_prompt_logprobs")
         return self._copies.resume(submit, has.token_ids if has is not None else ())
-
-
-def _num_tokens(event: pb.GenerateEvent) -> int:
-    body = event.WhichOneof("event")
-    return 0 if body in (None, "started") else len(getattr(event, body).token_ids)
 
 
 def _tokenize(request: pb.TokenizeRequest, model: ServedModel) -> pb.TokenizeResponse:

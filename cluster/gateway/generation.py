@@ -91,15 +91,15 @@ class Generation:
         return events
 
     def _started(self, delivery: Delivery) -> pb.GenerateEvent:
-        started = pb.Started(
-            request_id=self._request.request_id,
-            model=self._model.name,
-            seed=self._request.seed_of(self._choice),
-            prompt_tokens=self.num_prompt_tokens,
-            cached_tokens=self.cached_tokens,
-            prompt_logprobs=[self._logprobs_message(entry) for entry in delivery.prompt_logprobs],
-        )
-        return self._event(started=started)
+        event = self._next_event()
+        started = event.started
+        started.request_id = self._request.request_id
+        started.model = self._model.name
+        started.seed = self._request.seed_of(self._choice)
+        started.prompt_tokens = self.num_prompt_tokens
+        started.cached_tokens = self.cached_tokens
+        started.prompt_logprobs.extend(self._logprobs_message(entry) for entry in delivery.prompt_logprobs)
+        return event
 
     def _piece_event(self, piece: Piece, delivery: Delivery) -> pb.GenerateEvent:
         position = self.num_thinking_tokens + self.num_answer_tokens
@@ -114,15 +114,16 @@ class Generation:
                 reason = pb.ThinkingEnded.REASON_BUDGET if by_budget else pb.ThinkingEnded.REASON_NATURAL
                 return self._thinking_ended(pb.ThinkingEnded(reason=reason, token_ids=ids, logprobs=logprobs))
             case ToolCallStarted(index, name):
-                start = pb.ToolCallStart(
-                    index=index, id=self._call_id(index), name=name, token_ids=ids, logprobs=logprobs
-                )
-                return self._event(tool_call_start=start)
+                event = self._next_event()
+                call_id = self._call_id(index)
+                start = pb.ToolCallStart(index=index, id=call_id, name=name, token_ids=ids, logprobs=logprobs)
+                event.tool_call_start.CopyFrom(start)
+                return event
             case ToolCallArguments(index, text):
-                arguments = pb.ToolCallArgumentsDelta(
-                    index=index, arguments_json=text, token_ids=ids, logprobs=logprobs
-                )
-                return self._event(tool_call_arguments_delta=arguments)
+                event = self._next_event()
+                more = pb.ToolCallArgumentsDelta(index=index, arguments_json=text, token_ids=ids, logprobs=logprobs)
+                event.tool_call_arguments_delta.CopyFrom(more)
+                return event
 
     def _call_id(self, index: int) -> str:
         """Unique, and the same wherever the generation goes on: a client may know it already."""
@@ -166,44 +167,32 @@ class Generation:
         finished.usage.CopyFrom(self._usage())
         finished.notes.extend(self._splitter.answer.notes)
         self.finished = finished
-        return self._event(finished=finished)
+        event = self._next_event()
+        event.finished.CopyFrom(finished)
+        return event
 
     def _delta_event(
         self, phase: Phase, text: str, token_ids: Sequence[int], logprobs: list[pb.Logprobs]
     ) -> pb.GenerateEvent:
-        if phase is Phase.THINKING:
-            return self._event(thinking_delta=pb.ThinkingDelta(text=text, token_ids=token_ids, logprobs=logprobs))
-        return self._event(answer_delta=pb.AnswerDelta(text=text, token_ids=token_ids, logprobs=logprobs))
+        event = self._next_event()
+        delta = event.thinking_delta if phase is Phase.THINKING else event.answer_delta
+        delta.SetInParent()
+        delta.text = text
+        delta.token_ids.extend(token_ids)
+        delta.logprobs.extend(logprobs)
+        return event
 
     def _thinking_ended(self, ended: pb.ThinkingEnded) -> pb.GenerateEvent:
         self.thinking_ended = ended
-        return self._event(thinking_ended=ended)
+        event = self._next_event()
+        event.thinking_ended.CopyFrom(ended)
+        return event
 
-    def _event(
-        self,
-        *,
-        started: pb.Started | None = None,
-        thinking_delta: pb.ThinkingDelta | None = None,
-        thinking_ended: pb.ThinkingEnded | None = None,
-        answer_delta: pb.AnswerDelta | None = None,
-        tool_call_start: pb.ToolCallStart | None = None,
-        tool_call_arguments_delta: pb.ToolCallArgumentsDelta | None = None,
-        finished: pb.Finished | None = None,
-    ) -> pb.GenerateEvent:
-        """The next event of this generation; one of them is given."""
-        sequence = self._num_events
+    def _next_event(self) -> pb.GenerateEvent:
+        """To be filled in place: there is one for nearly every token, and to copy its parts takes twice as long."""
+        event = pb.GenerateEvent(sequence=self._num_events, choice=self._choice)
         self._num_events += 1
-        return pb.GenerateEvent(
-            sequence=sequence,
-            choice=self._choice,
-            started=started,
-            thinking_delta=thinking_delta,
-            thinking_ended=thinking_ended,
-            answer_delta=answer_delta,
-            tool_call_start=tool_call_start,
-            tool_call_arguments_delta=tool_call_arguments_delta,
-            finished=finished,
-        )
+        return event
 
     def _usage(self) -> pb.Usage:
         return pb.Usage(
@@ -221,6 +210,9 @@ class Generation:
 
     def _take(self, num_tokens: int) -> _Tokens:
         """The next tokens that are in no event yet."""
+        if num_tokens == len(self._unsent_ids) and not self._unsent_logprobs:
+            ids, self._unsent_ids = self._unsent_ids, []
+            return _Tokens(ids, [])
         ids, self._unsent_ids = self._unsent_ids[:num_tokens], self._unsent_ids[num_tokens:]
         entries, self._unsent_logprobs = self._unsent_logprobs[:num_tokens], self._unsent_logprobs[num_tokens:]
         return _Tokens(ids, [self._logprobs_message(entry) for entry in entries])

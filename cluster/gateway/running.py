@@ -22,6 +22,8 @@ class RunningChoice:
     ) -> None:
         """`missing`: what the client lacks; None: it has nothing yet."""
         self.mailbox = mailbox
+        self.num_taken = 0
+        """Tokens that the last `take` found."""
         self._generation = generation
         self._timer = timer
         self._missing = missing
@@ -35,6 +37,7 @@ class RunningChoice:
         """The events of what has come. Raises the error that ended the generation."""
         generation, timer = self._generation, self._timer
         delivery = self.mailbox.take()
+        self.num_taken = len(delivery.token_ids)
         events = generation.accept(delivery)
         if delivery.cached_tokens is not None:
             timer.on_admitted(generation.num_prompt_tokens, delivery.cached_tokens)

@@ -27,6 +27,8 @@ class Secured:
 
     server: Server
     key: str
+    other_key: str
+    """Of another tenant."""
     files: tuple[str, ...]
     """Flags of a client with a certificate."""
     context: ssl.SSLContext
@@ -40,13 +42,14 @@ def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
     server_files, link = authority.issue("server", checks_clients=True), authority.issue("link", LINK_NAME)
     client, ca = authority.issue("client", "client"), str(authority.ca_file)
     key = add_key(keys_file, "acme", frozenset({Scope.GENERATE}), {"max_streams": 4})
+    other_key = add_key(keys_file, "other", frozenset({Scope.GENERATE}), {})
     context = ssl.create_default_context(cafile=ca)
     context.load_cert_chain(client.cert, client.key)
     tls = ("--tls-cert", str(server_files.cert), "--tls-key", str(server_files.key), "--tls-client-ca", ca)
     link_flags = ("--link-cert", str(link.cert), "--link-key", str(link.key), "--link-ca", ca)
     with serving(*tls, *link_flags, "--keys-file", str(keys_file)) as server:
         files = ("--tls-ca", ca, "--tls-cert", str(client.cert), "--tls-key", str(client.key))
-        yield Secured(server, key, files, context)
+        yield Secured(server, key, other_key, files, context)
 
 
 def test_a_question_is_answered_with_certificate_and_key(secured: Secured, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,6 +89,19 @@ def test_openai_clients_get_in_by_https(secured: Secured) -> None:
 
     assert denied.status_code == 401
     assert (answer.status_code, answer.json()["usage"]["completion_tokens"]) == (200, 8)
+
+
+def test_a_tenant_finds_its_own_prefixes_in_the_cache_and_nobody_elses(secured: Secured) -> None:
+    body = {"prompt": "one two three four five " * 20, "max_tokens": 1}
+
+    def cached_tokens(key: str) -> int:
+        answer = client.post("/v1/completions", json=body, headers={"authorization": f"Bearer {key}"})
+        return int(answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+    with httpx.Client(base_url=secured.server.http_url, verify=secured.context, timeout=60) as client:
+        assert cached_tokens(secured.key) == 0
+        assert cached_tokens(secured.other_key) == 0
+        assert cached_tokens(secured.key) > 0
 
 
 def test_every_port_of_ours_and_of_rays_is_for_this_machine_alone(secured: Secured) -> None:

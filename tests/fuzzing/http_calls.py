@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import schemathesis
@@ -14,6 +15,55 @@ SCHEMA = schemathesis.openapi.from_dict(openapi_document())
 OPERATIONS = {result.ok().path: result.ok() for result in SCHEMA.get_all_operations() if result.ok().method == "post"}
 POST_OPERATIONS = sorted(OPERATIONS)
 TIMEOUT_S = 20.0
+
+
+ODD_VALUES = (
+    *(
+        "null",
+        "true",
+        "-1",
+        "0",
+        "1.5",
+        "1e999",
+        "-1e300",
+        "1" + "0" * 400,
+        "18446744073709551616",
+        '""',
+        '"x"',
+        "[]",
+        "{}",
+    ),
+    *(
+        r'"\ud800"',
+        r'"\u0000"',
+        '"' + "9" * 5000 + '"',
+        "[null]",
+        "[[]]",
+        r'["\udfff"]',
+        "[1e999]",
+        "[-1]",
+        "[4294967295]",
+    ),
+    *('{"type": 1}', '{"type": "json_schema", "json_schema": {"schema": {"$ref": "#"}}}', '{"1": 1e999}', '{"a": {}}'),
+    *('{"' + "9" * 5000 + '": 1}', "[" * 200 + "]" * 200, '{"a":' * 200 + "1" + "}" * 200, r'{"\ud800": "x"}', "NaN"),
+    *('[{"type": "function", "function": {"name": "f", "parameters": {"type": "array", "minItems": 99999999}}}]',),
+    *('{"regex": "((((a{999}){999}){999}){999})"}', '{"grammar": "start: start start"}', '{"choice": []}'),
+)
+"""JSON texts, some of which only JSON's grammar allows."""
+BASES = {
+    "/v1/chat/completions": '"messages": [{"role": "user", "content": "hi"}]',
+    "/v1/completions": '"prompt": "hi"',
+    "/v1/responses": '"input": "hi"',
+}
+
+
+def odd_bodies(path: str) -> list[bytes]:
+    """The smallest right body with each of the fields that the document names set to each odd value."""
+    name = (
+        OPERATIONS[path].definition.raw["requestBody"]["content"]["application/json"]["schema"]["$ref"].split("/")[-1]
+    )
+    fields = openapi_document()["components"]["schemas"][name]["properties"]
+    return [f"{{{BASES[path]}, {json.dumps(field)}: {odd}}}".encode() for field in fields for odd in ODD_VALUES]
 
 
 def http_calls(path: str) -> st.SearchStrategy[Any]:

@@ -277,3 +277,10 @@ async def test_a_message_that_is_too_large_is_refused(gateway: RunningGateway) -
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await gateway.stub.Generate(ask("x" * (9 * 2**20))).read()
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+async def test_a_small_message_that_would_unpack_to_a_large_one_is_refused(gateway: RunningGateway) -> None:
+    call = gateway.stub.Tokenize(pb.TokenizeRequest(text="x" * (16 * 2**20)), compression=grpc.Compression.Gzip)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED

@@ -43,12 +43,12 @@ class SimClient:
         self.num_calls = 0
         self.num_resumed = 0
         """Calls that went on behind tokens that were here."""
-        self.longest_pause_s = 0.0
+        self.num_refusals = 0
+        """How often it was told to come again."""
         self.line: Connection | None = None
         self._world, self._gateways = world, gateways
         self._is_cut_behind = is_cut_behind
         self._pause_s = FIRST_PAUSE_S
-        self._last_token_s: float | None = None
         if leaves_s is not None:
             world.after(leaves_s, self._leave)
 
@@ -85,6 +85,7 @@ class SimClient:
                 self.was_refused_for_good = True
                 self._stop(end)
             case Failed(error):
+                self.num_refusals += 1
                 self._world.tell("%s is told: %s", self.name, error)
                 end.close()
                 self._call_again()
@@ -98,10 +99,6 @@ class SimClient:
             raise BrokenPromise(f"{self.name} has {here}, undisturbed it is {expected}")
         self._check_logprobs(tokens)
         self._pause_s = FIRST_PAUSE_S
-        now_s = self._world.now_s
-        if self._last_token_s is not None:
-            self.longest_pause_s = max(self.longest_pause_s, now_s - self._last_token_s)
-        self._last_token_s = now_s
         if self._is_cut_behind is not None and len(here) >= self._is_cut_behind and self.line is not None:
             self._is_cut_behind = None
             self.line.break_()

@@ -64,7 +64,10 @@ class Fields:
             return None
         if not _is_number(value):
             raise self.wrong(name, "a number")
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError as error:
+            raise self.refused(name, "is a number without end; send a smaller one") from error
 
     def integer(self, name: str, lowest: int = -(2**31), highest: int = 2**31 - 1) -> int | None:
         value = self.values.get(name)

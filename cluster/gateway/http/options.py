@@ -78,7 +78,8 @@ def _logit_bias(body: Fields) -> dict[int, float]:
         return {}
     found = {}
     for key in fields.values:
-        if not (key.isascii() and key.isdigit() and int(key) < 2**32):
+        # Ids have ten digits at most, and Python itself refuses to read thousands.
+        if not (key.isascii() and key.isdigit() and len(key) <= 10 and int(key) < 2**32):
             raise fields.refused(key, "is no token id; send ids as keys")
         found[int(key)] = fields.number(key) or 0.0
     return found
