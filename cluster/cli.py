@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from cluster.local import LocalCluster
 
 _DEMO_QUESTION = "What is 347 + 285?"
-_WAIT_POLL_S = 5.0
+_WAIT_POLL_S = 1.0
 _FAILED, _USAGE, _INTERRUPTED = 1, 2, 130
 
 

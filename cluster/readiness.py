@@ -32,24 +32,30 @@ class ReadinessDeployment:
     """Its constructor waits; then it has nothing to do."""
 
     async def __init__(self, start_timeout_s: float, gateway: Any) -> None:  # type: ignore[misc]  # Serve awaits it
-        """Raises EngineError, with the Routers' reason, where they cannot or do not start; Serve tries again."""
-        deadline_s = time.monotonic() + start_timeout_s + _MARGIN_S
-        reason = "no gateway has answered"
-        while time.monotonic() < deadline_s:
-            try:
-                info = pb.GetServerInfoResponse.FromString(
-                    await asyncio.wait_for(gateway.info.remote(), _ASK_TIMEOUT_S)
-                )
-            except (RayError, TimeoutError) as error:
-                logger.info("no gateway answers: %s", error)
-            else:
-                if info.ready:
-                    return
-                if info.routers and all(router.failed for router in info.routers):
-                    raise EngineError(info.reason)
-                reason = info.reason
-            await asyncio.sleep(_POLL_S)
-        raise EngineError(f"not ready within {start_timeout_s + _MARGIN_S:g} s: {reason}")
+        await wait_until_ready(start_timeout_s, gateway)
+
+
+async def wait_until_ready(start_timeout_s: float, gateway: Any) -> None:
+    """Ask a gateway, by its handle, until it can take work.
+
+    Raises EngineError, with the Routers' reason, where they cannot or do not start; Serve then tries again.
+    """
+    deadline_s = time.monotonic() + start_timeout_s + _MARGIN_S
+    reason = "no gateway has answered"
+    while time.monotonic() < deadline_s:
+        try:
+            reply = await asyncio.wait_for(gateway.info.remote(), _ASK_TIMEOUT_S)
+        except (RayError, TimeoutError) as error:
+            logger.info("no gateway answers: %s", error)
+        else:
+            info = pb.GetServerInfoResponse.FromString(reply)
+            if info.ready:
+                return
+            if info.routers and all(router.failed for router in info.routers):
+                raise EngineError(info.reason)
+            reason = info.reason
+        await asyncio.sleep(_POLL_S)
+    raise EngineError(f"not ready within {start_timeout_s + _MARGIN_S:g} s: {reason}")
 
 
 def readiness_deployment(config: ClusterConfig, gateway: serve.Application) -> serve.Application:

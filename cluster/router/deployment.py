@@ -8,11 +8,12 @@ from __future__ import annotations
 import os
 from typing import Any, Literal
 
+import grpc
 import ray
 from ray import serve
 
-from cluster.config import ClusterConfig
-from cluster.errors import EngineError
+from cluster.config import ClusterConfig, SecurityConfig, is_loopback_host
+from cluster.errors import ConfigError, EngineError
 from cluster.router.balancer import ModelExperts, RebalancePolicy
 from cluster.router.engine import GroupFactory
 from cluster.router.launchers import NORMAL_PRIORITY, Launcher, RayLauncher, ranks_per_bundle
@@ -127,8 +128,7 @@ class RouterDeployment:
         self._host = launcher.host
         self._drain_s = config.router.drain_s
         self._router = make_router(config, device, launcher)
-        link_tls = config.security.link_tls
-        await self._router.start(self._host, 0, None if link_tls is None else link_server_credentials(link_tls))
+        await self._router.start(self._host, 0, link_credentials(config.security, self._host))
 
     async def address(self) -> str:
         """host:port of RouterService."""
@@ -146,6 +146,18 @@ class RouterDeployment:
         # A constructor that failed has left nothing to stop.
         if hasattr(self, "_router"):
             await self._router.stop(self._drain_s)
+
+
+def link_credentials(security: SecurityConfig, host: str) -> grpc.ServerCredentials | None:
+    """None: plain text. Raises ConfigError where that would leave the machine, and nobody has asked for it."""
+    if security.link_tls is not None:
+        return link_server_credentials(security.link_tls)
+    if not security.insecure and not is_loopback_host(host):
+        raise ConfigError(
+            f"the Router would listen on {host} in plain text; give security.link_cert, link_key and link_ca, or "
+            "insecure: true where the network is private"
+        )
+    return None
 
 
 def router_deployment(config: ClusterConfig) -> serve.Application:

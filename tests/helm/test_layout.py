@@ -2,7 +2,10 @@
 
 import pytest
 
-from tests.helm.chart import Helm, Rendered
+from cluster.capacity import check_redundant_experts
+from cluster.config import parse_config
+from tests.helm.chart import POCKET, PRESETS, Helm, Rendered
+from tests.workers.test_layout import MODELS
 
 
 def ranks(rendered: Rendered) -> tuple[int, dict[str, str]]:
@@ -69,3 +72,14 @@ def test_memory_is_the_ranks_share_and_shared_memory(helm: Helm) -> None:
 )
 def test_a_contradiction_is_a_sentence(helm: Helm, values: list[str], sentence: str) -> None:
     assert sentence in helm.refusal(*values, preset="values-235b-8xh200.yaml")
+
+
+@pytest.mark.parametrize("preset", [preset for preset in PRESETS if preset != POCKET])
+def test_a_presets_layout_splits_the_model_that_it_names(helm: Helm, preset: str) -> None:
+    rendered = helm.template(preset=preset)
+
+    config = parse_config(rendered.cluster_config)
+    model = MODELS["4B" if "4B" in config.model.name else "235B"]
+    config.engine.layout.check(model)
+    check_redundant_experts(config, model)
+    assert (config.engine.max_model_len or 0) <= model.max_position_embeddings

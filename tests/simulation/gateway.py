@@ -33,6 +33,7 @@ class _Stream:
     output_ids: list[int] = field(default_factory=list)
     is_read_soon: bool = False
     is_over: bool = False
+    num_admissions: int = 0
 
 
 class SimGateway:
@@ -249,6 +250,10 @@ class SimGateway:
         assert stream is not None, "an update came for a flight that nobody reads"
         if update.token_ids and not flight.was_admitted:
             raise BrokenPromise("tokens come before a slot is told")
+        if update.HasField("admitted"):
+            stream.num_admissions += 1
+        if stream.num_admissions > 1:
+            raise BrokenPromise("a slot is told twice")
         stream.mailbox.put(update)
         self._read_soon(stream)
 
