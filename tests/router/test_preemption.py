@@ -28,6 +28,30 @@ def test_the_last_admitted_is_preempted_and_loses_nothing(max_in_flight: int) ->
         assert (copy.token_ids[key], copy.finish[key]) == copy.alone(key)
 
 
+def test_who_thinks_gives_way_to_a_later_one_that_writes_its_answer() -> None:
+    copy = FakeCopy(num_blocks=7, block_size=4)
+    copy.add(request("thinks", [1, 2, 3, 4], max_tokens=15, starts_thinking=True, think_end_id=99))
+    copy.add(request("answers", [5, 6, 7, 8], max_tokens=15))
+
+    copy.run()
+
+    assert copy.scheduler.num_preempted_total > 0
+    assert list(copy.finish) == ["answers", "thinks"]
+    for key in ("thinks", "answers"):
+        assert (copy.token_ids[key], copy.finish[key]) == copy.alone(key)
+
+
+def test_a_higher_priority_counts_more_than_an_answer() -> None:
+    copy = FakeCopy(num_blocks=7, block_size=4)
+    copy.add(request("thinks", [1, 2, 3, 4], max_tokens=15, starts_thinking=True, think_end_id=99, priority=1))
+    copy.add(request("answers", [5, 6, 7, 8], max_tokens=15))
+
+    copy.run()
+
+    assert copy.scheduler.num_preempted_total > 0
+    assert list(copy.finish) == ["thinks", "answers"]
+
+
 def test_a_preempted_sequence_comes_back_before_those_who_came_later() -> None:
     copy = crowded_copy(max_num_seqs=2)
     copy.add(request("latecomer", [9], max_tokens=1, sampling=SamplingParams(seed=3)))
