@@ -38,6 +38,8 @@ _FAILED, _USAGE, _INTERRUPTED = 1, 2, 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The entry point of the `mull` command. Returns the exit code."""
+    # gRPC writes lines of its own to stderr where a server goes away in order; it reads this when it is imported.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     args = _parser().parse_args(argv)
     command: Callable[[argparse.Namespace], int] = args.command
     try:
