@@ -72,6 +72,7 @@ class FakeShardGroup:
         self.deadly_token: int | None = None
         """Ranks fail that are to put it through the model."""
         self._on_progress = on_progress
+        self.may_start: asyncio.Event | None = None
         self._start_error = start_error
         self._orders: deque[list[StepPlan] | PlacementUpdate] = deque()
         self._lost: str | None = None
@@ -92,6 +93,8 @@ class FakeShardGroup:
 
     async def start(self) -> GroupInfo:
         self._on_progress(RankLoading(0, 5, 10))
+        if self.may_start is not None:
+            await self.may_start.wait()
         if self._start_error is not None:
             raise RankLost(self._start_error, rank=0)
         num_blocks, block_size = len(self.ranks[0].memory), self.ranks[0].block_size

@@ -36,6 +36,11 @@ class Groups:
     dp: int = 1
     experts: FakeExperts | None = None
     deadly_token: int | None = None
+    may_start: asyncio.Event = field(default_factory=asyncio.Event)
+    """Until it is set no group comes up; it is set from the beginning."""
+
+    def __post_init__(self) -> None:
+        self.may_start.set()
 
     def __call__(self, on_progress: OnProgress, _survivors: Survivors) -> FakeShardGroup:
         ranks = [
@@ -52,6 +57,7 @@ class Groups:
         error = self.start_errors.pop(0) if self.start_errors else None
         self.made.append(FakeShardGroup(ranks, on_progress, error, self.experts))
         self.made[-1].deadly_token = self.deadly_token
+        self.made[-1].may_start = self.may_start
         return self.made[-1]
 
 
