@@ -14,6 +14,7 @@ import itertools
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from cluster.errors import MullError, NotReady, Overloaded
 from cluster.gateway.affinity import CopyLoad, PrefixMemory, cheapest, prefix_hashes
@@ -85,9 +86,8 @@ class Send:
     message: pb.GatewayMessage
 
 
-@dataclass(frozen=True, slots=True)
-class Deliver:
-    """An update for whoever reads the flight; one with an end is its last."""
+class Deliver(NamedTuple):
+    """An update for whoever reads the flight; one with an end is its last. One for nearly every token."""
 
     flight: Flight
     update: pb.SequenceUpdate
@@ -219,9 +219,10 @@ class Recovery:
         actions: list[Action] = []
         if update.HasField("admitted"):
             self._admit(flight, update)
-        if update.token_ids:
-            flight.output_ids.extend(update.token_ids)
-            actions += self._progress(flight, now_s)
+        if token_ids := update.token_ids:
+            flight.output_ids.extend(token_ids)
+            if flight.num_refused or flight.paused_s is not None:
+                actions += self._progress(flight, now_s)
         if not update.HasField("end"):
             return [*actions, Deliver(flight, update)]
         self._leave(flight)

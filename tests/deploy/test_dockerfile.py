@@ -8,7 +8,7 @@ import shlex
 import subprocess
 import tomllib
 from fnmatch import fnmatch
-from importlib.metadata import files
+from importlib.metadata import distribution, files
 from pathlib import Path
 
 import pytest
@@ -115,6 +115,6 @@ def test_it_opens_the_ports_of_the_chart() -> None:
 @pytest.mark.parametrize("program", ["ray", "hf", "mull"])
 def test_what_pods_start_is_installed_by_a_pinned_package(program: str) -> None:
     owners = {"ray": "ray", "hf": "huggingface_hub", "mull": "mull"}
-    scripts = [file.name for file in files(owners[program]) or [] if "bin" in file.parts]
+    commands = distribution(owners[program]).entry_points.select(group="console_scripts").names
 
-    assert program in scripts
+    assert program in commands

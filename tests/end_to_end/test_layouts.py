@@ -65,12 +65,11 @@ async def run(engine_config: EngineConfig) -> Ran:
     def balancer(info: GroupInfo) -> ExpertBalancer | None:
         return make_balancer(model.experts, info.layout, [rank.host for rank in info.ranks], REBALANCE)
 
-    lost: list[str] = []
     engine = Engine(
         SchedulerConfig(max_model_len=CONTEXT, max_num_seqs=2, max_num_batched_tokens=16),
         group_factory(config, CONTEXT, "cpu", ProcessLauncher()),
         on_updates=take,
-        on_lost=lost.append,
+        on_ended=lambda reason: pytest.fail(f"the engine ended: {reason}"),
         make_balancer=balancer,
     )
     engine.start()
@@ -80,10 +79,10 @@ async def run(engine_config: EngineConfig) -> Ran:
             engine.add(SequenceRequest(key=key, prompt_ids=prompt_ids, sampling=sampling, max_tokens=NUM_TOKENS))
         await asyncio.wait_for(ended.wait(), RUN_S)
         ran.num_rebalances = engine.balancer.num_rebalances_total if engine.balancer else 0
-        ran.num_preempted = engine.scheduler_stats.num_preempted_total if engine.scheduler_stats else 0
+        ran.num_preempted = engine.core.stats.num_preempted_total if engine.core.stats else 0
     finally:
         await engine.stop()
-    assert not lost
+    assert engine.core.num_restarts_total == 0
     return ran
 
 
