@@ -114,15 +114,18 @@ class GenerationCore:
                     if running.events:
                         yield running.events
                     choices = running.choices
+                    mailboxes = [choice.mailbox for choice in choices]
                     while choices:
-                        await wait_for_news([choice.mailbox for choice in choices])
+                        await wait_for_news(mailboxes)
                         events: list[pb.GenerateEvent] = []
                         for choice in choices:
                             if choice.mailbox.has_news:
                                 events += choice.take()
                                 caller.allowance.charge_output(choice.num_taken)
                         yield events
-                        choices = [choice for choice in choices if not choice.has_finished]
+                        if any(choice.has_finished for choice in choices):
+                            choices = [choice for choice in choices if not choice.has_finished]
+                            mailboxes = [choice.mailbox for choice in choices]
         except (asyncio.CancelledError, GeneratorExit):
             timer.on_failed("CANCELLED")
             record.on_ended("CANCELLED")

@@ -102,13 +102,13 @@ class Generation:
         return event
 
     def _piece_event(self, piece: Piece, delivery: Delivery) -> pb.GenerateEvent:
-        position = self.num_thinking_tokens + self.num_answer_tokens
-        is_thought = isinstance(piece, ThoughtsClosed) or (isinstance(piece, Delta) and piece.phase is Phase.THINKING)
-        self._count(Phase.THINKING if is_thought else Phase.ANSWER, piece.num_tokens)
         ids, logprobs = self._take(piece.num_tokens)
+        if isinstance(piece, Delta):
+            self._count(piece.phase, piece.num_tokens)
+            return self._delta_event(piece.phase, piece.text, ids, logprobs)
+        position = self.num_thinking_tokens + self.num_answer_tokens
+        self._count(Phase.THINKING if isinstance(piece, ThoughtsClosed) else Phase.ANSWER, piece.num_tokens)
         match piece:
-            case Delta():
-                return self._delta_event(piece.phase, piece.text, ids, logprobs)
             case ThoughtsClosed():
                 by_budget = position in delivery.forced
                 reason = pb.ThinkingEnded.REASON_BUDGET if by_budget else pb.ThinkingEnded.REASON_NATURAL

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -54,13 +54,20 @@ def requests() -> dict[str, SequenceRequest]:
     }
 
 
+@dataclass
+class Ran:
+    """What the streams gave in one run."""
+
+    token_ids: dict[object, list[int]]
+    logprobs: dict[object, list[TokenLogprobs]]
+    finish: dict[object, FinishReason]
+
+
 class Streams:
     """An engine with two ranks, and what its sequences got."""
 
-    def __init__(self, *, step_timeout_s: float = 60.0) -> None:
-        self.token_ids: dict[object, list[int]] = {key: [] for key in requests()}
-        self.logprobs: dict[object, list[TokenLogprobs]] = {key: [] for key in requests()}
-        self.finish: dict[object, FinishReason] = {}
+    def __init__(self, *, step_timeout_s: float) -> None:
+        self.ran = Ran({}, {}, {})
         self.ended: str | None = None
         config = ClusterConfig(
             model=ModelSource(path=POCKET, name="pocket"),
@@ -73,10 +80,10 @@ class Streams:
 
     def _take(self, updates: list[SequenceUpdate]) -> None:
         for update in updates:
-            self.token_ids[update.key] += update.token_ids
-            self.logprobs[update.key] += update.logprobs
+            self.ran.token_ids[update.key] += update.token_ids
+            self.ran.logprobs[update.key] += update.logprobs
             if update.finish is not None:
-                self.finish[update.key] = update.finish
+                self.ran.finish[update.key] = update.finish
 
     def _end(self, reason: str) -> None:
         self.ended = reason
@@ -90,71 +97,62 @@ class Streams:
     async def start(self) -> None:
         self.engine.start()
         await self.until(lambda: self.engine.info is not None, "ranks")
-        for request in requests().values():
-            self.engine.add(request)
 
-    async def finished(self) -> None:
-        await self.until(lambda: len(self.finish) == len(self.token_ids), "the ends of all streams")
+    async def run(self, *disturbances: Callable[[], Awaitable[None]]) -> Ran:
+        """All requests to their ends, each disturbance after some more tokens."""
+        asked = requests()
+        self.ran = Ran({key: [] for key in asked}, {key: [] for key in asked}, {})
+        for request in asked.values():
+            self.engine.add(request)
+        for disturb in disturbances:
+            wanted = len(self.ran.token_ids["penalised"]) + 30
+            await self.until(lambda wanted=wanted: len(self.ran.token_ids["penalised"]) >= wanted, "some tokens")
+            await disturb()
+        await self.until(lambda: len(self.ran.finish) == len(asked), "the ends of all streams")
+        return self.ran
 
     def pids(self) -> list[int]:
         assert self.engine.info is not None
         return [rank.pid for rank in self.engine.info.ranks]
 
 
-@pytest.fixture(scope="module")
-def undisturbed() -> Streams:
-    streams = Streams()
-
-    async def run() -> None:
-        await streams.start()
-        await streams.finished()
-        await streams.engine.stop()
-
-    asyncio.run(run())
-    return streams
-
-
-def assert_same(streams: Streams, undisturbed: Streams) -> None:
-    assert streams.token_ids == undisturbed.token_ids
-    assert streams.finish == undisturbed.finish
+def assert_same(ran: Ran, undisturbed: Ran) -> None:
+    assert ran.token_ids == undisturbed.token_ids
+    assert ran.finish == undisturbed.finish
     for key, expected in undisturbed.logprobs.items():
-        got = streams.logprobs[key]
+        got = ran.logprobs[key]
         assert [entry.logprob for entry in got] == pytest.approx([entry.logprob for entry in expected], abs=1e-3)
 
 
-async def test_streams_outlive_killed_ranks_token_for_token(undisturbed: Streams) -> None:
-    streams = Streams()
+async def test_streams_outlive_killed_and_hanging_ranks_token_for_token() -> None:
+    streams = Streams(step_timeout_s=5.0)
     await streams.start()
-    for victim in (1, 0):
-        num_before = len(streams.token_ids["penalised"])
-        await streams.until(lambda n=num_before: len(streams.token_ids["penalised"]) >= n + 30, "some tokens")
-        before = streams.pids()
+    try:
+        undisturbed = await streams.run()
+        killed = await streams.run(lambda: kill(streams, 1), lambda: kill(streams, 0))
+        hung = await streams.run(lambda: hang(streams, 1))
+    finally:
+        await streams.engine.stop()
 
-        os.kill(before[victim], signal.SIGKILL)
-
-        await streams.until(lambda: streams.engine.info is None, "the loss")
-        await streams.until(lambda: streams.engine.info is not None, "new ranks")
-        kept = [old == new for old, new in zip(before, streams.pids(), strict=True)]
-        assert kept == [rank != victim for rank in range(2)], "who survived keeps its process and its weights"
-    await streams.finished()
-    await streams.engine.stop()
-
-    assert_same(streams, undisturbed)
+    assert_same(killed, undisturbed)
+    assert_same(hung, undisturbed)
     assert streams.engine.core.num_replayed_tokens_total > 0
 
 
-async def test_a_rank_that_hangs_is_named_and_replaced(undisturbed: Streams) -> None:
-    streams = Streams(step_timeout_s=4.0)
-    await streams.start()
-    await streams.until(lambda: len(streams.token_ids["penalised"]) >= 30, "some tokens")
+async def kill(streams: Streams, victim: int) -> None:
+    await replace_rank(streams, victim, signal.SIGKILL)
+
+
+async def hang(streams: Streams, victim: int) -> None:
+    await replace_rank(streams, victim, signal.SIGSTOP)
+
+
+async def replace_rank(streams: Streams, victim: int, number: signal.Signals) -> None:
+    """Signal a rank; who survived keeps its process and its weights."""
     before = streams.pids()
-
-    os.kill(before[1], signal.SIGSTOP)
-
+    os.kill(before[victim], number)
     await streams.until(lambda: streams.engine.info is None, "the loss")
-    assert "rank 1 was late" in streams.engine.core.reason
-    await streams.finished()
-    after = streams.pids()
-    await streams.engine.stop()
-    assert (after[0], after[1] != before[1]) == (before[0], True)
-    assert_same(streams, undisturbed)
+    assert f"rank {victim} was" in streams.engine.core.reason
+    await streams.until(lambda: streams.engine.info is not None, "new ranks")
+    kept = [old == new for old, new in zip(before, streams.pids(), strict=True)]
+    assert kept == [rank != victim for rank in range(2)]
