@@ -10,7 +10,7 @@ demo: .venv/installed
 
 # Two processes, each with whole files: half of a test's time is a cluster that starts.
 test: .venv/installed-test
-	@$(BIN)/pytest --numprocesses 3 --dist loadfile
+	@$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 check: .venv/installed-test
 	@$(BIN)/ruff check .
