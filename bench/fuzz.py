@@ -125,7 +125,7 @@ def _round(target: Target, number: int, outcome: Outcome) -> int:
 
     try:
         shoot()
-    except Exception:
+    except Exception:  # whatever it was is a fault of ours: it is counted, and the next round goes on
         outcome.num_faults += 1
         print(f"seed {number}:", file=sys.stderr)
         traceback.print_exc()

@@ -152,7 +152,8 @@ def _host(name: str, address: str, environment: dict[str, str]) -> Iterator[Host
     late = threading.Timer(START_TIMEOUT_S, process.kill)
     late.start()
     try:
-        assert process.stdout.readline() == "up\n", f"{name} did not come up"
+        assert process.stdout.readline() == "up\n", f"{name} did not come up within {START_TIMEOUT_S:g} s"
+        late.cancel()  # it may live for longer than it may take to come up
         (first,) = psutil.Process(process.pid).children()
         yield Host(name, address, first.pid, environment)
     finally:

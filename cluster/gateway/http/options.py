@@ -180,4 +180,5 @@ def _guide(fields: Fields, name: str, kind: str) -> pb.ResponseFormat:
         return pb.ResponseFormat(choices=pb.Choices(texts=fields.texts(name)))
     if kind == "json_object":
         return pb.ResponseFormat(json_object=pb.JsonObject()) if fields.flag(name) else pb.ResponseFormat()
-    return pb.ResponseFormat(**{kind: fields.required_text(name)})  # type: ignore[arg-type]  # regex or grammar
+    text = fields.required_text(name)
+    return pb.ResponseFormat(regex=text) if kind == "regex" else pb.ResponseFormat(grammar=text)

@@ -30,7 +30,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # noqa: ARG002
+    def step(self, closure: Any = None) -> None:  # noqa: ARG002  # of every torch optimizer
         """Update every parameter that has a gradient."""
         for group in self.param_groups:
             for parameter in group["params"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,11 +61,12 @@ class Choice:
         return Message("assistant", self.answer, tool_calls=tuple(calls))
 
 
-class ReadsFirstChoice:
+class ReadsFirstChoice(ABC):
     """The parts of the first choice, by their names."""
 
+    @abstractmethod
     def _result(self) -> Result:
-        raise NotImplementedError
+        """All that came."""
 
     @property
     def answer(self) -> str:
