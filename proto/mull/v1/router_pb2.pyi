@@ -18,7 +18,7 @@ class GatewayMessage(_message.Message):
     def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., set_budget: _Optional[_Union[SetBudget, _Mapping]] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("key", "request_id", "prompt_ids", "sampling", "max_tokens", "stop_token_ids", "starts_thinking", "thinking_budget", "close_thinking_ids", "min_tokens", "priority", "grammar", "bad_words", "num_prompt_logprobs", "output_ids", "cache_salt")
+    __slots__ = ("key", "request_id", "prompt_ids", "sampling", "max_tokens", "stop_token_ids", "starts_thinking", "thinking_budget", "close_thinking_ids", "min_tokens", "priority", "grammar", "bad_words", "num_prompt_logprobs", "output_ids", "cache_salt", "trace_parent")
     KEY_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -35,6 +35,7 @@ class Submit(_message.Message):
     NUM_PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_IDS_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    TRACE_PARENT_FIELD_NUMBER: _ClassVar[int]
     key: int
     request_id: str
     prompt_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -51,7 +52,8 @@ class Submit(_message.Message):
     num_prompt_logprobs: int
     output_ids: _containers.RepeatedScalarFieldContainer[int]
     cache_salt: str
-    def __init__(self, key: _Optional[int] = ..., request_id: _Optional[str] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[RouterSampling, _Mapping]] = ..., max_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., starts_thinking: _Optional[bool] = ..., thinking_budget: _Optional[int] = ..., close_thinking_ids: _Optional[_Iterable[int]] = ..., min_tokens: _Optional[int] = ..., priority: _Optional[int] = ..., grammar: _Optional[_Union[Grammar, _Mapping]] = ..., bad_words: _Optional[_Iterable[_Union[TokenSequence, _Mapping]]] = ..., num_prompt_logprobs: _Optional[int] = ..., output_ids: _Optional[_Iterable[int]] = ..., cache_salt: _Optional[str] = ...) -> None: ...
+    trace_parent: str
+    def __init__(self, key: _Optional[int] = ..., request_id: _Optional[str] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[RouterSampling, _Mapping]] = ..., max_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., starts_thinking: _Optional[bool] = ..., thinking_budget: _Optional[int] = ..., close_thinking_ids: _Optional[_Iterable[int]] = ..., min_tokens: _Optional[int] = ..., priority: _Optional[int] = ..., grammar: _Optional[_Union[Grammar, _Mapping]] = ..., bad_words: _Optional[_Iterable[_Union[TokenSequence, _Mapping]]] = ..., num_prompt_logprobs: _Optional[int] = ..., output_ids: _Optional[_Iterable[int]] = ..., cache_salt: _Optional[str] = ..., trace_parent: _Optional[str] = ...) -> None: ...
 
 class Grammar(_message.Message):
     __slots__ = ("kind", "text", "after_thinking")
