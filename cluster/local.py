@@ -56,6 +56,8 @@ class LocalCluster:
         self._ray_was_started = False
         self._app_was_started = False
         self._last_answer_s = time.monotonic()
+        self._reasons: set[str] = set()
+        """Why copies that were ready are not, as far as it was told."""
 
     def __enter__(self) -> LocalCluster:
         return self
@@ -130,6 +132,15 @@ class LocalCluster:
         self._last_answer_s = time.monotonic()
         if info.routers and all(router.failed for router in info.routers):
             raise EngineError("; ".join(router.reason for router in info.routers))
+        self._tell_changes({router.reason for router in info.routers if not router.ready})
+
+    def _tell_changes(self, reasons: set[str]) -> None:
+        """What became of the copies since it was told last."""
+        for reason in sorted(reasons - self._reasons):
+            logger.warning("a copy of the model is not ready: %s", reason)
+        if self._reasons and not reasons:
+            logger.warning("all copies of the model are ready again")
+        self._reasons = reasons
 
     def drain(self) -> int:
         """Refuse new work and let running streams end, for at most `drain_s`. Returns how many were cut off.
