@@ -158,7 +158,7 @@ class LocalCluster:
                 raise
             except (RayError, TimeoutError) as error:
                 raise EngineError(
-                    f"the gateway was lost while draining ({last_line(error)}); streams may be cut"
+                    f"the gateway was lost while draining ({last_line(str(error))}); streams may be cut"
                 ) from error
         return cut
 
@@ -169,7 +169,7 @@ class LocalCluster:
         try:
             self._gateway.drain.remote(0).result(timeout_s=_CUT_S)
         except (RayError, TimeoutError) as error:
-            logger.warning("streams could not be ended in order: %s", last_line(error))
+            logger.warning("streams could not be ended in order: %s", last_line(str(error)))
 
     def stop(self) -> None:
         """Stop the app and Ray, with all their processes."""
@@ -199,7 +199,7 @@ def _delete_app() -> None:
     try:
         serve.delete(APP_NAME)
     except (RuntimeError, RayError) as error:
-        raise EngineError(f"the app could not be deleted from the Ray cluster ({last_line(error)})") from error
+        raise EngineError(f"the app could not be deleted from the Ray cluster ({last_line(str(error))})") from error
 
 
 def _end(processes: list[psutil.Process]) -> None:
@@ -240,7 +240,20 @@ def _run_app(config: ClusterConfig) -> Any:
     try:
         return serve.run(build_app(config), name=APP_NAME, route_prefix=None)
     except (RuntimeError, RayError) as error:
-        raise EngineError(f"the app did not start ({last_line(error)}); see {_RAY_LOGS}") from error
+        raise EngineError(
+            f"the app did not start ({_replicas_words() or last_line(str(error))}); see {_RAY_LOGS}"
+        ) from error
+
+
+def _replicas_words() -> str:
+    """What a replica that could not start said last; empty where none has said anything."""
+    from ray import serve
+
+    from cluster.app import APP_NAME
+
+    application = serve.status().applications.get(APP_NAME)
+    deployments = application.deployments.values() if application is not None else ()
+    return next((last_line(said.message) for said in deployments if "Error" in said.message), "")
 
 
 def _guard_children() -> subprocess.Popen[bytes]:
