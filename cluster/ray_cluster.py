@@ -37,9 +37,7 @@ def start_ray(config: ClusterConfig) -> None:
     except ConfigError:
         raise
     except Exception as error:  # Ray raises plain ones, such as when the machine is too busy for its start in time
-        raise EngineError(
-            f"Ray did not start ({last_line(str(error))}); is /tmp/ray writable, the machine idle?"
-        ) from error
+        raise EngineError(f"Ray did not start ({last_line(str(error))}); is /tmp/ray writable?") from error
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     serve.start(proxy_location=ProxyLocation.Disabled, logging_config={"log_level": "WARNING"})
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
