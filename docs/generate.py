@@ -17,10 +17,10 @@ HEAD = f"""# Metrics
 
 Made from `cluster/metrics/` by `make docs`.
 
-Each Gateway has a port for Prometheus, `gateway.metrics_port` ({PORTS[0]}), and so has each Router, `router.metrics_port`
-({PORTS[1]}); further Routers on a machine take the next ports. One Router is one copy of the model, and reports for its ranks.
-`mull serve` prints all of them when it is ready. They are plain HTTP without keys, whatever the ports for clients ask
-for. Beside `/metrics`, `/ready` says whether work is taken (200), or why not (503).
+Each Gateway has a port for Prometheus, `gateway.metrics_port` ({PORTS[0]}), and so has each Router,
+`router.metrics_port` ({PORTS[1]}); further Routers on a machine take the next ports. One Router is one copy of the model,
+and reports for its ranks. `mull serve` prints all of them when it is ready. They are plain HTTP without keys, whatever
+the ports for clients ask for. Beside `/metrics`, `/ready` says whether work is taken (200), or why not (503).
 
 Units are seconds, bytes and tokens. Tokens are counted once for each message or step, in plain numbers. Series whose
 labels are known beforehand start at 0, so that `rate()` and `increase()` miss nothing. `tenant` is the name in the keys
