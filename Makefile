@@ -20,6 +20,7 @@ check: .venv/installed-test
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash proto/generate.sh --check
 	@bash proto/check.sh
 	@$(BIN)/python helm/generate.py --check
+	@$(BIN)/python -m helm.dashboards --check
 
 format: .venv/installed-test
 	@$(BIN)/ruff check --fix .
@@ -28,9 +29,10 @@ format: .venv/installed-test
 proto: .venv/installed-test
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash proto/generate.sh
 
-# After a change to helm/mull/values.yaml or to cluster/config.py.
+# After a change to helm/mull/values.yaml, to cluster/config.py or to helm/dashboards.
 chart: .venv/installed-test
 	@$(BIN)/python helm/generate.py
+	@$(BIN)/python -m helm.dashboards
 
 wheel: .venv/installed-test
 	@$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
