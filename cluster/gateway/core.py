@@ -33,7 +33,8 @@ from cluster.gateway.served_model import ServedModel
 from cluster.gateway.status import status_code
 from cluster.gateway.stopping import check_vocabulary
 from cluster.gateway.submission import submit_message
-from cluster.metrics import GatewayMetrics, RequestTimer
+from cluster.metrics.gateway import GatewayMetrics
+from cluster.metrics.request_timer import RequestTimer
 from mull.v1 import generation_pb2 as pb
 
 logger = logging.getLogger(__name__)
@@ -99,7 +100,7 @@ class GenerationCore:
         error comes out of the closing.
         """
         request.request_id = request.request_id or new_request_id()
-        timer, record = RequestTimer(self._metrics), RequestRecord(request, caller.tenant)
+        timer, record = RequestTimer(self._metrics, caller.tenant), RequestRecord(request, caller.tenant)
         try:
             with self._stream_slot(), caller.allowance.streams(max(1, request.n)):
                 prepared = caller.apply(await self._prepare(request), self.model)
@@ -203,14 +204,12 @@ class GenerationCore:
             raise Overloaded(f"{self.num_streams} streams are open, the limit is {self._max_streams}; try again later")
         self.num_streams += 1
         self._idle.clear()
-        self._metrics.streams_open.set(self.num_streams)
         try:
             yield
         finally:
             self.num_streams -= 1
             if self.num_streams == 0:
                 self._idle.set()
-            self._metrics.streams_open.set(self.num_streams)
 
     async def _prepare(self, request: pb.GenerateRequest) -> PreparedRequest:
         if request.ByteSize() > LARGE_REQUEST_BYTES:
