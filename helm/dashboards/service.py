@@ -8,7 +8,7 @@ from helm.dashboards import panels as p
 from helm.dashboards.promql import growth, quantile, rate, ratio, series, total
 
 _FINISHED, _FAILED = "mull_requests_finished_total", "mull_requests_failed_total"
-_OF_OURS = 'code=~"INTERNAL|UNAVAILABLE|UNKNOWN"'
+_OF_OURS = 'code=~"INTERNAL|UNAVAILABLE"'
 """Failures that no client asked for; the objectives count the same ones."""
 
 _FIRING = 'alertstate="firing", alertname=~"Mull.*"'
