@@ -5,7 +5,7 @@ from __future__ import annotations
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from helm.dashboards import panels as p
-from helm.dashboards.promql import growth, quantile, rate, series, total
+from helm.dashboards.promql import events, quantile, rate, series, total
 
 _READY = 'state="ready"'
 _OURS = f"and on (instance, job) {series('mull_build_info')}"
@@ -29,14 +29,14 @@ def _now() -> p.Section:
                 "Ranks lost",
                 "In the time shown.",
                 p.COUNT,
-                growth("mull_ranks_lost_total"),
+                events("mull_ranks_lost_total"),
                 bad_above=1,
             ),
             p.number(
                 "Restarts of ranks",
                 "In the time shown.",
                 p.COUNT,
-                growth("mull_engine_restarts_total"),
+                events("mull_engine_restarts_total"),
                 bad_above=3,
             ),
             p.number(
@@ -57,7 +57,7 @@ def _losses() -> p.Section:
                 "Ranks lost",
                 "By cause: the process ended, was late, gave no sign of life, or reported a failure.",
                 p.COUNT,
-                p.Line("{{cause}}", growth("mull_ranks_lost_total", "cause")),
+                p.Line("{{cause}}", events("mull_ranks_lost_total", "cause")),
             ),
             p.graph(
                 "Pauses",
@@ -87,7 +87,7 @@ def _losses() -> p.Section:
                 "Requests given up",
                 "They brought down their ranks again and again; in the time shown.",
                 p.COUNT,
-                p.Line("{{instance}}", growth("mull_quarantined_requests_total", "instance")),
+                p.Line("{{instance}}", events("mull_quarantined_requests_total", "instance")),
             ),
         ],
     )

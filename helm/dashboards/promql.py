@@ -26,6 +26,11 @@ def growth(metric: str, by: str = "", where: str = "") -> str:
     return f"{_sum(by)}(increase({series(metric, where)}[$__range]))"
 
 
+def events(metric: str, by: str = "") -> str:
+    """The same as a whole number: Prometheus extrapolates."""
+    return f"round({growth(metric, by)})"
+
+
 def quantile(q: float, histogram: str, by: str = "") -> str:
     labels = f"le, {by}" if by else "le"
     return f"histogram_quantile({q:g}, {rate(f'{histogram}_bucket', labels)})"

@@ -44,8 +44,8 @@ def test_what_is_promised_comes_from_the_values(helm: Helm) -> None:
     assert promised["mull:objective_failed:ratio"] == "vector(0.02)"
     assert promised["mull:objective_first_token_late:ratio"] == "vector(0.03)"
     assert promised["mull:objective_first_answer_late:ratio"] == "vector(0.04)"
-    assert '{le="2.5"}' in promised["mull:first_tokens_in_time:total"]
-    assert '{le="60.0"}' in promised["mull:first_answers_in_time:total"]
+    assert '{le="2.5"}' in promised["mull:first_tokens_late:total"]
+    assert '{le="60.0"}' in promised["mull:first_answers_late:total"]
 
 
 def test_a_time_between_the_bounds_of_the_histogram_is_refused(helm: Helm) -> None:

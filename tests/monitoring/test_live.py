@@ -154,7 +154,7 @@ class Asker:
 
 
 ASKS: tuple[Callable[[Client], object], ...] = (
-    lambda client: client.chat("What is 347 + 285?", temperature=0).answer,
+    lambda client: client.chat("What is 347 + 285?", system="Be brief. " * 20, temperature=0).answer,
     lambda client: client.chat("What is 347 + 285?", temperature=0, thinking_budget=8).answer,
     lambda client: client.chat("What is 347 + 285?", temperature=0, max_tokens=8).thinking,
 )
