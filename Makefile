@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check format proto chart wheel clean
+.PHONY: demo test check format proto chart docs wheel clean
 
 demo: .venv/installed
 	@$(BIN)/mull demo
@@ -21,6 +21,7 @@ check: .venv/installed-test
 	@bash proto/check.sh
 	@$(BIN)/python helm/generate.py --check
 	@$(BIN)/python -m helm.dashboards --check
+	@$(BIN)/python docs/generate.py --check
 
 format: .venv/installed-test
 	@$(BIN)/ruff check --fix .
@@ -33,6 +34,10 @@ proto: .venv/installed-test
 chart: .venv/installed-test
 	@$(BIN)/python helm/generate.py
 	@$(BIN)/python -m helm.dashboards
+
+# After a change to cluster/metrics.
+docs: .venv/installed-test
+	@$(BIN)/python docs/generate.py
 
 wheel: .venv/installed-test
 	@$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .

@@ -6,10 +6,11 @@ import grpc
 import pytest
 
 from cluster.gateway.served_model import ServedModel
+from cluster.metrics.gateway import SPECS
 from mull.v1 import router_pb2
 from tests.gateway.conftest import RunningGateway, ask, kinds, until
 from tests.gateway.scripted_router import ScriptedRouter, update
-from tests.scraping import Scrape, scraped
+from tests.scraping import Scrape, check_against_table, check_as_prometheus_does, scraped
 
 STOP, LENGTH = router_pb2.End.REASON_STOP, router_pb2.End.REASON_LENGTH
 END_OF_TURN = 1000
@@ -139,3 +140,12 @@ async def test_what_the_port_says_names_the_version_and_the_process(gateway: Run
 
     assert [labels[0] for labels in said.all("mull_build_info")] == ["pocket"]
     assert said.one("process_resident_memory_bytes") > 2**20
+
+
+async def test_the_port_serves_what_its_table_says(gateway: RunningGateway) -> None:
+    check_against_table(await scrape_of(gateway), SPECS)
+
+
+async def test_prometheus_has_no_complaint(gateway: RunningGateway) -> None:
+    answer(gateway.router, ([40], {"admitted": 0, "end": LENGTH}))
+    check_as_prometheus_does(await finish(gateway))

@@ -7,15 +7,18 @@ import json
 import socket
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import pytest
 
 from cluster.errors import RankLossCause
+from cluster.metrics.router import SPECS
 from cluster.router.router import Router
 from mull.v1 import router_pb2 as pb
+from tests.certificates import Authority
 from tests.gateway.conftest import fixed_port
 from tests.router.router_site import CONFIG, MODEL, Connect, Groups, until
-from tests.scraping import Scrape, scraped
+from tests.scraping import Scrape, check_against_table, check_as_prometheus_does, scraped
 
 HOST = "127.0.0.1"
 
@@ -145,6 +148,23 @@ async def test_a_router_works_while_its_port_is_taken_and_gets_it_when_it_is_fre
     await until(lambda: router.describe().metrics_address == f"{HOST}:{port}", "the port")
 
     assert (await scrape_of(router)).one("mull_engine_steps_total") > 0
+
+
+async def test_the_port_serves_what_its_table_says(router: Router, connect: Connect, tmp_path: Path) -> None:
+    """With a certificate between gateways and Routers, and with ranks."""
+    await connect()
+    router.open_metrics(HOST, [0], Authority(tmp_path).issue("link"))
+
+    check_against_table(await scrape_of(router), SPECS)
+
+
+async def test_prometheus_has_no_complaint(router: Router, connect: Connect) -> None:
+    router.open_metrics(HOST, [0])
+    gateway = await connect()
+    await gateway.submit(1)
+    await gateway.end_of(1)
+
+    check_as_prometheus_does(await scrape_of(router))
 
 
 def get(url: str) -> tuple[int, dict[str, object]]:
