@@ -69,6 +69,7 @@ _CONFIG_FLAGS: dict[str, dict[str, tuple[type, str]]] = {
         "keys_file": (Path, "API keys, as `mull keys` writes them; default: none are asked for"),
     },
 }
+_LOG_FORMAT = "show the log lines of all processes on stderr, as text or as json; default: they are in Ray's files"
 
 
 def _flag(name: str) -> str:
@@ -77,7 +78,7 @@ def _flag(name: str) -> str:
 
 def add_serve_flags(parser: argparse.ArgumentParser, *, fallbacks: Mapping[str, int]) -> None:
     parser.add_argument(
-        "--config", type=Path, help="YAML file with model, engine, router, gateway and security; flags win"
+        "--config", type=Path, help="YAML file with the parts of a configuration: model, engine, …; flags win"
     )
     parser.add_argument("--model", type=Path, metavar="DIR", help="checkpoint directory; default: the built-in one")
     parser.add_argument(
@@ -88,6 +89,7 @@ def add_serve_flags(parser: argparse.ArgumentParser, *, fallbacks: Mapping[str, 
         for name, (kind, text) in flags.items():
             shown = f"{text} (default {fallbacks[name]})" if name in fallbacks else text
             group.add_argument(_flag(name), type=kind, help=shown)
+    parser.add_argument("--log-format", choices=("text", "json"), help=_LOG_FORMAT)
     parser.add_argument("--insecure", action="store_true", help="plain text may leave this machine")
     parser.set_defaults(fallbacks=fallbacks)
 
@@ -121,6 +123,8 @@ def config_from_flags(args: argparse.Namespace) -> ClusterConfig:
                 values.setdefault(part, {})[name] = getattr(args, name)
             elif name in args.fallbacks:
                 values.setdefault(part, {}).setdefault(name, args.fallbacks[name])
+    if args.log_format is not None:
+        values.setdefault("logs", {})["format"] = args.log_format
     if args.insecure:
         values.setdefault("security", {})["insecure"] = True
     model = values.setdefault("model", {})

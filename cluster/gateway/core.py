@@ -122,6 +122,8 @@ class GenerationCore:
                             if choice.mailbox.has_news:
                                 events += choice.take()
                                 caller.allowance.charge_output(choice.num_taken)
+                        if record.awaits_first:
+                            record.on_tokens()
                         yield events
                         if any(choice.has_finished for choice in choices):
                             choices = [choice for choice in choices if not choice.has_finished]

@@ -17,6 +17,7 @@ from cluster.gateway.copies import CopyDirectory
 from cluster.gateway.served_model import ServedModel
 from cluster.gateway.server import GatewayServer
 from cluster.serve_ports import listen_on_node_address
+from workers.logs import write_logs
 
 NAME = "Gateway"
 HEALTH_PERIOD_S = 2.0
@@ -29,6 +30,7 @@ class GatewayDeployment:
     """The replica. Without a Router it stays up and healthy, and says that it is not ready."""
 
     async def __init__(self, config: ClusterConfig, router: Any) -> None:  # type: ignore[misc]  # Serve awaits it
+        write_logs(config.logs.format or "text", "gateway")
         listen_on_node_address()
         self._drain_s = config.gateway.drain_s
         model = await asyncio.to_thread(

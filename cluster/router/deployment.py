@@ -27,6 +27,7 @@ from cluster.text.phases import THINK_END
 from cluster.text.tokenizer import read_encoder
 from cluster.tls import link_server_credentials
 from workers.config import ModelConfig, RunnerConfig
+from workers.logs import write_logs
 
 Device = Literal["cpu", "cuda"]
 
@@ -123,8 +124,10 @@ class RouterDeployment:
     """The replica. Its constructor returns while the ranks load: Describe tells how far they are, or what is wrong."""
 
     async def __init__(self, config: ClusterConfig, device: Device) -> None:  # type: ignore[misc]  # Serve awaits it
+        log_format = config.logs.format or "text"
+        write_logs(log_format, "router")
         listen_on_node_address()
-        launcher = RayLauncher()
+        launcher = RayLauncher(log_format)
         self._host = launcher.host
         self._drain_s = config.router.drain_s
         self._router = make_router(config, device, launcher)
