@@ -233,6 +233,15 @@ class LogsConfig(_Part):
     """How they look, and that `mull serve` shows them all on its stderr; None: text, in Ray's files alone."""
 
 
+class TracingConfig(_Part):
+    """Spans of requests, for an OpenTelemetry collector."""
+
+    otlp_endpoint: str | None = Field(None, pattern=r"^https?://[^/\s]+:\d+$")
+    """http:// or https://host:port of its OTLP receiver over gRPC; None: nothing is traced."""
+    sample_ratio: float = Field(1.0, ge=0, le=1)
+    """Of the requests that come without a trace; for those that come with one, their client has decided."""
+
+
 class ClusterConfig(_Part):
     """Everything `mull serve` needs."""
 
@@ -242,6 +251,7 @@ class ClusterConfig(_Part):
     gateway: GatewayConfig = GatewayConfig()
     security: SecurityConfig = SecurityConfig()
     logs: LogsConfig = LogsConfig()
+    tracing: TracingConfig = TracingConfig()
 
     @model_validator(mode="after")
     def _plain_text_stays_on_this_machine(self) -> Self:

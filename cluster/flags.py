@@ -68,6 +68,9 @@ _CONFIG_FLAGS: dict[str, dict[str, tuple[type, str]]] = {
         "link_ca": (Path, "signs the certificates of both ends"),
         "keys_file": (Path, "API keys, as `mull keys` writes them; default: none are asked for"),
     },
+    "tracing": {
+        "otlp_endpoint": (str, "http://host:port of an OpenTelemetry collector (OTLP over gRPC); default: no spans"),
+    },
 }
 _LOG_FORMAT = "show the log lines of all processes on stderr, as text or as json; default: they are in Ray's files"
 
