@@ -77,6 +77,7 @@ def _serve(args: argparse.Namespace) -> int:
 def _serve_to_end(config: ClusterConfig) -> int:
     is_logging = config.logs.format is not None
     _check_model(config)
+    _check_security(config)
     from cluster.local import LocalCluster
 
     interrupts = Interrupts()
@@ -150,14 +151,7 @@ def _check(args: argparse.Namespace) -> int:
     _wait_for(config.model.path, args.wait_s)
     _check_model(config)
     if not args.only_model:
-        from cluster.gateway.access import Access
-        from cluster.tls import ServerCertificates, link_server_credentials
-
-        Access(config.security.keys_file)
-        if (files := config.security.tls) is not None:
-            ServerCertificates(files)
-        if (link := config.security.link_tls) is not None:
-            link_server_credentials(link)
+        _check_security(config)
     print(f"{config.model.name} in {config.model.path} can be served with {_layout_words(config)}")
     return 0
 
@@ -229,6 +223,18 @@ def _check_model(config: ClusterConfig) -> None:
     if asked is not None and asked > context:
         raise ConfigError(f"--max-model-len {asked} is over the {context} tokens that {config.model.name} was made for")
     ServedModel.load(config.model, config.engine.max_model_len)
+
+
+def _check_security(config: ClusterConfig) -> None:
+    """Refuse certificates and keys that cannot be used, before any process is started."""
+    from cluster.gateway.access import Access
+    from cluster.tls import ServerCertificates, link_server_credentials
+
+    Access(config.security.keys_file)
+    if (files := config.security.tls) is not None:
+        ServerCertificates(files)
+    if (link := config.security.link_tls) is not None:
+        link_server_credentials(link)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -298,7 +298,9 @@ def read_config(file: Path) -> dict[str, dict[str, Any]]:
     """The nested values of a YAML file. Raises ConfigError when it is missing or is not a mapping of mappings."""
     try:
         values = yaml.safe_load(file.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read ({error.strerror}); give the path of a YAML file") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{file}: cannot be read as YAML ({error})".replace("\n", " ")) from error
     if not isinstance(values, dict):
         raise ConfigError(f"{file}: expected a mapping with {_PARTS}")

@@ -58,6 +58,8 @@ class LocalCluster:
         self._ray_was_started = False
         self._app_was_started = False
         self._last_answer_s = time.monotonic()
+        self._reasons: set[str] = set()
+        """Why copies that were ready are not, as far as it was told."""
 
     def __enter__(self) -> LocalCluster:
         return self
@@ -135,6 +137,15 @@ class LocalCluster:
         self._last_answer_s = time.monotonic()
         if info.routers and all(router.failed for router in info.routers):
             raise EngineError("; ".join(router.reason for router in info.routers))
+        self._tell_changes({router.reason for router in info.routers if not router.ready})
+
+    def _tell_changes(self, reasons: set[str]) -> None:
+        """What became of the copies since it was told last."""
+        for reason in sorted(reasons - self._reasons):
+            logger.warning("a copy of the model is not ready: %s", reason)
+        if self._reasons and not reasons:
+            logger.warning("all copies of the model are ready again")
+        self._reasons = reasons
 
     def drain(self) -> int:
         """Refuse new work and let running streams end, for at most `drain_s`. Returns how many were cut off.
@@ -152,7 +163,7 @@ class LocalCluster:
                 raise
             except (RayError, TimeoutError) as error:
                 raise EngineError(
-                    f"the gateway was lost while draining ({last_line(error)}); streams may be cut"
+                    f"the gateway was lost while draining ({last_line(str(error))}); streams may be cut"
                 ) from error
         return cut
 
@@ -163,7 +174,7 @@ class LocalCluster:
         try:
             self._gateway.drain.remote(0).result(timeout_s=_CUT_S)
         except (RayError, TimeoutError) as error:
-            logger.warning("streams could not be ended in order: %s", last_line(error))
+            logger.warning("streams could not be ended in order: %s", last_line(str(error)))
 
     def stop(self) -> None:
         """Stop the app and Ray, with all their processes."""
@@ -195,7 +206,7 @@ def _delete_app() -> None:
     try:
         serve.delete(APP_NAME)
     except (RuntimeError, RayError) as error:
-        raise EngineError(f"the app could not be deleted from the Ray cluster ({last_line(error)})") from error
+        raise EngineError(f"the app could not be deleted from the Ray cluster ({last_line(str(error))})") from error
 
 
 def _end(processes: list[psutil.Process]) -> None:
@@ -236,7 +247,20 @@ def _run_app(config: ClusterConfig) -> Any:
     try:
         return serve.run(build_app(config), name=APP_NAME, route_prefix=None)
     except (RuntimeError, RayError) as error:
-        raise EngineError(f"the app did not start ({last_line(error)}); see {_RAY_LOGS}") from error
+        raise EngineError(
+            f"the app did not start ({_replicas_words() or last_line(str(error))}); see {_RAY_LOGS}"
+        ) from error
+
+
+def _replicas_words() -> str:
+    """What a replica that could not start said last; empty where none has said anything."""
+    from ray import serve
+
+    from cluster.app import APP_NAME
+
+    application = serve.status().applications.get(APP_NAME)
+    deployments = application.deployments.values() if application is not None else ()
+    return next((last_line(said.message) for said in deployments if "Error" in said.message), "")
 
 
 def _guard_children() -> subprocess.Popen[bytes]:

@@ -42,7 +42,7 @@ def start_ray(config: ClusterConfig) -> Path:
     except ConfigError:
         raise
     except Exception as error:  # Ray raises plain ones, such as when the machine is too busy for its start in time
-        raise EngineError(f"Ray did not start ({last_line(error)}); is /tmp/ray writable, the machine idle?") from error
+        raise EngineError(f"Ray did not start ({last_line(str(error))}); is /tmp/ray writable?") from error
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     serve.start(proxy_location=ProxyLocation.Disabled, logging_config={"log_level": "WARNING"})
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
@@ -61,7 +61,9 @@ def _init_ray(config: ClusterConfig) -> Any:
         try:
             return ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except ConnectionError as error:
-            raise ConfigError(f"--ray-address {address}: {last_line(error)}; run `ray start` on its nodes") from error
+            raise ConfigError(
+                f"--ray-address {address}: {last_line(str(error))}; run `ray start` on its nodes"
+            ) from error
     return ray.init(
         address="local",
         # Nothing of it is for other machines.
@@ -119,5 +121,5 @@ def check_nodes(config: ClusterConfig) -> None:
         )
 
 
-def last_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[-1]
+def last_line(text: str) -> str:
+    return text.strip().splitlines()[-1]

@@ -191,7 +191,10 @@ def test_a_second_server_on_the_same_port_is_refused_with_one_line(server: Serve
         (("--tp", "4", "--dp", "4"), "8 experts are fewer than 16 ranks"),
         (("--redundant-experts", "4"), "at most 0 replicas"),
         (("--tp", "2", "--redundant-experts", "9"), "at most 8 replicas"),
-        (("--config", "/nowhere.yaml"), "/nowhere.yaml"),
+        (("--config", "/nowhere.yaml"), "/nowhere.yaml: cannot be read"),
+        (("--tls-cert", "/nowhere.pem", "--tls-key", "/nowhere.key"), "/nowhere.pem: cannot be read"),
+        (("--keys-file", "/nowhere.yaml"), "/nowhere.yaml: cannot be read"),
+        (("--host", "0.0.0.0"), "open to other machines in plain text"),
     ],
 )
 def test_a_wrong_flag_ends_in_one_line_before_anything_starts(flags: tuple[str, ...], words: str) -> None:

@@ -84,9 +84,8 @@ def test_gateways_and_ranks_get_the_resources_that_place_them(helm: Helm) -> Non
     rendered = helm.template("gateway.replicas=3")
 
     group = rendered.group("gateway")
-    config = rendered.cluster_config["gateway"]
-    assert (group["replicas"], config["replicas"]) == (3, 3)
-    assert group["resources"] == {"CPU": "0", config["node_resource"]: "1"}
+    assert (group["replicas"], rendered.replicas["Gateway"]) == (3, 3)
+    assert group["resources"] == {"CPU": "0", rendered.cluster_config["gateway"]["node_resource"]: "1"}
     assert rendered.ray_groups[0]["resources"] == {"CPU": "0"}
 
 
