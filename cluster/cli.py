@@ -88,8 +88,9 @@ def _serve_to_end(config: ClusterConfig) -> int:
         else:
             _load(cluster)
             _print_ranks(cluster)
+        metrics = " ".join([addresses.metrics, *cluster.router_metrics()])
         print(
-            f"ready · grpc {addresses.grpc} · http {addresses.http} · metrics {addresses.metrics} · "
+            f"ready · grpc {addresses.grpc} · http {addresses.http} · metrics {metrics} · "
             f"model {config.model.name} · {_layout_words(config)} · Ctrl-C drains",
             flush=True,
         )
@@ -248,7 +249,9 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="serve the built-in model, ask it one question, stop")
     demo.add_argument("question", nargs="?", default=_DEMO_QUESTION)
-    add_serve_flags(demo, fallbacks={"tp": 2, "grpc_port": 0, "http_port": 0, "metrics_port": 0})
+    add_serve_flags(
+        demo, fallbacks={"tp": 2, "grpc_port": 0, "http_port": 0, "metrics_port": 0, "router_metrics_port": 0}
+    )
     add_chat_flags(demo)
     demo.set_defaults(command=_demo)
 

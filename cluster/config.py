@@ -91,6 +91,8 @@ class RouterConfig(_Part):
     """A step that takes longer names the late rank, which then counts as lost."""
     copies: int = Field(1, ge=1)
     """Routers, each with a whole model on ranks of its own."""
+    metrics_port: int = Field(9465, ge=0, le=65535)
+    """Of the first Router on a node; each further one takes the next that is free, of as many as there are copies."""
     drain_s: float = Field(30.0, ge=0)
     """How long running requests may go on at a Router that must go; they then move to another copy."""
     ray_address: str | None = None
@@ -99,6 +101,19 @@ class RouterConfig(_Part):
     """Steps between two looks at the experts' loads; 0: experts stay where they are."""
     rebalance_threshold: float = Field(1.2, ge=1)
     """Largest over mean load of ranks from which on experts are moved."""
+
+    @property
+    def metrics_ports(self) -> range:
+        """Where a Router may serve its metrics."""
+        return range(self.metrics_port, self.metrics_port + (self.copies if self.metrics_port else 1))
+
+    @model_validator(mode="after")
+    def _metrics_ports_exist(self) -> Self:
+        if self.metrics_ports[-1] > 65535:
+            raise ValueError(
+                f"metrics_port {self.metrics_port} leaves no port for each of {self.copies} copies; choose a lower one"
+            )
+        return self
 
 
 class EffortBudgets(_Part):
@@ -252,6 +267,17 @@ class ClusterConfig(_Part):
     security: SecurityConfig = SecurityConfig()
     logs: LogsConfig = LogsConfig()
     tracing: TracingConfig = TracingConfig()
+
+    @model_validator(mode="after")
+    def _metrics_ports_are_the_routers_own(self) -> Self:
+        ports = self.router.metrics_ports
+        for name in ("grpc_port", "http_port", "metrics_port"):
+            if (port := getattr(self.gateway, name)) != 0 and port in ports:
+                raise ValueError(
+                    f"gateway.{name} {port} is one of the Routers' metrics ports {ports[0]} to {ports[-1]}; choose "
+                    "another for the one or the other"
+                )
+        return self
 
     @model_validator(mode="after")
     def _plain_text_stays_on_this_machine(self) -> Self:

@@ -48,6 +48,7 @@ _CONFIG_FLAGS: dict[str, dict[str, tuple[type, str]]] = {
         "max_waiting": (int, "requests that may wait; one more is refused"),
         "start_timeout_s": (float, "seconds to load and warm up"),
         "step_timeout_s": (float, "seconds after which a rank counts as lost"),
+        "metrics_port": (int, "Prometheus, at the first Router; further ones take the next ports; 0 picks free ones"),
         "ray_address": (str, "Ray cluster to run in, as host:port; default: one of its own on this machine"),
         "rebalance_interval_steps": (int, "steps between two looks at the experts' loads; 0: never"),
     },
@@ -75,6 +76,14 @@ _CONFIG_FLAGS: dict[str, dict[str, tuple[type, str]]] = {
 _LOG_FORMAT = "show the log lines of all processes on stderr, as text or as json; default: they are in Ray's files"
 
 
+_ARGUMENTS = {("router", "metrics_port"): "router_metrics_port"}
+"""Names of flags where two parts have a setting of the same name."""
+
+
+def _argument(part: str, name: str) -> str:
+    return _ARGUMENTS.get((part, name), name)
+
+
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -90,8 +99,9 @@ def add_serve_flags(parser: argparse.ArgumentParser, *, fallbacks: Mapping[str, 
     for part, flags in _CONFIG_FLAGS.items():
         group = parser.add_argument_group(part)
         for name, (kind, text) in flags.items():
-            shown = f"{text} (default {fallbacks[name]})" if name in fallbacks else text
-            group.add_argument(_flag(name), type=kind, help=shown)
+            argument = _argument(part, name)
+            shown = f"{text} (default {fallbacks[argument]})" if argument in fallbacks else text
+            group.add_argument(_flag(argument), type=kind, help=shown)
     parser.add_argument("--log-format", choices=("text", "json"), help=_LOG_FORMAT)
     parser.add_argument("--insecure", action="store_true", help="plain text may leave this machine")
     parser.set_defaults(fallbacks=fallbacks)
@@ -122,10 +132,11 @@ def config_from_flags(args: argparse.Namespace) -> ClusterConfig:
     values: dict[str, dict[str, Any]] = read_config(args.config) if args.config else {}
     for part, flags in _CONFIG_FLAGS.items():
         for name in flags:
-            if getattr(args, name) is not None:
-                values.setdefault(part, {})[name] = getattr(args, name)
-            elif name in args.fallbacks:
-                values.setdefault(part, {}).setdefault(name, args.fallbacks[name])
+            argument = _argument(part, name)
+            if getattr(args, argument) is not None:
+                values.setdefault(part, {})[name] = getattr(args, argument)
+            elif argument in args.fallbacks:
+                values.setdefault(part, {}).setdefault(name, args.fallbacks[argument])
     if args.log_format is not None:
         values.setdefault("logs", {})["format"] = args.log_format
     if args.insecure:

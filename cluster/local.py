@@ -102,6 +102,10 @@ class LocalCluster:
         # Not over its port: that asks for a key and perhaps a certificate, which are the clients'.
         return pb.GetServerInfoResponse.FromString(self._gateway.info.remote().result(timeout_s=_CALL_TIMEOUT_S))
 
+    def router_metrics(self) -> list[str]:
+        """Where Prometheus finds the Routers' own figures."""
+        return [f"http://{router.metrics_address}/metrics" for router in self.info().routers if router.metrics_address]
+
     def wait_until_ready(self, progress: Callable[[int, int], None]) -> None:
         """Wait until the ranks can take work; `progress` gets bytes loaded and bytes in all.
 
@@ -225,6 +229,9 @@ def _with_fixed_ports(config: ClusterConfig) -> ClusterConfig:
         name: _free_port("--" + name.replace("_", "-"), gateway.host, getattr(gateway, name))
         for name in ("grpc_port", "http_port", "metrics_port")
     }
+    if config.router.metrics_port and config.router.ray_address is None:
+        for port in config.router.metrics_ports:
+            _free_port("--router-metrics-port", gateway.host, port)
     return config.model_copy(update={"gateway": gateway.model_copy(update=ports)})
 
 

@@ -158,6 +158,10 @@ class StepResult(msgspec.Struct, frozen=True, tag="result"):
     prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
     """Index into `StepPlan.prefills` → of the targets of its `score`, in the unchanged distribution."""
     compute_s: float = 0.0
+    dispatch_s: float = 0.0
+    """Of that, in dispatch and combine: bringing tokens to experts, and results back."""
+    dispatch_bytes: int = 0
+    """Sent to other ranks for it."""
     expert_loads: list[list[int]] = []
     """For each MoE layer, tokens of each of this rank's physical slots since its last report. Only when asked for."""
 

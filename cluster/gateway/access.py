@@ -89,6 +89,11 @@ class Access:
     def asks_for_keys(self) -> bool:
         return self._file is not None
 
+    @property
+    def tenants(self) -> list[str]:
+        """Who may ask; without keys, who has no name."""
+        return [""] if self._file is None else sorted(self._allowances)
+
     def admit(self, authorization: str | None, scope: Scope | None) -> Caller:
         """Who asks, if they may; None: any key will do. Raises Unauthenticated or Forbidden."""
         try:

@@ -36,7 +36,8 @@ from cluster.gateway.served_model import ServedModel
 from cluster.gateway.status import status_code
 from cluster.gateway.stopping import check_vocabulary
 from cluster.gateway.submission import submit_message
-from cluster.metrics import GatewayMetrics, RequestTimer
+from cluster.metrics.gateway import GatewayMetrics
+from cluster.metrics.request_timer import RequestTimer
 from cluster.tracing import TraceParent
 from mull.v1 import generation_pb2 as pb
 
@@ -114,7 +115,7 @@ class GenerationCore:
         error comes out of the closing. `trace_parent`: the header of that name, as it came.
         """
         request.request_id = request.request_id or new_request_id()
-        timer = RequestTimer(self._metrics)
+        timer = RequestTimer(self._metrics, caller.tenant)
         record = self._record(request, caller, TraceParent.parse(trace_parent))
         try:
             with self._stream_slot(), caller.allowance.streams(max(1, request.n)):
@@ -222,14 +223,12 @@ class GenerationCore:
             raise Overloaded(f"{self.num_streams} streams are open, the limit is {self._max_streams}; try again later")
         self.num_streams += 1
         self._idle.clear()
-        self._metrics.streams_open.set(self.num_streams)
         try:
             yield
         finally:
             self.num_streams -= 1
             if self.num_streams == 0:
                 self._idle.set()
-            self._metrics.streams_open.set(self.num_streams)
 
     def _record(self, request: pb.GenerateRequest, caller: Caller, parent: TraceParent | None) -> RequestRecord:
         trace = None if self._tracing is None else RequestTrace(self._tracing, parent, self._model.name)

@@ -10,6 +10,7 @@ still had on the way is told by its key, and dropped. It keeps the output so far
 
 from __future__ import annotations
 
+import enum
 import itertools
 from array import array
 from collections.abc import Iterable
@@ -22,6 +23,17 @@ from mull.v1 import router_pb2 as pb
 
 _REFUSALS = (pb.End.REASON_UNAVAILABLE, pb.End.REASON_CANCELLED, pb.End.REASON_OVERLOADED)
 """Ends after which another copy, or a later try, can go on."""
+
+
+class Loss(enum.Enum):
+    """Why a flight needs a copy again."""
+
+    ROUTER_LOST = "router_lost"
+    """Its copy was out of reach."""
+    ROUTER_DRAINING = "router_draining"
+    """Its copy gave it back."""
+    CLIENT_RESUMED = "client_resumed"
+    """It began in an earlier call, maybe at another gateway."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +83,8 @@ class Flight:
     retry_s: float = 0.0
     why: str = ""
     """Why it has no copy."""
+    loss: Loss | None = None
+    """Since its last progress; None: there was none, or it was refused before it began."""
 
     @property
     def has_begun(self) -> bool:
@@ -106,6 +120,7 @@ class Resumed:
     """A flight that had lost its copy makes progress again."""
 
     flight: Flight
+    loss: Loss
     pause_s: float
 
 
@@ -131,6 +146,8 @@ class Recovery:
 
     def __init__(self, policy: ReplayPolicy) -> None:
         self.num_replays_total = 0
+        self.num_replayed_tokens_total = dict.fromkeys(Loss, 0)
+        """Prompt and output of flights that had begun, sent to a copy again."""
         self._policy = policy
         self._copies: dict[str, _Copy] = {}
         self._waiting: dict[int, Flight] = {}
@@ -176,6 +193,7 @@ class Recovery:
         if copy is None:
             return []
         for flight in copy.flights.values():
+            flight.loss = Loss.ROUTER_LOST
             self._suspend(flight, why, now_s)
         return self._place(now_s)
 
@@ -191,7 +209,7 @@ class Recovery:
     def resume(self, submit: pb.Submit, now_s: float, output_ids: Iterable[int]) -> tuple[Flight, list[Action]]:
         """Take one that goes on behind this output; it waits for a copy where none is ready."""
         flight = self._flight(submit, output_ids)
-        flight.was_resumed, flight.paused_s = True, now_s
+        flight.was_resumed, flight.paused_s, flight.loss = True, now_s, Loss.CLIENT_RESUMED
         return flight, self._place(now_s)
 
     def release(self, flight: Flight) -> list[Action]:
@@ -253,7 +271,10 @@ class Recovery:
         flight.num_refused = 0
         flight.refused_by.clear()
         paused_s, flight.paused_s = flight.paused_s, None
-        return [] if paused_s is None or not flight.num_replays else [Resumed(flight, now_s - paused_s)]
+        loss, flight.loss = flight.loss, None
+        if paused_s is None or loss in (None, Loss.CLIENT_RESUMED):
+            return []
+        return [Resumed(flight, loss, now_s - paused_s)]
 
     def _refused(self, flight: Flight, name: str, update: pb.SequenceUpdate, now_s: float) -> list[Action]:
         """A copy gave it back. Where every queue is full, what has not begun fails; the rest is not given up for it."""
@@ -268,6 +289,8 @@ class Recovery:
         pause_s = min(policy.longest_pause_s, policy.first_pause_s * 2.0 ** min(flight.num_refused, 30))
         flight.num_refused += 1
         flight.retry_s = now_s + pause_s
+        if reason != pb.End.REASON_OVERLOADED and flight.loss is not Loss.ROUTER_LOST:
+            flight.loss = Loss.ROUTER_DRAINING
         self._suspend(flight, message, now_s)
         return [*delivered, *self._place(now_s)]
 
@@ -309,6 +332,9 @@ class Recovery:
         if flight.key:
             flight.num_replays += 1
             self.num_replays_total += 1
+        if flight.loss is not None and flight.has_begun:
+            num_tokens = len(flight.submit.prompt_ids) + len(flight.output_ids)
+            self.num_replayed_tokens_total[flight.loss] += num_tokens
         flight.copy, flight.key = name, next(self._keys)
         copy = self._copies[name]
         copy.flights[flight.key] = flight

@@ -20,19 +20,19 @@ from prometheus_client import CollectorRegistry
 
 from cluster.config import GatewayConfig, SecurityConfig
 from cluster.errors import ConfigError
+from cluster.exposition import Exposition
 from cluster.gateway.access import Access
 from cluster.gateway.admin import AdminServicer
 from cluster.gateway.copies import Copies, CopyDirectory
 from cluster.gateway.core import DRAINING, GenerationCore
 from cluster.gateway.doorkeeper import Doorkeeper
-from cluster.gateway.exposition import Exposition
 from cluster.gateway.http.server import BACKLOG, HttpServer
 from cluster.gateway.recovery import ReplayPolicy
 from cluster.gateway.router_link import LinkTimes
 from cluster.gateway.served_model import ServedModel
 from cluster.gateway.servicer import GenerationServicer
-from cluster.metrics import GatewayMetrics
-from cluster.tls import ServerCertificates
+from cluster.metrics.gateway import CERTIFICATES, COPIES, READY, REPLAYED, STREAMS, GatewayMetrics
+from cluster.tls import ServerCertificates, certificate_ends
 from mull.v1 import admin_pb2, generation_pb2
 from mull.v1.admin_pb2_grpc import add_AdminServiceServicer_to_server
 from mull.v1.generation_pb2_grpc import add_GenerationServiceServicer_to_server
@@ -81,13 +81,14 @@ class GatewayServer:
         registry = registry or CollectorRegistry()
         self._metrics = GatewayMetrics(registry)
         self._access = Access(security.keys_file, on_refused=self._metrics.on_refused)
+        self._metrics.begin_tenants(self._access.tenants)
         self.copies = Copies(
             directory,
             max_unread_tokens=config.max_unread_tokens,
             policy=ReplayPolicy(timeout_s=config.replay_timeout_s),
             times=link_times,
             tls=security.link_tls,
-            on_pause=self._metrics.pauses.observe,
+            on_pause=self._metrics.on_pause,
         )
         self._core = GenerationCore(model, self.copies, self._metrics, max_streams=config.max_streams, tracing=tracing)
         self._tracing = tracing
@@ -98,6 +99,7 @@ class GatewayServer:
         self._follower: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._drainer: asyncio.Task[int] | None = None
+        self._show(model.name, security)
 
     @property
     def core(self) -> GenerationCore:
@@ -166,6 +168,16 @@ class GatewayServer:
             await asyncio.to_thread(self._tracing.close)
         return num_cut
 
+    def _show(self, model: str, security: SecurityConfig) -> None:
+        """What is read when somebody asks for it."""
+        show = self._metrics.show
+        show(READY, lambda: {(): self._why_not_ready() is None})
+        show(COPIES, lambda: self.copies.num_by_state)
+        show(STREAMS, lambda: {(): self.num_streams})
+        show(REPLAYED, lambda: self.copies.num_replayed_tokens_total)
+        show(CERTIFICATES, lambda: certificate_ends(self._certificates, security.link_tls))
+        self._metrics.show_process(model)
+
     def _why_not_ready(self) -> str | None:
         if self._core.is_draining:
             return DRAINING
@@ -217,8 +229,6 @@ class GatewayServer:
             await self.copies.updated()
             state = self.copies.state
             await self._set_health(state.ready)
-            self._metrics.router_ready.set(state.ready)
-            self._metrics.routers.descriptions = state.descriptions
 
     async def _set_health(self, ready: bool) -> None:
         status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING

@@ -132,6 +132,9 @@ class RouterDeployment:
         self._drain_s = config.router.drain_s
         self._router = make_router(config, device, launcher)
         await self._router.start(self._host, 0, link_credentials(config.security, self._host))
+        self._router.open_metrics(
+            metrics_host(config, self._host), config.router.metrics_ports, config.security.link_tls
+        )
 
     async def address(self) -> str:
         """host:port of RouterService."""
@@ -149,6 +152,11 @@ class RouterDeployment:
         # A constructor that failed has left nothing to stop.
         if hasattr(self, "_router"):
             await self._router.stop(self._drain_s)
+
+
+def metrics_host(config: ClusterConfig, node_host: str) -> str:
+    """Beside the gateway's on one machine, and in Kubernetes, where that is every address of a pod; else the node's."""
+    return config.gateway.host if config.router.ray_address is None else node_host
 
 
 def link_credentials(security: SecurityConfig, host: str) -> grpc.ServerCredentials | None:

@@ -8,10 +8,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Hashable
 from typing import NoReturn
 
 from cluster.errors import EngineError, MullError
+from cluster.metrics.request_times import RequestTimes
+from cluster.metrics.steps import StepMetrics
 from cluster.router.balanced_steps import BalancedSteps
 from cluster.router.balancer import ExpertBalancer
 from cluster.router.engine_core import EngineCore, Pool
@@ -20,7 +23,7 @@ from cluster.router.sequence import SequenceRequest, SequenceUpdate
 from cluster.router.shards import GroupInfo, OnProgress, ShardGroup, Steps, Survivors
 from cluster.router.supervision import RestartPolicy
 from workers.layout import ParallelLayout
-from workers.step import RankLoading
+from workers.step import RankLoading, StepResult
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +72,10 @@ class Engine:
         """Of the newest group that took plans; None before the first one."""
         self.loading: dict[int, RankLoading] = {}
         """The last progress of each rank of the newest group."""
+        self.steps = StepMetrics()
+        self.times = RequestTimes()
+        self._sent_s: deque[float] = deque()
+        """When each plan in flight was sent."""
 
     @property
     def heartbeat_age_s(self) -> float:
@@ -100,11 +107,13 @@ class Engine:
     def add(self, request: SequenceRequest) -> None:
         """Raises NotReady, Overloaded or a RequestError."""
         self.core.add(request)
+        self.times.on_added(request.key, time.monotonic())
         self._wake.set()
 
     def cancel(self, key: Hashable) -> SequenceUpdate | None:
         """Its blocks are free on return. The last update of the sequence, or None where it is not live."""
         update = self.core.cancel(key)
+        self.times.on_ended(key, time.monotonic())
         self._wake.set()
         return update
 
@@ -133,6 +142,7 @@ class Engine:
             self._on_ended(self.core.reason)
         finally:
             self.core.close()
+            self.times.clear()
             self._forget_ranks()
             self._settled.set()
 
@@ -169,13 +179,18 @@ class Engine:
         log.error("engine %s: %s", self.core.state.value, self.core.reason)
         self._forget_ranks()
         if loss.wait_s is None:
+            self.times.clear()
             self._on_ended(self.core.reason)
+        for update in loss.given_up:
+            self.times.on_ended(update.key, time.monotonic())
+        self.times.on_lost(self._alive_s)
         self._on_updates(loss.given_up)
         return loss.wait_s
 
     def _forget_ranks(self) -> None:
         self.balancer = None
         self._group = self.info = None
+        self._sent_s.clear()
 
     def _on_progress(self, progress: RankLoading) -> None:
         self.loading[progress.rank] = progress
@@ -183,14 +198,29 @@ class Engine:
     async def _step_forever(self, group: Steps) -> NoReturn:
         core = self.core
         while True:
-            while (plans := core.next_plans()) is not None:
-                group.send(plans)
+            self._send_plans(group)
             if core.num_in_flight == 0:
                 await self._wait_for_work(group)
                 continue
-            results = await group.receive()
-            self._alive_s = time.monotonic()
-            self._on_updates(core.on_results(results))
+            self._take_results(await group.receive())
+
+    def _send_plans(self, group: Steps) -> None:
+        """As many as may be under way."""
+        begun_s = time.monotonic()
+        while (plans := self.core.next_plans()) is not None:
+            planned_s = time.monotonic()
+            group.send(plans)
+            self._sent_s.append(planned_s)
+            sent_s = time.monotonic()
+            self.steps.on_sent(plans, schedule_s=planned_s - begun_s, send_s=sent_s - planned_s)
+            begun_s = sent_s
+
+    def _take_results(self, results: list[StepResult]) -> None:
+        self._alive_s = time.monotonic()
+        updates = self.core.on_results(results)
+        self.times.on_updates(updates, self._sent_s.popleft(), self._alive_s)
+        self._on_updates(updates)
+        self.steps.on_results(results, collect_s=time.monotonic() - self._alive_s)
 
     async def _wait_for_work(self, group: Steps) -> None:
         """Idle: until something was submitted or cancelled. Raises RankLost where the group is lost meanwhile."""

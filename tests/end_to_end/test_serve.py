@@ -20,7 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from mull.client import CallFailed, Client, RetryPolicy, Started
 from mull.v1 import generation_pb2 as pb
 from mull.v1.generation_pb2_grpc import GenerationServiceStub
-from tests.end_to_end.servers import MULL, Server, mull, serving, starting
+from tests.end_to_end.servers import FREE_PORTS, MULL, Server, mull, serving, starting
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -173,7 +173,7 @@ def test_a_bad_request_is_refused_with_the_field_that_is_wrong(
 def test_a_second_server_on_the_same_port_is_refused_with_one_line(server: Server) -> None:
     port = server.address.rpartition(":")[2]
 
-    done = mull("serve", "--grpc-port", port, "--http-port", "0", "--metrics-port", "0")
+    done = mull("serve", *FREE_PORTS, "--grpc-port", port)
 
     assert done.returncode == 2
     assert port in done.stderr
@@ -215,12 +215,7 @@ def test_more_ranks_than_gpus_are_refused_with_both_numbers() -> None:
         "2",
         "--dp",
         "2",
-        "--grpc-port",
-        "0",
-        "--http-port",
-        "0",
-        "--metrics-port",
-        "0",
+        *FREE_PORTS,
     )
 
     assert done.returncode == 2
