@@ -24,7 +24,7 @@ PAGE = ROOT / "docs" / "values.md"
 
 FROM_LAYOUT = {
     "engine": ("tp", "dp", "expert_tp", "redundant_experts", "device", "threads_per_rank"),
-    "router": ("copies", "ray_address"),
+    "router": ("copies", "ray_address", "metrics_port"),
     "gateway": ("replicas", "node_resource", "host", "grpc_port", "http_port", "metrics_port"),
 }
 """Fields of ClusterConfig that the chart fills in."""
@@ -80,6 +80,7 @@ SPECIAL: dict[str, Schema] = {
     "gateway.service.type": {"enum": ["ClusterIP", "NodePort", "LoadBalancer"]},
     "gateway.service.annotations": _TEXTS,
     "gateway.pod": _POD,
+    "ranks.ports": {"type": "object", "additionalProperties": False, "properties": {"metrics": _PORT}},
     "ranks.extraResources": {"type": "object", "additionalProperties": {"type": ["integer", "string"]}},
     "ranks.env": {"type": "object", "additionalProperties": {"type": ["string", "integer"]}},
     "ranks.pod": _POD,

@@ -120,6 +120,7 @@ class ModelRunner:
         with torch.inference_mode():
             self._apply_deltas(plan)
             computed = self._forward(plan) if plan.num_tokens else self._assist(plan)
+        dispatch_s, dispatch_bytes = self.decoder.traffic.take()
         told = computed if self.parallel.tp.index == 0 else NOTHING
         return StepResult(
             step=plan.step,
@@ -128,6 +129,8 @@ class ModelRunner:
             logprobs=told.logprobs,
             prompt_logprobs=told.prompt_logprobs,
             compute_s=time.perf_counter() - start,
+            dispatch_s=dispatch_s,
+            dispatch_bytes=dispatch_bytes,
             expert_loads=self.experts.take_loads() if plan.report_loads else [],
         )
 

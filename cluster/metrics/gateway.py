@@ -39,7 +39,7 @@ FINISHED = counter(
     "mull_requests_finished_total",
     "Generations that ended well, by finish reason and the phase they were in: cut in thought is length in thinking.",
     ("finish_reason", "phase", "tenant"),
-    "vllm:request_success_total",
+    ("vllm:request_success_total",),
 )
 FAILED = counter("mull_requests_failed_total", "Requests that ended otherwise, by status code.", ("code", "tenant"))
 REFUSED = counter(
@@ -48,22 +48,28 @@ REFUSED = counter(
     ("reason",),
 )
 PROMPT_TOKENS = counter(
-    "mull_prompt_tokens_total", "Prompt tokens of admitted generations.", ("tenant",), "vllm:prompt_tokens_total"
+    "mull_prompt_tokens_total",
+    "Prompt tokens of admitted generations.",
+    ("tenant",),
+    ("vllm:prompt_tokens_total", "sglang:prompt_tokens_total"),
 )
 CACHED_TOKENS = counter(
     "mull_cached_prompt_tokens_total",
     "Prompt tokens that the prefix cache had.",
     ("tenant",),
-    "sglang:cached_tokens_total",
+    ("sglang:cached_tokens_total",),
 )
 GENERATION_TOKENS = counter(
-    "mull_generation_tokens_total", "Tokens generated, by phase.", ("phase", "tenant"), "vllm:generation_tokens_total"
+    "mull_generation_tokens_total",
+    "Tokens generated, by phase.",
+    ("phase", "tenant"),
+    ("vllm:generation_tokens_total", "sglang:generation_tokens_total"),
 )
 FIRST_TOKEN = histogram(
     "mull_time_to_first_token_seconds",
     "From the request to its first token, which mostly is a thought's.",
     LONG_S,
-    known_as="vllm:time_to_first_token_seconds",
+    known_as=("vllm:time_to_first_token_seconds", "sglang:time_to_first_token_seconds"),
 )
 FIRST_ANSWER = histogram(
     "mull_time_to_first_answer_seconds", "From the request to the first token of its answer.", LONG_S
@@ -72,19 +78,19 @@ INTER_TOKEN = histogram(
     "mull_inter_token_latency_seconds",
     "Time between messages over the tokens in the later one; one observation per message.",
     SHORT_S,
-    known_as="vllm:inter_token_latency_seconds",
+    known_as=("vllm:inter_token_latency_seconds", "sglang:inter_token_latency_seconds"),
 )
 LATENCY = histogram(
     "mull_e2e_request_latency_seconds",
     "From the request to its end.",
     LONG_S,
-    known_as="vllm:e2e_request_latency_seconds",
+    known_as=("vllm:e2e_request_latency_seconds", "sglang:e2e_request_latency_seconds"),
 )
 THINKING_TIME = histogram("mull_thinking_seconds", "From the first thinking token of a generation to its last.", LONG_S)
 THINKING_TOKENS = histogram("mull_thinking_tokens", "Thinking tokens of a generation.", TOKENS)
 ANSWER_TOKENS = histogram("mull_answer_tokens", "Answer tokens of a generation.", TOKENS)
 REQUEST_PROMPT_TOKENS = histogram(
-    "mull_request_prompt_tokens", "Prompt tokens of a generation.", TOKENS, known_as="vllm:request_prompt_tokens"
+    "mull_request_prompt_tokens", "Prompt tokens of a generation.", TOKENS, known_as=("vllm:request_prompt_tokens",)
 )
 THINKING_ENDED = counter(
     "mull_thinking_ended_total",

@@ -40,19 +40,21 @@ class MetricSpec:
     """Their names."""
     buckets: tuple[float, ...] = ()
     """Upper bounds, for a histogram."""
-    known_as: str = ""
+    known_as: tuple[str, ...] = ()
     """What users of other servers know it as."""
 
 
-def counter(name: str, text: str, labels: Labels = (), known_as: str = "") -> MetricSpec:
+def counter(name: str, text: str, labels: Labels = (), known_as: tuple[str, ...] = ()) -> MetricSpec:
     return MetricSpec(name=name, kind=Kind.COUNTER, text=text, labels=labels, known_as=known_as)
 
 
-def gauge(name: str, text: str, labels: Labels = (), known_as: str = "") -> MetricSpec:
+def gauge(name: str, text: str, labels: Labels = (), known_as: tuple[str, ...] = ()) -> MetricSpec:
     return MetricSpec(name=name, kind=Kind.GAUGE, text=text, labels=labels, known_as=known_as)
 
 
-def histogram(name: str, text: str, buckets: tuple[float, ...], labels: Labels = (), known_as: str = "") -> MetricSpec:
+def histogram(
+    name: str, text: str, buckets: tuple[float, ...], labels: Labels = (), known_as: tuple[str, ...] = ()
+) -> MetricSpec:
     return MetricSpec(name=name, kind=Kind.HISTOGRAM, text=text, labels=labels, buckets=buckets, known_as=known_as)
 
 

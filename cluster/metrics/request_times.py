@@ -40,6 +40,11 @@ class RequestTimes(Collector):
         self._decode = Histogram(DECODE_TIME)
         self._pauses = Histogram(PAUSES, [("rank_lost",)])
 
+    @property
+    def num_live(self) -> int:
+        """Requests that have not ended."""
+        return len(self._live)
+
     def on_added(self, request: SequenceRequest, now_s: float) -> None:
         """A request was taken."""
         self._live[request.key] = _Times(now_s)

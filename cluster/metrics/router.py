@@ -32,19 +32,19 @@ QUEUE_TIME = histogram(
     "mull_request_queue_time_seconds",
     "From a request's arrival to the step that computes its first tokens.",
     LONG_S,
-    known_as="vllm:request_queue_time_seconds",
+    known_as=("vllm:request_queue_time_seconds", "sglang:queue_time_seconds"),
 )
 PREFILL_TIME = histogram(
     "mull_request_prefill_time_seconds",
     "From that step to a request's first token.",
     LONG_S,
-    known_as="vllm:request_prefill_time_seconds",
+    known_as=("vllm:request_prefill_time_seconds",),
 )
 DECODE_TIME = histogram(
     "mull_request_decode_time_seconds",
     "From a request's first token to its end.",
     LONG_S,
-    known_as="vllm:request_decode_time_seconds",
+    known_as=("vllm:request_decode_time_seconds",),
 )
 PAUSES = histogram(
     "mull_recovery_pause_seconds",
@@ -123,11 +123,19 @@ _READ: tuple[tuple[MetricSpec, _Of], ...] = (
         _one(lambda it: it.num_given_up_total),
     ),
     (
-        gauge("mull_requests_running", "Requests that hold a slot.", known_as="vllm:num_requests_running"),
+        gauge(
+            "mull_requests_running",
+            "Requests that hold a slot.",
+            known_as=("vllm:num_requests_running", "sglang:num_running_reqs"),
+        ),
         _scheduler(lambda it: it.num_running),
     ),
     (
-        gauge("mull_requests_waiting", "Requests that wait for a slot.", known_as="vllm:num_requests_waiting"),
+        gauge(
+            "mull_requests_waiting",
+            "Requests that wait for a slot.",
+            known_as=("vllm:num_requests_waiting", "sglang:num_queue_reqs"),
+        ),
         _scheduler(lambda it: it.num_waiting),
     ),
     (gauge("mull_requests_thinking", "Of the running ones, those in thought."), _scheduler(lambda it: it.num_thinking)),
@@ -139,7 +147,7 @@ _READ: tuple[tuple[MetricSpec, _Of], ...] = (
         counter(
             "mull_preemptions_total",
             "Times that a request lost its slot because KV blocks ran out.",
-            known_as="vllm:num_preemptions_total",
+            known_as=("vllm:num_preemptions_total",),
         ),
         _scheduler(lambda it: it.num_preempted_total),
     ),
@@ -149,7 +157,11 @@ _READ: tuple[tuple[MetricSpec, _Of], ...] = (
         _scheduler(lambda it: it.num_free_blocks),
     ),
     (
-        gauge("mull_kv_usage_ratio", "Share of the KV blocks in use, 0 to 1.", known_as="vllm:kv_cache_usage_perc"),
+        gauge(
+            "mull_kv_usage_ratio",
+            "Share of the KV blocks in use, 0 to 1.",
+            known_as=("vllm:kv_cache_usage_perc", "sglang:token_usage"),
+        ),
         _scheduler(_usage),
     ),
     (gauge("mull_kv_block_tokens", "Tokens that a KV block holds."), _one(lambda it: it.block_size)),
@@ -157,7 +169,7 @@ _READ: tuple[tuple[MetricSpec, _Of], ...] = (
         counter(
             "mull_prefix_query_tokens_total",
             "Prompt tokens looked up in the prefix cache, once per request.",
-            known_as="vllm:prefix_cache_queries_total",
+            known_as=("vllm:prefix_cache_queries_total",),
         ),
         _scheduler(lambda it: it.prefix_query_tokens_total),
     ),
@@ -165,7 +177,7 @@ _READ: tuple[tuple[MetricSpec, _Of], ...] = (
         counter(
             "mull_prefix_hit_tokens_total",
             "Prompt tokens found in the prefix cache.",
-            known_as="vllm:prefix_cache_hits_total",
+            known_as=("vllm:prefix_cache_hits_total", "sglang:cache_hit_rate"),
         ),
         _scheduler(lambda it: it.prefix_hit_tokens_total),
     ),

@@ -142,6 +142,20 @@ def test_prometheus_finds_the_ports_with_metrics(helm: Helm) -> None:
         assert monitor["spec"]["podMetricsEndpoints"][0]["port"] in named
 
 
+def test_prometheus_may_read_what_it_finds(helm: Helm) -> None:
+    rendered = helm.template("ranks.ports.metrics=9999")
+
+    ports = {
+        container["name"]: {port["name"]: port["containerPort"] for port in container["ports"]}
+        for group in rendered.ray_groups
+        for container in group["template"]["spec"]["containers"]
+    }
+    (policy,) = (it for it in rendered.of("NetworkPolicy") if it["metadata"]["name"].endswith("-metrics"))
+    open_ports = [port["port"] for port in policy["spec"]["ingress"][0]["ports"]]
+    assert open_ports == [ports["gateway"]["mull-metrics"], ports["ranks"]["mull-metrics"], ports["ranks"]["metrics"]]
+    assert ports["ranks"]["mull-metrics"] == rendered.cluster_config["router"]["metrics_port"] == 9999
+
+
 def test_the_test_pod_shows_what_is_asked_for(helm: Helm) -> None:
     rendered = helm.template("test.apiKeySecretName=mine", preset=TLS)
 

@@ -13,7 +13,7 @@
 {{- $config := dict
       "model" (include "mull.modelConfig" . | fromYaml)
       "engine" (merge $engine .Values.config.engine)
-      "router" .Values.config.router
+      "router" (merge (dict "metrics_port" (int .Values.ranks.ports.metrics)) .Values.config.router)
       "gateway" (merge $gateway .Values.config.gateway)
       "security" (include "mull.securityConfig" . | fromYaml) -}}
 {{- toYaml $config -}}

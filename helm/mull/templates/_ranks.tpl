@@ -31,6 +31,7 @@ template:
           - {name: {{ $name }}, value: {{ $value | quote }}}
           {{- end }}
         ports:
+          - {name: mull-metrics, containerPort: {{ .Values.ranks.ports.metrics }}}
           - {name: metrics, containerPort: 8080}
         resources: {{- include "mull.rankResources" . | nindent 10 }}
         securityContext: {{- include "mull.rankSecurity" . | nindent 10 }}
