@@ -20,6 +20,7 @@ import psutil
 from cluster.config import ClusterConfig
 from cluster.errors import ConfigError, EngineError
 from cluster.interrupts import Interrupts
+from cluster.log_follower import LogFollower
 from cluster.ray_cluster import check_gpus, check_nodes, last_line, start_ray
 from mull.v1 import generation_pb2 as pb
 
@@ -53,6 +54,7 @@ class LocalCluster:
         self._config = _with_fixed_ports(config)
         self._gateway: Any = None
         self._guard: subprocess.Popen[bytes] | None = None
+        self._logs: LogFollower | None = None
         self._ray_was_started = False
         self._app_was_started = False
         self._last_answer_s = time.monotonic()
@@ -71,8 +73,11 @@ class LocalCluster:
         """Start Ray and the app. Raises ConfigError where GPUs are missing, EngineError where something fails."""
         self._interrupts.check()
         self._ray_was_started = True
-        start_ray(self._config)
+        log_directory = start_ray(self._config)
         self._interrupts.install()
+        if self._config.logs.format is not None and self._config.router.ray_address is None:
+            self._logs = LogFollower(log_directory, self._config.logs.format)
+            self._logs.start()
         if self._config.router.ray_address is None:
             self._guard = _guard_children()
         check_gpus(self._config)
@@ -189,7 +194,9 @@ class LocalCluster:
             # The gateway has drained: nothing is left that Serve would have to shut down gracefully.
             ray.shutdown()
             _end(children)
-        self._gateway = self._guard = None
+        if self._logs is not None:
+            self._logs.stop()
+        self._gateway = self._guard = self._logs = None
         self._ray_was_started = self._app_was_started = False
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+from pathlib import Path
+from typing import Any
 
 from cluster.config import ClusterConfig
 from cluster.errors import ConfigError, EngineError
@@ -15,8 +17,11 @@ from cluster.errors import ConfigError, EngineError
 _PROBE_TIMEOUT_S = 10.0
 
 
-def start_ray(config: ClusterConfig) -> None:
-    """Raises ConfigError where the cluster that is named does not answer, EngineError where ours does not start."""
+def start_ray(config: ClusterConfig) -> Path:
+    """Returns the directory of Ray's logs on this machine.
+
+    Raises ConfigError where the cluster that is named does not answer, EngineError where ours does not start.
+    """
     # Ray starts workers at nice 15, which would let anything else on the machine delay a step.
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -33,7 +38,7 @@ def start_ray(config: ClusterConfig) -> None:
     from ray.serve.config import ProxyLocation
 
     try:
-        _init_ray(config)
+        context = _init_ray(config)
     except ConfigError:
         raise
     except Exception as error:  # Ray raises plain ones, such as when the machine is too busy for its start in time
@@ -41,9 +46,10 @@ def start_ray(config: ClusterConfig) -> None:
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     serve.start(proxy_location=ProxyLocation.Disabled, logging_config={"log_level": "WARNING"})
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    return Path(context.address_info["session_dir"]) / "logs"
 
 
-def _init_ray(config: ClusterConfig) -> None:
+def _init_ray(config: ClusterConfig) -> Any:
     import ray
 
     if (address := config.router.ray_address) is not None:
@@ -53,13 +59,12 @@ def _init_ray(config: ClusterConfig) -> None:
                 "RAY_AUTH_MODE=token and one RAY_AUTH_TOKEN, or give --insecure where the network is private"
             )
         try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            return ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except ConnectionError as error:
             raise ConfigError(
                 f"--ray-address {address}: {last_line(str(error))}; run `ray start` on its nodes"
             ) from error
-        return
-    ray.init(
+    return ray.init(
         address="local",
         # Nothing of it is for other machines.
         _node_ip_address="127.0.0.1",

@@ -17,8 +17,8 @@ HEAD = f"""# Metrics
 
 Made from `cluster/metrics/` by `make docs`.
 
-Each Gateway has a port for Prometheus, `gateway.metrics_port` ({PORTS[0]}), and so has each Router,
-`router.metrics_port` ({PORTS[1]}); further Routers on a machine take the next ports. One Router is one copy of the model,
+Each Gateway has a port for Prometheus, `gateway.metrics_port` ({PORTS[0]}), and each Router has one,
+`router.metrics_port` ({PORTS[1]}); further ones on a machine take the next ports. One Router is one copy of the model,
 and reports for its ranks. `mull serve` prints all of them when it is ready. They are plain HTTP without keys, whatever
 the ports for clients ask for. Beside `/metrics`, `/ready` says whether work is taken (200), or why not (503).
 
