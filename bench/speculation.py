@@ -3,8 +3,8 @@
     python -m bench.speculation [--streams 1,4,16] [--runs 5] [--out bench/results/speculation.json]
 
 Two loads: `questions`, each thought through once, and `loops`, thoughts that go on and on and repeat themselves. CPU
-time of the process, in lockstep: what is lost because no step is under way beside one with drafts is not in it. The tokens
-of both must be equal; the bench fails where they are not.
+time of the process, in lockstep: what is lost because no step is under way beside one with drafts is not in it. The
+tokens of both must be equal; the bench fails where they are not.
 """
 
 from __future__ import annotations
