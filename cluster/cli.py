@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import logging
 import os
 import sys
 import time
@@ -27,9 +28,12 @@ from cluster.flags import (
 )
 from cluster.interrupts import Interrupts
 from cluster.keys_command import add_keys_command
+from workers.logs import write_logs
 
 if TYPE_CHECKING:
     from cluster.local import LocalCluster
+
+logger = logging.getLogger("cluster.cli")  # its own name also where it is run as a module
 
 _DEMO_QUESTION = "What is 347 + 285?"
 _WAIT_POLL_S = 1.0
@@ -44,12 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     command: Callable[[argparse.Namespace], int] = args.command
     try:
         return command(args)
-    except ConfigError as error:
-        print(f"mull: {error}", file=sys.stderr)
-        return _USAGE
     except MullError as error:
         print(f"mull: {error}", file=sys.stderr)
-        return _FAILED
+        return _exit_code(error)
     except KeyboardInterrupt:
         return _INTERRUPTED
     except BrokenPipeError:
@@ -57,8 +58,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _FAILED
 
 
+def _exit_code(error: MullError) -> int:
+    return _USAGE if isinstance(error, ConfigError) else _FAILED
+
+
 def _serve(args: argparse.Namespace) -> int:
     config = config_from_flags(args)
+    if config.logs.format is None:
+        return _serve_to_end(config)
+    write_logs(config.logs.format, "serve")
+    try:
+        return _serve_to_end(config)
+    except MullError as error:
+        logger.error("%s", error)
+        return _exit_code(error)
+
+
+def _serve_to_end(config: ClusterConfig) -> int:
+    is_logging = config.logs.format is not None
     _check_model(config)
     _check_security(config)
     from cluster.local import LocalCluster
@@ -66,8 +83,11 @@ def _serve(args: argparse.Namespace) -> int:
     interrupts = Interrupts()
     with LocalCluster(config, interrupts) as cluster:
         addresses = cluster.start()
-        _load(cluster)
-        _print_ranks(cluster)
+        if is_logging:
+            cluster.wait_until_ready(lambda _loaded, _total: None)
+        else:
+            _load(cluster)
+            _print_ranks(cluster)
         metrics = " ".join([addresses.metrics, *cluster.router_metrics()])
         print(
             f"ready · grpc {addresses.grpc} · http {addresses.http} · metrics {metrics} · "
@@ -75,7 +95,11 @@ def _serve(args: argparse.Namespace) -> int:
             flush=True,
         )
         interrupts.wait(every_s=1.0, check=cluster.check)
-        print(f"draining, at most {config.gateway.drain_s:g} s; Ctrl-C again stops at once", file=sys.stderr)
+        draining = f"draining, at most {config.gateway.drain_s:g} s; Ctrl-C again stops at once"
+        if is_logging:
+            logger.info(draining)
+        else:
+            print(draining, file=sys.stderr)
         cut = cluster.drain()
     if cut:
         raise MullError(f"{cut} streams were still running after {config.gateway.drain_s:g} s and were cut off")

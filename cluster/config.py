@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from cluster.errors import ConfigError
 from workers.layout import ParallelLayout
+from workers.logs import LogFormat
 
 THINKING_CLOSE_PHRASE = "\n\nMy time to think is up, so I answer now with what I have found."
 
@@ -240,6 +241,22 @@ class SecurityConfig(_Part):
         return self
 
 
+class LogsConfig(_Part):
+    """The log lines of all processes."""
+
+    format: LogFormat | None = None
+    """How they look, and that `mull serve` shows them all on its stderr; None: text, in Ray's files alone."""
+
+
+class TracingConfig(_Part):
+    """Spans of requests, for an OpenTelemetry collector."""
+
+    otlp_endpoint: str | None = Field(None, pattern=r"^https?://[^/\s]+:\d+$")
+    """http:// or https://host:port of its OTLP receiver over gRPC; None: nothing is traced."""
+    sample_ratio: float = Field(1.0, ge=0, le=1)
+    """Of the requests that come without a trace; for those that come with one, their client has decided."""
+
+
 class ClusterConfig(_Part):
     """Everything `mull serve` needs."""
 
@@ -248,6 +265,8 @@ class ClusterConfig(_Part):
     router: RouterConfig = RouterConfig()
     gateway: GatewayConfig = GatewayConfig()
     security: SecurityConfig = SecurityConfig()
+    logs: LogsConfig = LogsConfig()
+    tracing: TracingConfig = TracingConfig()
 
     @model_validator(mode="after")
     def _metrics_ports_are_the_routers_own(self) -> Self:
@@ -298,6 +317,9 @@ def parse_config(values: dict[str, Any]) -> ClusterConfig:
         raise ConfigError(f"{where}: {words}{got}".removeprefix(": ")) from error
 
 
+_PARTS = ", ".join(f"'{part}'" for part in ClusterConfig.model_fields)
+
+
 def read_config(file: Path) -> dict[str, dict[str, Any]]:
     """The nested values of a YAML file. Raises ConfigError when it is missing or is not a mapping of mappings."""
     try:
@@ -307,7 +329,7 @@ def read_config(file: Path) -> dict[str, dict[str, Any]]:
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{file}: cannot be read as YAML ({error})".replace("\n", " ")) from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{file}: expected a mapping with 'model', 'engine', 'router', 'gateway', 'security'")
+        raise ConfigError(f"{file}: expected a mapping with {_PARTS}")
     for part, inner in values.items():
         if not isinstance(inner, dict):
             raise ConfigError(f"{file}: '{part}' is {inner!r}, expected a mapping of its settings")

@@ -69,7 +69,11 @@ _CONFIG_FLAGS: dict[str, dict[str, tuple[type, str]]] = {
         "link_ca": (Path, "signs the certificates of both ends"),
         "keys_file": (Path, "API keys, as `mull keys` writes them; default: none are asked for"),
     },
+    "tracing": {
+        "otlp_endpoint": (str, "http://host:port of an OpenTelemetry collector (OTLP over gRPC); default: no spans"),
+    },
 }
+_LOG_FORMAT = "show the log lines of all processes on stderr, as text or as json; default: they are in Ray's files"
 
 
 _ARGUMENTS = {("router", "metrics_port"): "router_metrics_port"}
@@ -86,7 +90,7 @@ def _flag(name: str) -> str:
 
 def add_serve_flags(parser: argparse.ArgumentParser, *, fallbacks: Mapping[str, int]) -> None:
     parser.add_argument(
-        "--config", type=Path, help="YAML file with model, engine, router, gateway and security; flags win"
+        "--config", type=Path, help="YAML file with the parts of a configuration: model, engine, …; flags win"
     )
     parser.add_argument("--model", type=Path, metavar="DIR", help="checkpoint directory; default: the built-in one")
     parser.add_argument(
@@ -98,6 +102,7 @@ def add_serve_flags(parser: argparse.ArgumentParser, *, fallbacks: Mapping[str, 
             argument = _argument(part, name)
             shown = f"{text} (default {fallbacks[argument]})" if argument in fallbacks else text
             group.add_argument(_flag(argument), type=kind, help=shown)
+    parser.add_argument("--log-format", choices=("text", "json"), help=_LOG_FORMAT)
     parser.add_argument("--insecure", action="store_true", help="plain text may leave this machine")
     parser.set_defaults(fallbacks=fallbacks)
 
@@ -132,6 +137,8 @@ def config_from_flags(args: argparse.Namespace) -> ClusterConfig:
                 values.setdefault(part, {})[name] = getattr(args, argument)
             elif argument in args.fallbacks:
                 values.setdefault(part, {}).setdefault(name, args.fallbacks[argument])
+    if args.log_format is not None:
+        values.setdefault("logs", {})["format"] = args.log_format
     if args.insecure:
         values.setdefault("security", {})["insecure"] = True
     model = values.setdefault("model", {})

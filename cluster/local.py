@@ -20,12 +20,14 @@ import psutil
 from cluster.config import ClusterConfig
 from cluster.errors import ConfigError, EngineError
 from cluster.interrupts import Interrupts
+from cluster.log_follower import LogFollower
 from cluster.ray_cluster import check_gpus, check_nodes, last_line, start_ray
 from mull.v1 import generation_pb2 as pb
 
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.2
+_KILL_POLL_S = 0.01
 _CALL_TIMEOUT_S = 10.0
 _STOP_MARGIN_S = 10.0
 _SILENCE_S = 60.0
@@ -53,6 +55,7 @@ class LocalCluster:
         self._config = _with_fixed_ports(config)
         self._gateway: Any = None
         self._guard: subprocess.Popen[bytes] | None = None
+        self._logs: LogFollower | None = None
         self._ray_was_started = False
         self._app_was_started = False
         self._last_answer_s = time.monotonic()
@@ -71,8 +74,11 @@ class LocalCluster:
         """Start Ray and the app. Raises ConfigError where GPUs are missing, EngineError where something fails."""
         self._interrupts.check()
         self._ray_was_started = True
-        start_ray(self._config)
+        log_directory = start_ray(self._config)
         self._interrupts.install()
+        if self._config.logs.format is not None and self._config.router.ray_address is None:
+            self._logs = LogFollower(log_directory, self._config.logs.format)
+            self._logs.start()
         if self._config.router.ray_address is None:
             self._guard = _guard_children()
         check_gpus(self._config)
@@ -183,13 +189,14 @@ class LocalCluster:
         if self._ray_was_started:
             import ray
 
-            children = psutil.Process().children(recursive=True)
             if self._app_was_started and self._config.router.ray_address is not None:
                 _delete_app()
-            # The gateway has drained: nothing is left that Serve would have to shut down gracefully.
             ray.shutdown()
-            _end(children)
-        self._gateway = self._guard = None
+            # The gateway has drained: nothing is left that Serve or Ray would have to end gracefully.
+            _end_children()
+        if self._logs is not None:
+            self._logs.stop()
+        self._gateway = self._guard = self._logs = None
         self._ray_was_started = self._app_was_started = False
 
 
@@ -206,13 +213,32 @@ def _delete_app() -> None:
         raise EngineError(f"the app could not be deleted from the Ray cluster ({last_line(str(error))})") from error
 
 
-def _end(processes: list[psutil.Process]) -> None:
-    """Ray's agents outlive it by a minute when it was stopped while starting."""
-    _, alive = psutil.wait_procs(processes, timeout=2.0)
-    for process in alive:
+def _end_children() -> None:
+    """All of Ray's processes, and theirs."""
+    children: set[psutil.Process] = set()
+    # Stopped first: one that still ran could start another, which we would not know of.
+    while started := set(psutil.Process().children(recursive=True)) - children:
+        for child in started:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.suspend()
+        children |= started
+    for child in children:
         with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(alive, timeout=_STOP_MARGIN_S)
+            child.kill()
+    deadline_s = time.monotonic() + _STOP_MARGIN_S
+    while alive := [child.pid for child in children if _is_alive(child)]:
+        if time.monotonic() > deadline_s:
+            logger.warning("processes %s were killed %g s ago and have not ended", alive, _STOP_MARGIN_S)
+            return
+        time.sleep(_KILL_POLL_S)
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    """One that is dead may be a zombie for as long as it pleases whoever has inherited it."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _with_fixed_ports(config: ClusterConfig) -> ClusterConfig:

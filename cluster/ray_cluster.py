@@ -8,6 +8,8 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+from pathlib import Path
+from typing import Any
 
 from cluster.config import ClusterConfig
 from cluster.errors import ConfigError, EngineError
@@ -15,8 +17,11 @@ from cluster.errors import ConfigError, EngineError
 _PROBE_TIMEOUT_S = 10.0
 
 
-def start_ray(config: ClusterConfig) -> None:
-    """Raises ConfigError where the cluster that is named does not answer, EngineError where ours does not start."""
+def start_ray(config: ClusterConfig) -> Path:
+    """Returns the directory of Ray's logs on this machine.
+
+    Raises ConfigError where the cluster that is named does not answer, EngineError where ours does not start.
+    """
     # Ray starts workers at nice 15, which would let anything else on the machine delay a step.
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -29,21 +34,22 @@ def start_ray(config: ClusterConfig) -> None:
         # environment, which only we and our processes can read; Ray would write its own to a file.
         os.environ.pop("RAY_AUTH_MODE", None)
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    from ray import serve
-    from ray.serve.config import ProxyLocation
-
     try:
-        _init_ray(config)
+        context = _init_ray(config)
     except ConfigError:
         raise
     except Exception as error:  # Ray raises plain ones, such as when the machine is too busy for its start in time
         raise EngineError(f"Ray did not start ({last_line(str(error))}); is /tmp/ray writable?") from error
+    from ray import serve
+    from ray.serve.config import ProxyLocation
+
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     serve.start(proxy_location=ProxyLocation.Disabled, logging_config={"log_level": "WARNING"})
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    return Path(context.address_info["session_dir"]) / "logs"
 
 
-def _init_ray(config: ClusterConfig) -> None:
+def _init_ray(config: ClusterConfig) -> Any:
     import ray
 
     if (address := config.router.ray_address) is not None:
@@ -53,22 +59,18 @@ def _init_ray(config: ClusterConfig) -> None:
                 "RAY_AUTH_MODE=token and one RAY_AUTH_TOKEN, or give --insecure where the network is private"
             )
         try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            return ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except ConnectionError as error:
             raise ConfigError(
                 f"--ray-address {address}: {last_line(str(error))}; run `ray start` on its nodes"
             ) from error
-        return
-    ray.init(
-        address="local",
-        # Nothing of it is for other machines.
-        _node_ip_address="127.0.0.1",
-        # Logical: what the app asks for, so that Serve never waits for cores that a small machine lacks.
-        num_cpus=config.router.copies * (config.engine.layout.world_size + 1) + 3,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+    from cluster.ray_node import LeanNode
+
+    # Logical: what the app asks for, so that Serve never waits for cores that a small machine lacks.
+    num_cpus = config.router.copies * (config.engine.layout.world_size + 1) + 3
+    # Nothing of it is for other machines.
+    node = LeanNode("127.0.0.1", num_cpus)
+    return ray.init(address=node.gcs_address, log_to_driver=False, logging_level=logging.ERROR)
 
 
 def is_open_to_all(address: str) -> bool:

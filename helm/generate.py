@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from cluster.config import ClusterConfig
+from cluster.metrics.buckets import LONG_S
 
 ROOT = Path(__file__).parent.parent
 VALUES = ROOT / "helm" / "mull" / "values.yaml"
@@ -36,6 +37,9 @@ _OBJECTS: Schema = {"type": "array", "items": {"type": "object"}}
 _TEXT_LIST: Schema = {"type": "array", "items": {"type": "string"}}
 _POSITIVE: Schema = {"type": "integer", "minimum": 1}
 _PORT: Schema = {"type": "integer", "minimum": 1, "maximum": 65535}
+_SHARE: Schema = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}
+_LATE_AFTER_S: Schema = {"enum": [bound for bound in LONG_S if bound >= 0.5]}
+"""Bounds of the histograms: between them nobody knows who was late."""
 _RESOURCES: Schema = {
     "type": "object",
     "additionalProperties": False,
@@ -97,6 +101,12 @@ SPECIAL: dict[str, Schema] = {
     "routes.grpcHostnames": _TEXT_LIST,
     "routes.httpHostnames": _TEXT_LIST,
     "monitoring.labels": _TEXTS,
+    "monitoring.dashboardLabels": _TEXTS,
+    "monitoring.objectives.failed": _SHARE,
+    "monitoring.objectives.firstTokenSeconds": _LATE_AFTER_S,
+    "monitoring.objectives.firstTokenLate": _SHARE,
+    "monitoring.objectives.firstAnswerSeconds": _LATE_AFTER_S,
+    "monitoring.objectives.firstAnswerLate": _SHARE,
 }
 """Settings whose default does not tell what they may be."""
 

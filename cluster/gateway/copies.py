@@ -215,9 +215,10 @@ class Copies:
             try:
                 await self._relink(await self._directory())
             except Exception as error:  # it must be asked again; the links that there are go on
-                self._directory_error = f"no Router is known ({type(error).__name__}: {error})".replace("\n", " ")
-                if not self._links:
-                    logger.warning("%s", self._directory_error)
+                reason = f"no Router is known ({type(error).__name__}: {error})".replace("\n", " ")
+                if not self._links and reason != self._directory_error:
+                    logger.warning("%s", reason)
+                self._directory_error = reason
                 self._updated.set()
             is_ready = self._recovery.has_ready_copy
             await self._sleep(self._times.poll_ready_s if is_ready else self._times.poll_starting_s)

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import socket
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -35,6 +36,9 @@ from cluster.tls import ServerCertificates, certificate_ends
 from mull.v1 import admin_pb2, generation_pb2
 from mull.v1.admin_pb2_grpc import add_AdminServiceServicer_to_server
 from mull.v1.generation_pb2_grpc import add_GenerationServiceServicer_to_server
+
+if TYPE_CHECKING:
+    from cluster.spans import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +71,10 @@ class GatewayServer:
         security: SecurityConfig | None = None,
         registry: CollectorRegistry | None = None,
         link_times: LinkTimes | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
-        """Raises ConfigError for certificates or keys that cannot be used."""
+        """`tracing`: where requests are traced; it is closed with this. Raises ConfigError for certificates or keys
+        that cannot be used."""
         security = security or SecurityConfig()
         self._config = config
         self._certificates = None if security.tls is None else ServerCertificates(security.tls)
@@ -84,7 +90,8 @@ class GatewayServer:
             tls=security.link_tls,
             on_pause=self._metrics.on_pause,
         )
-        self._core = GenerationCore(model, self.copies, self._metrics, max_streams=config.max_streams)
+        self._core = GenerationCore(model, self.copies, self._metrics, max_streams=config.max_streams, tracing=tracing)
+        self._tracing = tracing
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the package has no stubs for it
         self._http = HttpServer(self._core, config, self._why_not_ready, self._access, self._certificates)
         self._server: aio.Server | None = None
@@ -157,6 +164,8 @@ class GatewayServer:
         await self._http.stop()
         await self.copies.close()
         self._exposition.stop()
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.close)
         return num_cut
 
     def _show(self, model: str, security: SecurityConfig) -> None:

@@ -14,7 +14,7 @@ from prometheus_client.registry import Collector
 
 from cluster.metrics.plain import Histogram
 from cluster.metrics.router import DECODE_TIME, PAUSES, PREFILL_TIME, QUEUE_TIME
-from cluster.router.sequence import SequenceUpdate
+from cluster.router.sequence import SequenceRequest, SequenceUpdate
 
 
 @dataclass(slots=True)
@@ -45,10 +45,10 @@ class RequestTimes(Collector):
         """Requests that have not ended."""
         return len(self._live)
 
-    def on_added(self, key: Hashable, now_s: float) -> None:
+    def on_added(self, request: SequenceRequest, now_s: float) -> None:
         """A request was taken."""
-        self._live[key] = _Times(now_s)
-        self._expectant.add(key)
+        self._live[request.key] = _Times(now_s)
+        self._expectant.add(request.key)
 
     def on_updates(self, updates: Sequence[SequenceUpdate], sent_s: float, now_s: float) -> None:
         """What a step had, which was sent at `sent_s`."""

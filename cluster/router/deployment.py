@@ -5,7 +5,9 @@ Hop 4's address is found here. Serve starts, watches and restarts the replica; n
 
 from __future__ import annotations
 
+import asyncio
 import os
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import grpc
@@ -18,15 +20,19 @@ from cluster.router.balancer import ModelExperts, RebalancePolicy
 from cluster.router.engine import GroupFactory
 from cluster.router.launchers import NORMAL_PRIORITY, Launcher, RayLauncher, ranks_per_bundle
 from cluster.router.layout_table import rank_roles
+from cluster.router.request_watch import RequestWatch
 from cluster.router.router import Router, RouterStats
 from cluster.router.scheduler import SchedulerConfig
+from cluster.router.sequence_spans import SequenceSpans
 from cluster.router.shards import GroupBounds, RankGroup
 from cluster.router.wire import ModelInfo
 from cluster.serve_ports import listen_on_node_address
 from cluster.text.phases import THINK_END
 from cluster.text.tokenizer import read_encoder
 from cluster.tls import link_server_credentials
+from cluster.tracing import start_tracing
 from workers.config import ModelConfig, RunnerConfig
+from workers.logs import write_logs
 
 Device = Literal["cpu", "cuda"]
 
@@ -97,7 +103,9 @@ def group_factory(config: ClusterConfig, max_model_len: int, device: Device, lau
     return lambda on_progress, survivors: RankGroup(launcher, runners, bounds, on_progress, survivors)
 
 
-def make_router(config: ClusterConfig, device: Device, launcher: Launcher) -> Router:
+def make_router(
+    config: ClusterConfig, device: Device, launcher: Launcher, watches: Sequence[RequestWatch] = ()
+) -> Router:
     """A Router over ranks that `launcher` starts. Raises CheckpointError where the model's small files are wrong."""
     model = model_info(config)
     scheduler = SchedulerConfig(
@@ -116,6 +124,7 @@ def make_router(config: ClusterConfig, device: Device, launcher: Launcher) -> Ro
         live_within_s=router.step_timeout_s + LIVE_MARGIN_S,
         roles=rank_roles(ModelConfig.from_dir(config.model.path), engine.layout, engine.redundant_experts),
         rebalance=RebalancePolicy(interval_steps=router.rebalance_interval_steps, threshold=router.rebalance_threshold),
+        watches=watches,
     )
 
 
@@ -123,11 +132,15 @@ class RouterDeployment:
     """The replica. Its constructor returns while the ranks load: Describe tells how far they are, or what is wrong."""
 
     async def __init__(self, config: ClusterConfig, device: Device) -> None:  # type: ignore[misc]  # Serve awaits it
+        log_format = config.logs.format or "text"
+        write_logs(log_format, "router")
         listen_on_node_address()
-        launcher = RayLauncher()
+        launcher = RayLauncher(log_format)
         self._host = launcher.host
         self._drain_s = config.router.drain_s
-        self._router = make_router(config, device, launcher)
+        self._tracing = start_tracing(config.tracing, "router")
+        spans = [] if self._tracing is None else [SequenceSpans(self._tracing)]
+        self._router = make_router(config, device, launcher, spans)
         await self._router.start(self._host, 0, link_credentials(config.security, self._host))
         self._router.open_metrics(
             metrics_host(config, self._host), config.router.metrics_ports, config.security.link_tls
@@ -149,6 +162,8 @@ class RouterDeployment:
         # A constructor that failed has left nothing to stop.
         if hasattr(self, "_router"):
             await self._router.stop(self._drain_s)
+            if self._tracing is not None:
+                await asyncio.to_thread(self._tracing.close)
 
 
 def metrics_host(config: ClusterConfig, node_host: str) -> str:

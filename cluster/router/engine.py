@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import NoReturn
 
 from cluster.errors import EngineError, MullError
@@ -18,6 +18,7 @@ from cluster.metrics.steps import StepMetrics
 from cluster.router.balanced_steps import BalancedSteps
 from cluster.router.balancer import ExpertBalancer
 from cluster.router.engine_core import EngineCore, Pool
+from cluster.router.request_watch import RequestWatch
 from cluster.router.scheduler import SchedulerConfig
 from cluster.router.sequence import SequenceRequest, SequenceUpdate
 from cluster.router.shards import GroupInfo, OnProgress, ShardGroup, Steps, Survivors
@@ -53,7 +54,9 @@ class Engine:
         enable_prefix_cache: bool = True,
         restarts: RestartPolicy | None = None,
         make_balancer: BalancerFactory = no_balancer,
+        watches: Sequence[RequestWatch] = (),
     ) -> None:
+        """`watches` are told how requests fare."""
         self.core = EngineCore(config, restarts or RestartPolicy(), enable_prefix_cache=enable_prefix_cache)
         self._make_group = make_group
         self._on_updates = on_updates
@@ -74,6 +77,7 @@ class Engine:
         """The last progress of each rank of the newest group."""
         self.steps = StepMetrics()
         self.times = RequestTimes()
+        self._watches: tuple[RequestWatch, ...] = (self.times, *watches)
         self._sent_s: deque[float] = deque()
         """When each plan in flight was sent."""
 
@@ -107,13 +111,15 @@ class Engine:
     def add(self, request: SequenceRequest) -> None:
         """Raises NotReady, Overloaded or a RequestError."""
         self.core.add(request)
-        self.times.on_added(request.key, time.monotonic())
+        for watch in self._watches:
+            watch.on_added(request, time.monotonic())
         self._wake.set()
 
     def cancel(self, key: Hashable) -> SequenceUpdate | None:
         """Its blocks are free on return. The last update of the sequence, or None where it is not live."""
         update = self.core.cancel(key)
-        self.times.on_ended(key, time.monotonic())
+        for watch in self._watches:
+            watch.on_ended(key, time.monotonic())
         self._wake.set()
         return update
 
@@ -142,7 +148,7 @@ class Engine:
             self._on_ended(self.core.reason)
         finally:
             self.core.close()
-            self.times.clear()
+            self._tell_all_ended()
             self._forget_ranks()
             self._settled.set()
 
@@ -179,13 +185,17 @@ class Engine:
         log.error("engine %s: %s", self.core.state.value, self.core.reason)
         self._forget_ranks()
         if loss.wait_s is None:
-            self.times.clear()
+            self._tell_all_ended()
             self._on_ended(self.core.reason)
-        for update in loss.given_up:
-            self.times.on_ended(update.key, time.monotonic())
-        self.times.on_lost(self._alive_s)
+        for watch in self._watches:
+            watch.on_updates(loss.given_up, self._alive_s, time.monotonic())
+            watch.on_lost(self._alive_s)
         self._on_updates(loss.given_up)
         return loss.wait_s
+
+    def _tell_all_ended(self) -> None:
+        for watch in self._watches:
+            watch.clear()
 
     def _forget_ranks(self) -> None:
         self.balancer = None
@@ -218,7 +228,9 @@ class Engine:
     def _take_results(self, results: list[StepResult]) -> None:
         self._alive_s = time.monotonic()
         updates = self.core.on_results(results)
-        self.times.on_updates(updates, self._sent_s.popleft(), self._alive_s)
+        sent_s = self._sent_s.popleft()
+        for watch in self._watches:
+            watch.on_updates(updates, sent_s, self._alive_s)
         self._on_updates(updates)
         self.steps.on_results(results, collect_s=time.monotonic() - self._alive_s)
 

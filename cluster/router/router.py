@@ -21,6 +21,7 @@ from cluster.router.balancer import ExpertBalancer, RebalancePolicy, make_balanc
 from cluster.router.engine import Engine, GroupFactory
 from cluster.router.layout_table import RankRole, table_lines
 from cluster.router.metrics_port import MetricsPort
+from cluster.router.request_watch import RequestWatch
 from cluster.router.scheduler import SchedulerConfig, SchedulerStats
 from cluster.router.sequence import SequenceUpdate
 from cluster.router.servicer import RouterServicer
@@ -99,8 +100,12 @@ class Router:
         roles: Sequence[RankRole] = (),
         rebalance: RebalancePolicy | None = None,
         live_within_s: float = 120.0,
+        watches: Sequence[RequestWatch] = (),
     ) -> None:
-        """`roles`: what each rank does, for those who ask. `live_within_s`: bound of `why_not_live`."""
+        """`roles`: what each rank does, for those who ask. `live_within_s`: bound of `why_not_live`.
+
+        `watches` are told how requests fare.
+        """
         self._live_within_s = live_within_s
         self._model = model
         self._roles = roles
@@ -114,6 +119,7 @@ class Router:
             enable_prefix_cache=enable_prefix_cache,
             restarts=restarts,
             make_balancer=self._make_balancer,
+            watches=watches,
         )
         self._sessions: dict[int, Session] = {}
         self._session_ids = itertools.count()

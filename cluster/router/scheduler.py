@@ -386,6 +386,7 @@ class Scheduler:
         self._slots.publish_known(seq)
         self._slots.leave(seq)
         self._wait(seq)
+        seq.num_preemptions += 1
         self._num_preempted_total += 1
 
     def _wait(self, seq: Sequence) -> None:

@@ -64,7 +64,9 @@ class SequenceRequest:
     output_ids: list[int] = field(default_factory=list)
     """Output that it has already, from elsewhere: it goes on behind it, as if it had never been stopped."""
     request_id: str = ""
-    """For log lines only."""
+    """For log lines and spans."""
+    trace_parent: str = ""
+    """The span that caused it, as W3C Trace Context writes it; empty: nobody traces it."""
 
     @property
     def rules(self) -> TokenRules | None:
@@ -96,6 +98,8 @@ class SequenceUpdate(msgspec.Struct, frozen=True):
     """All of `token_ids`, or none: forced tokens come in an update of their own."""
     prompt_logprobs: list[TokenLogprobs] = []
     """With `admitted_cached_tokens`, where asked for: one per prompt token but the first."""
+    num_preemptions: int = 0
+    """How often it has lost its slot so far."""
 
 
 FORCED = TokenLogprobs(0.0, [])
@@ -150,6 +154,7 @@ class Sequence:
     wanted_at_growth: int = 0
     """unless the allocator's `num_cache_growths` has changed from this: it may need fewer blocks then."""
     was_admitted: bool = False
+    num_preemptions: int = 0
     num_scored: int = 0
     """Prompt tokens behind the first whose logprobs are known."""
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -305,4 +310,13 @@ class Sequence:
     def _update(self, token_ids: list[int], logprobs: list[TokenLogprobs], num_forced: int = 0) -> SequenceUpdate:
         cached_tokens, self.unannounced_cached_tokens = self.unannounced_cached_tokens, None
         scores, self.prompt_logprobs = self.prompt_logprobs, []
-        return SequenceUpdate(self.request.key, cached_tokens, token_ids, logprobs, self.finish, num_forced, scores)
+        return SequenceUpdate(
+            self.request.key,
+            cached_tokens,
+            token_ids,
+            logprobs,
+            self.finish,
+            num_forced,
+            scores,
+            self.num_preemptions,
+        )
