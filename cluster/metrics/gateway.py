@@ -1,7 +1,8 @@
 """What a gateway tells on its metrics port.
 
 Told once per message or per request, by whoever knows: `RequestTimer` for what one request changes, the server for how
-it is. Tenants are those of the keys file, so that the label is as bounded as the file; it is empty without keys.
+it is. Tenants are those of the keys file, so that the label is as bounded as the file; it is empty without keys. One
+that is taken out of the file keeps its figures until the gateway ends.
 """
 
 from __future__ import annotations
@@ -109,7 +110,8 @@ PAUSES = histogram(
 )
 REPLAYED = counter(
     "mull_replayed_tokens_total",
-    "Prompt and output tokens sent to a Router again, by what made it needed; its prefix cache may have some of them.",
+    "Prompt and output tokens sent to a Router again, behind which a request went on, by what made it needed. Some may "
+    "be in its prefix cache.",
     ("cause",),
 )
 CERTIFICATES = gauge(
