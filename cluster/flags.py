@@ -127,6 +127,17 @@ def add_chat_flags(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(_flag(name), type=kind, help=text)
 
 
+def add_top_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "metrics",
+        nargs="*",
+        metavar="ADDRESS",
+        help="metrics ports of gateways and Routers, as `mull serve` prints them (default 127.0.0.1:9464 and :9465)",
+    )
+    parser.add_argument("--interval-s", type=float, default=1.0, help="seconds between two looks (default 1)")
+    parser.add_argument("--once", action="store_true", help="look twice, print the screen and end")
+
+
 def config_from_flags(args: argparse.Namespace) -> ClusterConfig:
     """Flags win over the file, the file over the command's own fallbacks. Raises ConfigError."""
     values: dict[str, dict[str, Any]] = read_config(args.config) if args.config else {}
