@@ -20,6 +20,7 @@ check: .venv/installed-test
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash proto/generate.sh --check
 	@bash proto/check.sh
 	@$(BIN)/python helm/generate.py --check
+	@$(BIN)/python -m helm.dashboards --check
 	@$(BIN)/python docs/generate.py --check
 
 format: .venv/installed-test
@@ -29,9 +30,10 @@ format: .venv/installed-test
 proto: .venv/installed-test
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash proto/generate.sh
 
-# After a change to helm/mull/values.yaml or to cluster/config.py.
+# After a change to helm/mull/values.yaml, to cluster/config.py or to helm/dashboards.
 chart: .venv/installed-test
 	@$(BIN)/python helm/generate.py
+	@$(BIN)/python -m helm.dashboards
 
 # After a change to cluster/metrics.
 docs: .venv/installed-test

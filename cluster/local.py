@@ -27,6 +27,7 @@ from mull.v1 import generation_pb2 as pb
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.2
+_KILL_POLL_S = 0.01
 _CALL_TIMEOUT_S = 10.0
 _STOP_MARGIN_S = 10.0
 _SILENCE_S = 60.0
@@ -188,12 +189,11 @@ class LocalCluster:
         if self._ray_was_started:
             import ray
 
-            children = psutil.Process().children(recursive=True)
             if self._app_was_started and self._config.router.ray_address is not None:
                 _delete_app()
-            # The gateway has drained: nothing is left that Serve would have to shut down gracefully.
             ray.shutdown()
-            _end(children)
+            # The gateway has drained: nothing is left that Serve or Ray would have to end gracefully.
+            _end_children()
         if self._logs is not None:
             self._logs.stop()
         self._gateway = self._guard = self._logs = None
@@ -213,13 +213,32 @@ def _delete_app() -> None:
         raise EngineError(f"the app could not be deleted from the Ray cluster ({last_line(str(error))})") from error
 
 
-def _end(processes: list[psutil.Process]) -> None:
-    """Ray's agents outlive it by a minute when it was stopped while starting."""
-    _, alive = psutil.wait_procs(processes, timeout=2.0)
-    for process in alive:
+def _end_children() -> None:
+    """All of Ray's processes, and theirs."""
+    children: set[psutil.Process] = set()
+    # Stopped first: one that still ran could start another, which we would not know of.
+    while started := set(psutil.Process().children(recursive=True)) - children:
+        for child in started:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.suspend()
+        children |= started
+    for child in children:
         with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(alive, timeout=_STOP_MARGIN_S)
+            child.kill()
+    deadline_s = time.monotonic() + _STOP_MARGIN_S
+    while alive := [child.pid for child in children if _is_alive(child)]:
+        if time.monotonic() > deadline_s:
+            logger.warning("processes %s were killed %g s ago and have not ended", alive, _STOP_MARGIN_S)
+            return
+        time.sleep(_KILL_POLL_S)
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    """One that is dead may be a zombie for as long as it pleases whoever has inherited it."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _with_fixed_ports(config: ClusterConfig) -> ClusterConfig:

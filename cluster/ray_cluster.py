@@ -34,15 +34,15 @@ def start_ray(config: ClusterConfig) -> Path:
         # environment, which only we and our processes can read; Ray would write its own to a file.
         os.environ.pop("RAY_AUTH_MODE", None)
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    from ray import serve
-    from ray.serve.config import ProxyLocation
-
     try:
         context = _init_ray(config)
     except ConfigError:
         raise
     except Exception as error:  # Ray raises plain ones, such as when the machine is too busy for its start in time
         raise EngineError(f"Ray did not start ({last_line(str(error))}); is /tmp/ray writable?") from error
+    from ray import serve
+    from ray.serve.config import ProxyLocation
+
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     serve.start(proxy_location=ProxyLocation.Disabled, logging_config={"log_level": "WARNING"})
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
@@ -64,16 +64,13 @@ def _init_ray(config: ClusterConfig) -> Any:
             raise ConfigError(
                 f"--ray-address {address}: {last_line(str(error))}; run `ray start` on its nodes"
             ) from error
-    return ray.init(
-        address="local",
-        # Nothing of it is for other machines.
-        _node_ip_address="127.0.0.1",
-        # Logical: what the app asks for, so that Serve never waits for cores that a small machine lacks.
-        num_cpus=config.router.copies * (config.engine.layout.world_size + 1) + 3,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+    from cluster.ray_node import LeanNode
+
+    # Logical: what the app asks for, so that Serve never waits for cores that a small machine lacks.
+    num_cpus = config.router.copies * (config.engine.layout.world_size + 1) + 3
+    # Nothing of it is for other machines.
+    node = LeanNode("127.0.0.1", num_cpus)
+    return ray.init(address=node.gcs_address, log_to_driver=False, logging_level=logging.ERROR)
 
 
 def is_open_to_all(address: str) -> bool:

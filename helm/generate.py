@@ -36,6 +36,9 @@ _OBJECTS: Schema = {"type": "array", "items": {"type": "object"}}
 _TEXT_LIST: Schema = {"type": "array", "items": {"type": "string"}}
 _POSITIVE: Schema = {"type": "integer", "minimum": 1}
 _PORT: Schema = {"type": "integer", "minimum": 1, "maximum": 65535}
+_SHARE: Schema = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}
+_LATE_AFTER_S: Schema = {"enum": [0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1200, 2400, 3600, 7200, 10800]}
+"""Bounds of the histograms: between them nobody knows who was late."""
 _RESOURCES: Schema = {
     "type": "object",
     "additionalProperties": False,
@@ -97,6 +100,12 @@ SPECIAL: dict[str, Schema] = {
     "routes.grpcHostnames": _TEXT_LIST,
     "routes.httpHostnames": _TEXT_LIST,
     "monitoring.labels": _TEXTS,
+    "monitoring.dashboardLabels": _TEXTS,
+    "monitoring.objectives.failed": _SHARE,
+    "monitoring.objectives.firstTokenSeconds": _LATE_AFTER_S,
+    "monitoring.objectives.firstTokenLate": _SHARE,
+    "monitoring.objectives.firstAnswerSeconds": _LATE_AFTER_S,
+    "monitoring.objectives.firstAnswerLate": _SHARE,
 }
 """Settings whose default does not tell what they may be."""
 

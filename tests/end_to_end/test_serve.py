@@ -124,6 +124,13 @@ def test_status_names_each_rank_and_its_process(server: Server) -> None:
     assert mull("status", "--address", server.address).returncode == 0
 
 
+def test_no_process_of_ray_runs_that_nothing_asks(server: Server) -> None:
+    programs = {Path(argument).name for process in descendants(server.process) for argument in process.cmdline()}
+
+    assert "raylet" in programs
+    assert not programs & {"monitor.py", "log_monitor.py", "dashboard.py"}
+
+
 def test_a_client_that_vanishes_frees_its_blocks(server: Server, stub: GenerationServiceStub) -> None:
     def router() -> tuple[int, int]:
         info = stub.GetServerInfo(pb.GetServerInfoRequest()).routers[0]

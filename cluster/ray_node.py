@@ -1,0 +1,40 @@
+"""Ray on this one machine: the processes that mull needs, and no others.
+
+`ray.init` also starts the dashboard's server (though told not to, and waits for it), the autoscaler's monitor and a log
+monitor: three Python processes that nothing here asks. And each of its workers imports Ray twice: first in a script
+that then becomes the worker. Ray has no public way to leave these out; this is written for the Ray that
+constraints.txt pins.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ray._private.node import Node
+from ray._private.parameter import RayParams
+
+_WORKER_SETUP = Path(__file__).with_name("ray_worker_setup.py")
+
+
+class LeanNode(Node):
+    """Started by its making. Its processes are children of this one, and end with it however it ends."""
+
+    def __init__(self, host: str, num_cpus: int) -> None:
+        params = RayParams(
+            node_ip_address=host,
+            num_cpus=num_cpus,
+            no_monitor=True,
+            include_log_monitor=False,  # type: ignore[arg-type]  # a bool in truth
+            setup_worker_path=str(_WORKER_SETUP),
+            # By default one that another Ray on this machine has: the agent would try again for seconds.
+            dashboard_agent_listen_port=0,
+        )
+        super().__init__(params, head=True, shutdown_at_exit=False)
+
+    def start_ray_processes(self) -> None:
+        super().start_ray_processes()  # type: ignore[no-untyped-call]  # Ray has no types there
+        # It takes a second, and so do the processes, for which our caller waits: both at once.
+        import ray.serve  # noqa: F401
+
+    def start_api_server(self, *, include_dashboard: bool | None, raise_on_failure: bool) -> None:
+        """Nobody looks at it."""
