@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from urllib.request import urlopen
 
 import grpc
 import psutil
@@ -21,6 +20,7 @@ from mull.client import CallFailed, Client, RetryPolicy, Started
 from mull.v1 import generation_pb2 as pb
 from mull.v1.generation_pb2_grpc import GenerationServiceStub
 from tests.end_to_end.servers import FREE_PORTS, MULL, Server, mull, serving, starting
+from tests.scraping import scrape
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -150,10 +150,12 @@ def test_a_client_that_vanishes_frees_its_blocks(server: Server, stub: Generatio
 def test_health_and_metrics_answer(server: Server) -> None:
     with grpc.insecure_channel(server.address) as channel:
         health = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
-    metrics = urlopen(server.metrics_url, timeout=10).read().decode()
+    gateway, router = scrape(server.metrics_url), scrape(server.router_metrics_url)
 
     assert health.status == health_pb2.HealthCheckResponse.SERVING
-    assert "mull_generation_tokens_total" in metrics
+    assert (gateway.one("mull_gateway_ready"), router.one("mull_engine_ready")) == (1, 1)
+    assert set(gateway.all("mull_generation_tokens_total")) == {("thinking", ""), ("answer", "")}
+    assert router.one("mull_engine_steps_total") == router.one("mull_step_seconds_count", part="compute")
 
 
 @pytest.mark.parametrize(
@@ -251,6 +253,10 @@ def test_attention_groups_answer_side_by_side_and_status_shows_the_layout(groups
     assert "tp 2 · dp 2 · 4 redundant experts" in shown
     assert "KV tokens" in shown
     assert any(line.startswith("ready") and "tp 2 · dp 2" in line for line in server.lines)
+    said = scrape(server.router_metrics_url)
+    assert said.one("mull_ranks_ready") == 4
+    assert said.one("mull_dispatch_bytes_total") > 0
+    assert said.one("mull_dispatch_seconds_total") > 0
 
 
 def test_a_second_ctrl_c_cuts_streams_off_and_tells_their_clients_why(groups_server: Server) -> None:
