@@ -85,7 +85,7 @@ def _latency(gateways: Figures, routers: Figures) -> Panel:
         ("whole request", _quantiles(gateways, "mull_e2e_request_latency_seconds")),
         ("in the queue", _quantiles(routers, "mull_request_queue_time_seconds")),
     ]
-    return _panel("time to: median / 95 %", rows)
+    return _panel("times: median / 95 %", rows)
 
 
 def _thoughts(gateways: Figures) -> Panel:
