@@ -45,6 +45,7 @@ _CONFIG_FLAGS: dict[str, dict[str, tuple[type, str]]] = {
     },
     "router": {
         "copies": (int, "whole models, each on ranks of its own; a request goes on at another when one is lost"),
+        "max_copies": (int, "copies at most, where more are to be started while those that run are full"),
         "max_waiting": (int, "requests that may wait; one more is refused"),
         "start_timeout_s": (float, "seconds to load and warm up"),
         "step_timeout_s": (float, "seconds after which a rank counts as lost"),
