@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from cluster.config import ClusterConfig
+from cluster.metrics.buckets import LONG_S
 
 ROOT = Path(__file__).parent.parent
 VALUES = ROOT / "helm" / "mull" / "values.yaml"
@@ -39,7 +40,7 @@ _TEXT_LIST: Schema = {"type": "array", "items": {"type": "string"}}
 _POSITIVE: Schema = {"type": "integer", "minimum": 1}
 _PORT: Schema = {"type": "integer", "minimum": 1, "maximum": 65535}
 _SHARE: Schema = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}
-_LATE_AFTER_S: Schema = {"enum": [0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1200, 2400, 3600, 7200, 10800]}
+_LATE_AFTER_S: Schema = {"enum": [bound for bound in LONG_S if bound >= 0.5]}
 """Bounds of the histograms: between them nobody knows who was late."""
 _RESOURCES: Schema = {
     "type": "object",

@@ -30,7 +30,7 @@ def _now() -> p.Section:
         [
             p.number("Running", "Requests that hold a slot.", p.COUNT, total("mull_requests_running")),
             p.number("Waiting", "Requests that wait for a slot.", p.COUNT, total("mull_requests_waiting")),
-            p.number("KV in use", "Of the fullest copy.", p.SHARE, usage, bad_above=0.95),
+            p.number("KV in use", "Of the fullest copy.", p.SHARE, usage, thresholds=p.bad_from(0.95)),
             p.number("Steps", "Steps a second, all copies.", p.PER_SECOND, rate("mull_engine_steps_total")),
             p.number(
                 "Sequences of a step", "In the middle of the batches.", p.COUNT, quantile(0.5, "mull_step_sequences")

@@ -22,28 +22,41 @@ def _now() -> p.Section:
     return p.Section(
         "Now",
         [
-            p.number("Gateways ready", "Gateways that take new work.", p.COUNT, total("mull_gateway_ready")),
-            p.number("Copies ready", "Copies of the model that gateways can reach.", p.COUNT, copies),
-            p.number("Ranks away", "Ranks that should run and do not.", p.COUNT, away, bad_above=1),
+            p.number(
+                "Gateways ready",
+                "Gateways that take new work.",
+                p.COUNT,
+                total("mull_gateway_ready"),
+                thresholds=p.good_from(1),
+            ),
+            p.number(
+                "Copies ready",
+                "Copies of the model that gateways can reach.",
+                p.COUNT,
+                copies,
+                thresholds=p.good_from(1),
+            ),
+            p.number("Ranks away", "Ranks that should run and do not.", p.COUNT, away, thresholds=p.bad_from(1)),
             p.number(
                 "Ranks lost",
                 "In the time shown.",
                 p.COUNT,
                 events("mull_ranks_lost_total"),
-                bad_above=1,
+                thresholds=p.bad_from(1),
             ),
             p.number(
                 "Restarts of ranks",
                 "In the time shown.",
                 p.COUNT,
                 events("mull_engine_restarts_total"),
-                bad_above=3,
+                thresholds=p.bad_from(3),
             ),
             p.number(
                 "First certificate ends in",
                 "A certificate that ended keeps everybody out.",
                 p.SECONDS,
                 f"min({series('mull_certificate_not_after_timestamp_seconds')}) - time()",
+                thresholds=p.good_from(14 * 86400),
             ),
         ],
     )

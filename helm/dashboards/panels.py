@@ -39,6 +39,19 @@ class Line:
     expr: str
 
 
+Thresholds = Sequence[tuple[str, float | None]]
+"""Colours, each from a value on; the first from below all."""
+ALWAYS_GOOD: Thresholds = (("green", None),)
+
+
+def bad_from(value: float) -> Thresholds:
+    return (("green", None), ("red", value))
+
+
+def good_from(value: float) -> Thresholds:
+    return (("red", None), ("green", value))
+
+
 class _Shown(Protocol):
     """What the builders of all kinds of panels have."""
 
@@ -77,13 +90,11 @@ def _graph(title: str, description: str, unit: str, lines: Sequence[Line]) -> ti
     return panel
 
 
-def number(title: str, description: str, unit: str, expr: str, *, bad_above: float | None = None) -> stat.Panel:
-    """How it is now; red above a bound that is bad."""
+def number(title: str, description: str, unit: str, expr: str, *, thresholds: Thresholds = ALWAYS_GOOD) -> stat.Panel:
+    """How it is now."""
     panel = stat.Panel().unit(unit).graph_mode(shapes.BigValueGraphMode.AREA)
     panel.reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]))
-    steps = [models.Threshold(color="green", value=None)]
-    if bad_above is not None:
-        steps.append(models.Threshold(color="red", value=bad_above))
+    steps = [models.Threshold(color=color, value=start) for color, start in thresholds]
     panel.thresholds(builders.ThresholdsConfig().mode(models.ThresholdsMode.ABSOLUTE).steps(steps))
     _frame(panel, title, description, _NUMBER)
     return panel.with_target(_query(0, Line(title, expr)))

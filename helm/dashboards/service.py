@@ -27,7 +27,13 @@ def _now() -> p.Section:
     return p.Section(
         "Now",
         [
-            p.number("Gateways ready", "Gateways that take new work.", p.COUNT, total("mull_gateway_ready")),
+            p.number(
+                "Gateways ready",
+                "Gateways that take new work.",
+                p.COUNT,
+                total("mull_gateway_ready"),
+                thresholds=p.good_from(1),
+            ),
             p.number("Open streams", "Streams that clients have open.", p.COUNT, total("mull_streams_open")),
             p.number("Requests", "Requests that ended well, a second.", p.REQUESTS_PER_S, rate(_FINISHED)),
             p.number(
@@ -35,10 +41,10 @@ def _now() -> p.Section:
                 "Share of requests in the time shown that ended with a fault of the server.",
                 p.SHARE,
                 ratio(f"({failed} or vector(0))", f"(({failed} or vector(0)) + {finished})"),
-                bad_above=0.001,
+                thresholds=p.bad_from(0.001),
             ),
             p.number("First answer, p95", "All but one in twenty have an answer by then.", p.SECONDS, answers),
-            p.number("Alerts", "Alerts that fire.", p.COUNT, alerts, bad_above=1),
+            p.number("Alerts", "Alerts that fire.", p.COUNT, alerts, thresholds=p.bad_from(1)),
         ],
     )
 

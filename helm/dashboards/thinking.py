@@ -37,7 +37,7 @@ def _now() -> p.Section:
                 "Share of requests in the time shown that reached max_tokens before an answer began.",
                 p.SHARE,
                 cut,
-                bad_above=0.05,
+                thresholds=p.bad_from(0.05),
             ),
             p.number(
                 "Forced",

@@ -23,6 +23,7 @@ PROGRAMS = ("prometheus", "prometheus-alertmanager")
 INTERVAL = "500ms"
 START_S = 30.0
 STOP_S = 20.0
+ANSWER_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,10 @@ class Watch:
     alertmanager: httpx.Client
 
     def values(self, expr: str) -> list[float]:
-        """One of each series that an expression has now. Raises AssertionError where Prometheus refuses it."""
+        """One of each series that an expression has now. Raises ValueError where Prometheus refuses it."""
         answer = self.prometheus.get("/api/v1/query", params={"query": expr})
-        assert answer.status_code == 200, f"{expr}\n{answer.text}"
+        if answer.status_code != 200:
+            raise ValueError(f"{expr}\n{answer.text}")
         return [float(series["value"][1]) for series in answer.json()["data"]["result"]]
 
     def has_data(self, expr: str) -> bool:
@@ -69,7 +71,8 @@ def watching(targets: Sequence[str], directory: Path) -> Iterator[Watch]:
         for command in (prometheus, alertmanager):
             stack.enter_context(_running(command, directory / f"{command[0]}.log"))
         clients = [
-            stack.enter_context(httpx.Client(base_url=f"http://{at}")) for at in (prometheus_at, alertmanager_at)
+            stack.enter_context(httpx.Client(base_url=f"http://{at}", timeout=ANSWER_S))
+            for at in (prometheus_at, alertmanager_at)
         ]
         until(lambda: all(map(_is_ready, clients)), START_S, "Prometheus or Alertmanager is not ready")
         yield Watch(*clients)
