@@ -161,7 +161,7 @@ class Copies:
 
     @property
     def num_replayed_tokens_total(self) -> Mapping[tuple[str, ...], float]:
-        """Tokens that were sent to a copy again, by what made it needed."""
+        """Tokens behind which sequences went on at a copy, by what made it needed."""
         return {(loss.value,): num_tokens for loss, num_tokens in self._recovery.num_replayed_tokens_total.items()}
 
     @property

@@ -84,7 +84,7 @@ class Flight:
     why: str = ""
     """Why it has no copy."""
     loss: Loss | None = None
-    """Since its last progress; None: there was none, or it was refused before it began."""
+    """Since its last progress; None: there was none, or it had not begun."""
 
     @property
     def has_begun(self) -> bool:
@@ -147,7 +147,7 @@ class Recovery:
     def __init__(self, policy: ReplayPolicy) -> None:
         self.num_replays_total = 0
         self.num_replayed_tokens_total = dict.fromkeys(Loss, 0)
-        """Prompt and output of flights that had begun, sent to a copy again."""
+        """Prompt and output of flights that had begun, behind which they went on."""
         self._policy = policy
         self._copies: dict[str, _Copy] = {}
         self._waiting: dict[int, Flight] = {}
@@ -193,8 +193,7 @@ class Recovery:
         if copy is None:
             return []
         for flight in copy.flights.values():
-            flight.loss = Loss.ROUTER_LOST
-            self._suspend(flight, why, now_s)
+            self._suspend(flight, why, now_s, Loss.ROUTER_LOST)
         return self._place(now_s)
 
     # Flights
@@ -240,7 +239,7 @@ class Recovery:
         if token_ids := update.token_ids:
             flight.output_ids.extend(token_ids)
             if flight.num_refused or flight.paused_s is not None:
-                actions += self._progress(flight, now_s)
+                actions += self._progress(flight, len(token_ids), now_s)
         if not update.HasField("end"):
             return [*actions, Deliver(flight, update)]
         self._leave(flight)
@@ -267,14 +266,16 @@ class Recovery:
             del update.prompt_logprobs[:]
         flight.was_admitted = True
 
-    def _progress(self, flight: Flight, now_s: float) -> list[Action]:
+    def _progress(self, flight: Flight, num_new_tokens: int, now_s: float) -> list[Action]:
         flight.num_refused = 0
         flight.refused_by.clear()
         paused_s, flight.paused_s = flight.paused_s, None
         loss, flight.loss = flight.loss, None
-        if paused_s is None or loss in (None, Loss.CLIENT_RESUMED):
+        if paused_s is None or loss is None:
             return []
-        return [Resumed(flight, loss, now_s - paused_s)]
+        num_replayed = len(flight.submit.prompt_ids) + len(flight.output_ids) - num_new_tokens
+        self.num_replayed_tokens_total[loss] += num_replayed
+        return [] if loss is Loss.CLIENT_RESUMED else [Resumed(flight, loss, now_s - paused_s)]
 
     def _refused(self, flight: Flight, name: str, update: pb.SequenceUpdate, now_s: float) -> list[Action]:
         """A copy gave it back. Where every queue is full, what has not begun fails; the rest is not given up for it."""
@@ -289,13 +290,13 @@ class Recovery:
         pause_s = min(policy.longest_pause_s, policy.first_pause_s * 2.0 ** min(flight.num_refused, 30))
         flight.num_refused += 1
         flight.retry_s = now_s + pause_s
-        if reason != pb.End.REASON_OVERLOADED and flight.loss is not Loss.ROUTER_LOST:
-            flight.loss = Loss.ROUTER_DRAINING
-        self._suspend(flight, message, now_s)
+        self._suspend(flight, message, now_s, flight.loss or Loss.ROUTER_DRAINING)
         return [*delivered, *self._place(now_s)]
 
-    def _suspend(self, flight: Flight, why: str, now_s: float) -> None:
+    def _suspend(self, flight: Flight, why: str, now_s: float, loss: Loss) -> None:
         flight.copy, flight.why = None, why
+        if flight.has_begun:
+            flight.loss = loss
         flight.paused_s = now_s if flight.paused_s is None else flight.paused_s
         self._waiting[flight.number] = flight
 
@@ -332,9 +333,6 @@ class Recovery:
         if flight.key:
             flight.num_replays += 1
             self.num_replays_total += 1
-        if flight.loss is not None and flight.has_begun:
-            num_tokens = len(flight.submit.prompt_ids) + len(flight.output_ids)
-            self.num_replayed_tokens_total[flight.loss] += num_tokens
         flight.copy, flight.key = name, next(self._keys)
         copy = self._copies[name]
         copy.flights[flight.key] = flight

@@ -109,7 +109,8 @@ PAUSES = histogram(
 )
 REPLAYED = counter(
     "mull_replayed_tokens_total",
-    "Prompt and output tokens sent to a Router again, by what made it needed; its prefix cache may have some of them.",
+    "Prompt and output tokens sent to a Router again, behind which a request went on, by what made it needed. Some may "
+    "be in its prefix cache.",
     ("cause",),
 )
 CERTIFICATES = gauge(

@@ -253,6 +253,7 @@ def test_attention_groups_answer_side_by_side_and_status_shows_the_layout(groups
     assert "tp 2 · dp 2 · 4 redundant experts" in shown
     assert "KV tokens" in shown
     assert any(line.startswith("ready") and "tp 2 · dp 2" in line for line in server.lines)
+    assert server.router_metrics_url == f"http://{state['routers'][0]['metrics_address']}/metrics"
     said = scrape(server.router_metrics_url)
     assert said.one("mull_ranks_ready") == 4
     assert said.one("mull_dispatch_bytes_total") > 0
