@@ -105,8 +105,8 @@ def test_the_screen_has_a_line_for_each_copy_and_names_its_troubles() -> None:
     assert rows["one:9465"][1:3] == ["ready", "2/2"]
     assert "99" in rows["two:9465"]
     assert "×1.50" in rows["one:9465"]
-    assert "in the last 120 s: 2 failed (CANCELLED 2)" in text
-    assert "since they started: 3 failed (CANCELLED 3)" in text
+    assert "in the last 120 s: failed 2 (CANCELLED 2)" in text
+    assert "since they started: failed 3 (CANCELLED 3)" in text
     assert "went on after rank_lost" in text
 
 

@@ -102,7 +102,8 @@ def _thoughts(gateways: Figures) -> Panel:
 
 def _copies(routers: Sequence[tuple[str, Figures]]) -> RenderableType:
     names = ("copy", "", "ranks", "run", "wait", "KV", "cache", "steps/s", "step", "batch", "experts")
-    table = Table(*names, box=None, padding=(0, 1), header_style="dim", expand=False)
+    table = Table(*names, box=None, padding=(0, 1, 0, 0), header_style="dim")
+    table.columns[0].no_wrap = True
     for column in table.columns[2:]:
         column.justify = "right"
     for address, figures in routers:
@@ -151,7 +152,7 @@ def _pauses(figures: Figures) -> list[str]:
 def _told(what: str, counts: dict[str, float]) -> list[str]:
     total = sum(counts.values())
     causes = _counts({name: count for name, count in counts.items() if name})
-    return [f"{total:.0f} {what}" + (f" ({causes})" if causes else "")] if total else []
+    return [f"{what} {total:.0f}" + (f" ({causes})" if causes else "")] if total else []
 
 
 def _panel(title: str, rows: Iterable[tuple[str, str]], *below: RenderableType) -> Panel:
