@@ -1,4 +1,4 @@
-"""mull serve | chat | status | demo | keys | check | drain.
+"""mull serve | chat | status | top | demo | keys | check | drain.
 
 Flags become a ClusterConfig; an error is one line with a remedy, never a traceback.
 """
@@ -21,6 +21,7 @@ from cluster.flags import (
     add_chat_flags,
     add_client_flags,
     add_serve_flags,
+    add_top_flags,
     chat_options,
     config_from_flags,
     config_from_values,
@@ -146,6 +147,13 @@ def _status(args: argparse.Namespace) -> int:
     return _call(lambda: status(server, as_json=args.json))
 
 
+def _top(args: argparse.Namespace) -> int:
+    from cluster.top.live import DEFAULT_ADDRESSES, TopOptions, top, top_once
+
+    options = TopOptions(addresses=args.metrics or DEFAULT_ADDRESSES, interval_s=args.interval_s)
+    return top_once(options) if args.once else top(options)
+
+
 def _check(args: argparse.Namespace) -> int:
     """What `mull serve` would refuse, without a process being started."""
     config = config_from_values(read_config(args.config))
@@ -266,6 +274,10 @@ def _parser() -> argparse.ArgumentParser:
     add_client_flags(status)
     status.add_argument("--json", action="store_true", help="print JSON")
     status.set_defaults(command=_status)
+
+    top = commands.add_parser("top", help="what a running server does, live")
+    add_top_flags(top)
+    top.set_defaults(command=_top)
 
     keys = commands.add_parser("keys", help="API keys: add, list, revoke")
     add_keys_command(keys)

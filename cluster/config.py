@@ -92,7 +92,13 @@ class RouterConfig(_Part):
     step_timeout_s: float = Field(60.0, gt=0)
     """A step that takes longer names the late rank, which then counts as lost."""
     copies: int = Field(1, ge=1)
-    """Routers, each with a whole model on ranks of its own."""
+    """Routers, each with a whole model on ranks of its own; where `max_copies` allows more, at least so many."""
+    max_copies: int | None = Field(None, ge=1)
+    """Copies at most: more are started while those that run are full, and stopped again; None: just `copies`."""
+    upscale_delay_s: float = Field(30.0, gt=0)
+    """How long copies must be too full before another one is started."""
+    downscale_delay_s: float = Field(600.0, gt=0)
+    """How long they must have room before one is stopped."""
     metrics_port: int = Field(9465, ge=0, le=65535)
     """Of the first Router on a node; each further one takes the next that is free, of as many as there are copies."""
     drain_s: float = Field(30.0, ge=0)
@@ -105,15 +111,27 @@ class RouterConfig(_Part):
     """Largest over mean load of ranks from which on experts are moved."""
 
     @property
+    def most_copies(self) -> int:
+        """As many as there may be at once."""
+        return self.max_copies or self.copies
+
+    @property
     def metrics_ports(self) -> range:
         """Where a Router may serve its metrics."""
-        return range(self.metrics_port, self.metrics_port + (self.copies if self.metrics_port else 1))
+        return range(self.metrics_port, self.metrics_port + (self.most_copies if self.metrics_port else 1))
+
+    @model_validator(mode="after")
+    def _can_grow(self) -> Self:
+        if self.max_copies is not None and self.max_copies < self.copies:
+            raise ValueError(f"max_copies {self.max_copies} is below copies {self.copies}; raise it or leave it out")
+        return self
 
     @model_validator(mode="after")
     def _metrics_ports_exist(self) -> Self:
         if self.metrics_ports[-1] > 65535:
             raise ValueError(
-                f"metrics_port {self.metrics_port} leaves no port for each of {self.copies} copies; choose a lower one"
+                f"metrics_port {self.metrics_port} leaves no port for each of {self.most_copies} copies; choose a "
+                "lower one"
             )
         return self
 

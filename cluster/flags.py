@@ -46,6 +46,7 @@ _CONFIG_FLAGS: dict[str, dict[str, tuple[type, str]]] = {
     },
     "router": {
         "copies": (int, "whole models, each on ranks of its own; a request goes on at another when one is lost"),
+        "max_copies": (int, "copies at most, where more are to be started while those that run are full"),
         "max_waiting": (int, "requests that may wait; one more is refused"),
         "start_timeout_s": (float, "seconds to load and warm up"),
         "step_timeout_s": (float, "seconds after which a rank counts as lost"),
@@ -126,6 +127,17 @@ def add_chat_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--thinking-budget", type=int, help="thinking tokens at most; 0 answers at once")
     for name, (kind, text) in _SAMPLING_FLAGS.items():
         parser.add_argument(_flag(name), type=kind, help=text)
+
+
+def add_top_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "metrics",
+        nargs="*",
+        metavar="ADDRESS",
+        help="metrics ports of gateways and Routers, as `mull serve` prints them (default 127.0.0.1:9464 and :9465)",
+    )
+    parser.add_argument("--interval-s", type=float, default=1.0, help="seconds between two looks (default 1)")
+    parser.add_argument("--once", action="store_true", help="look twice, print the screen and end")
 
 
 def config_from_flags(args: argparse.Namespace) -> ClusterConfig:

@@ -67,7 +67,7 @@ def _init_ray(config: ClusterConfig) -> Any:
     from cluster.ray_node import LeanNode
 
     # Logical: what the app asks for, so that Serve never waits for cores that a small machine lacks.
-    num_cpus = config.router.copies * (config.engine.layout.world_size + 1) + 3
+    num_cpus = config.router.most_copies * (config.engine.layout.world_size + 1) + 3
     # Nothing of it is for other machines.
     node = LeanNode("127.0.0.1", num_cpus)
     return ray.init(address=node.gcs_address, log_to_driver=False, logging_level=logging.ERROR)

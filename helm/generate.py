@@ -25,8 +25,10 @@ PAGE = ROOT / "docs" / "values.md"
 
 FROM_LAYOUT = {
     "engine": ("tp", "dp", "expert_tp", "redundant_experts", "device", "threads_per_rank"),
-    "router": ("copies", "ray_address", "metrics_port"),
+    "router": ("copies", "max_copies", "upscale_delay_s", "downscale_delay_s", "ray_address", "metrics_port"),
     "gateway": ("replicas", "node_resource", "host", "grpc_port", "http_port", "metrics_port"),
+    "logs": (),
+    "tracing": (),
 }
 """Fields of ClusterConfig that the chart fills in."""
 
@@ -97,6 +99,7 @@ SPECIAL: dict[str, Schema] = {
     "networkPolicy.monitoring": _OBJECTS,
     "networkPolicy.operator": _OBJECTS,
     "networkPolicy.dns": _OBJECTS,
+    "networkPolicy.collector": _OBJECTS,
     "routes.parentRefs": _OBJECTS,
     "routes.grpcHostnames": _TEXT_LIST,
     "routes.httpHostnames": _TEXT_LIST,

@@ -62,13 +62,13 @@ class Site:
 
 
 @asynccontextmanager
-async def site(model: ServedModel, endpoint: str) -> AsyncIterator[Site]:
+async def site(model: ServedModel, endpoint: str, num_blocks: int = NUM_BLOCKS) -> AsyncIterator[Site]:
     exporting = Exporting(endpoint, delay_s=0.05, timeout_s=0.5)
     groups: list[FakeShardGroup] = []
 
     def make_group(on_progress: object, _survivors: object) -> FakeShardGroup:
         ranks = FakeRanks(
-            num_blocks=NUM_BLOCKS,
+            num_blocks=num_blocks,
             block_size=BLOCK_SIZE,
             max_num_seqs=CONFIG.max_num_seqs,
             max_num_batched_tokens=CONFIG.max_num_batched_tokens,
@@ -157,6 +157,18 @@ async def test_a_loss_of_ranks_is_told_in_the_span_of_whom_it_met(traced: Site, 
     spans = await asyncio.to_thread(collector.wait_for, "sequence")
 
     assert spans["sequence"].events == ["first token", "ranks lost", "first token behind the loss"]
+
+
+async def test_a_preemption_is_told_in_the_span_of_whom_it_met(model: ServedModel, collector: Collector) -> None:
+    # given: KV for one and a half of two requests
+    async with site(model, collector.endpoint, num_blocks=400 // BLOCK_SIZE) as narrow:
+        requests = [narrow.stub.Complete(ask(max_tokens=250, ignore_eos=True)) for _ in range(2)]
+        await asyncio.gather(*requests)
+    first, second = (span for span in collector.spans if span.name == "sequence")
+
+    assert first.attributes["mull.preemptions"] == 0
+    assert second.attributes["mull.preemptions"] > 0
+    assert "computed again after a preemption" in second.events
 
 
 async def test_a_trace_comes_by_http_as_well(traced: Site, collector: Collector) -> None:

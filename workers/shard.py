@@ -29,7 +29,7 @@ import zmq
 
 from workers.config import RunnerConfig
 from workers.errors import MullError
-from workers.logs import LogFormat, write_logs
+from workers.logs import LogFormat, log_fields, write_logs
 from workers.network import interface_towards
 from workers.pulse import Pulse
 from workers.step import (
@@ -213,7 +213,10 @@ class Rank:
         progress = ThrottledProgress(link, config.runner.rank)
         self._runner = runner = self._build_runner(config, progress, self._runner)
         link.watch_over(runner)
-        link.send(_ready(config.runner, runner, time.monotonic() - started_at))
+        ready = _ready(config.runner, runner, time.monotonic() - started_at)
+        link.send(ready)
+        about = log_fields(rank=ready.rank, weight_bytes=ready.weight_bytes, kv_bytes=ready.kv_bytes)
+        log.info("ready on %s in %.1f s", ready.device, ready.load_s, extra=about)
         return runner
 
 

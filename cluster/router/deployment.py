@@ -13,9 +13,11 @@ from typing import Any, Literal
 import grpc
 import ray
 from ray import serve
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
 from cluster.config import ClusterConfig, SecurityConfig, is_loopback_host
 from cluster.errors import ConfigError, EngineError
+from cluster.router.autoscaling import KV_USED, SLOTS_USED, scale_copies
 from cluster.router.balancer import ModelExperts, RebalancePolicy
 from cluster.router.engine import GroupFactory
 from cluster.router.launchers import NORMAL_PRIORITY, Launcher, RayLauncher, ranks_per_bundle
@@ -80,7 +82,7 @@ def _experts(model: ModelConfig, num_redundant: int) -> ModelExperts | None:
 def runner_configs(config: ClusterConfig, max_model_len: int, device: Device) -> list[RunnerConfig]:
     """One per rank."""
     engine, world = config.engine, config.engine.layout.world_size
-    num_here = world * config.router.copies
+    num_here = world * config.router.most_copies
     return [
         RunnerConfig(
             model_dir=str(config.model.path),
@@ -143,6 +145,7 @@ class RouterDeployment:
         launcher = RayLauncher(log_format)
         self._host = launcher.host
         self._drain_s = config.router.drain_s
+        self._num_slots = config.engine.max_num_seqs * config.engine.dp
         self._tracing = start_tracing(config.tracing, "router")
         spans = [] if self._tracing is None else [SequenceSpans(self._tracing)]
         self._router = make_router(config, device, launcher, spans)
@@ -157,6 +160,16 @@ class RouterDeployment:
 
     async def stats(self) -> RouterStats:
         return self._router.stats()
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """How full this copy is: what Serve hands to the policy that says how many there should be."""
+        scheduler = self._router.stats().scheduler
+        if scheduler is None or not self._router.is_ready:
+            return {}
+        return {
+            SLOTS_USED: (scheduler.num_running + scheduler.num_waiting) / self._num_slots,
+            KV_USED: 1 - scheduler.num_free_blocks / scheduler.num_blocks,
+        }
 
     async def check_health(self) -> None:
         """Raises when the engine has given up, or does not move: Serve then starts the replica again."""
@@ -188,6 +201,22 @@ def link_credentials(security: SecurityConfig, host: str) -> grpc.ServerCredenti
     return None
 
 
+def autoscaling_options(config: ClusterConfig) -> dict[str, Any]:
+    """How many replicas Serve is to run."""
+    router = config.router
+    if router.max_copies is None:
+        return {"num_replicas": router.copies}
+    scaling = AutoscalingConfig(
+        min_replicas=router.copies,
+        initial_replicas=router.copies,
+        max_replicas=router.max_copies,
+        upscale_delay_s=router.upscale_delay_s,
+        downscale_delay_s=router.downscale_delay_s,
+        policy=AutoscalingPolicy(policy_function=scale_copies),  # type: ignore[no-untyped-call]  # Ray has no types there
+    )
+    return {"autoscaling_config": scaling}
+
+
 def router_deployment(config: ClusterConfig) -> serve.Application:
     """A Router for each copy, with a bundle for itself and one for each set of ranks that must share a node."""
     device, layout = resolve_device(config), config.engine.layout
@@ -195,7 +224,7 @@ def router_deployment(config: ClusterConfig) -> serve.Application:
     bundle: dict[str, float] = {"CPU": size, "GPU": size} if device == "cuda" else {"CPU": size}
     deployment: Any = serve.deployment(
         name=NAME,
-        num_replicas=config.router.copies,
+        **autoscaling_options(config),
         ray_actor_options={"num_cpus": 1, "runtime_env": NORMAL_PRIORITY},
         placement_group_bundles=[{"CPU": 1}, *[bundle] * (layout.world_size // size)],
         placement_group_strategy="PACK",

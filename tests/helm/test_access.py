@@ -112,6 +112,15 @@ def test_nothing_reaches_a_pod_but_what_is_opened(helm: Helm) -> None:
     assert policies["-operator"]["podSelector"]["matchLabels"]["ray.io/node-type"] == "head"
 
 
+def test_spans_may_go_to_their_collector_and_nowhere_else(helm: Helm) -> None:
+    rendered = helm.template("config.tracing.otlp_endpoint=http://collector.observe:4317")
+
+    (policy,) = (it for it in rendered.of("NetworkPolicy") if it["metadata"]["name"].endswith("-collector"))
+    (out,) = policy["spec"]["egress"]
+    assert out == {"to": [{"namespaceSelector": {}}], "ports": [{"protocol": "TCP", "port": 4317}]}
+    assert rendered.cluster_config["tracing"] == {"otlp_endpoint": "http://collector.observe:4317"}
+
+
 def test_routes_lead_to_the_service(helm: Helm) -> None:
     rendered = helm.template(
         "routes.enabled=true",

@@ -135,3 +135,12 @@ def test_another_source_is_another_download(helm: Helm) -> None:
     other = helm.template("model.download.revision=v2", preset=BIG).one("Job")["metadata"]["name"]
 
     assert one != other
+
+
+def test_log_lines_of_mulls_processes_are_json_in_the_pods_own_log(helm: Helm) -> None:
+    rendered = helm.template()
+
+    assert rendered.cluster_config["logs"] == {"format": "json"}
+    for name in ("gateway", "ranks"):
+        container = rendered.group(name)["template"]["spec"]["containers"][0]
+        assert {"name": "RAY_LOG_TO_STDERR", "value": "1"} in container["env"]

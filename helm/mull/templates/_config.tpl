@@ -15,7 +15,9 @@
       "engine" (merge $engine .Values.config.engine)
       "router" (merge (dict "metrics_port" (int .Values.ranks.ports.metrics)) .Values.config.router)
       "gateway" (merge $gateway .Values.config.gateway)
-      "security" (include "mull.securityConfig" . | fromYaml) -}}
+      "security" (include "mull.securityConfig" . | fromYaml)
+      "logs" .Values.config.logs
+      "tracing" .Values.config.tracing -}}
 {{- toYaml $config -}}
 {{- end }}
 

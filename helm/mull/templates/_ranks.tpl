@@ -27,6 +27,7 @@ template:
         {{- include "mull.imageFields" . | nindent 8 }}
         env:
           {{- include "mull.rayEnv" . | nindent 10 }}
+          {{- include "mull.logEnv" . | nindent 10 }}
           {{- range $name, $value := .Values.ranks.env }}
           - {name: {{ $name }}, value: {{ $value | quote }}}
           {{- end }}
