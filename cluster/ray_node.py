@@ -19,10 +19,11 @@ _WORKER_SETUP = Path(__file__).with_name("ray_worker_setup.py")
 class LeanNode(Node):
     """Started by its making. Its processes are children of this one, and end with it however it ends."""
 
-    def __init__(self, host: str, num_cpus: int) -> None:
+    def __init__(self, host: str, num_cpus: int, resources: dict[str, float] | None = None) -> None:
         params = RayParams(
             node_ip_address=host,
             num_cpus=num_cpus,
+            resources=resources,
             no_monitor=True,
             include_log_monitor=False,  # type: ignore[arg-type]  # a bool in truth
             setup_worker_path=str(_WORKER_SETUP),
