@@ -1,9 +1,15 @@
-"""For all tests: which files come first, and no property test asserts how long an example takes."""
+"""For all tests: long files first, one thread for torch, and no property test asserts how long an example takes."""
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from hypothesis import settings
+
+# Torch's threads wait for one another in loops. Where several processes share the cores, those loops are most of what
+# is computed. Read when torch is imported; a test or a server that sets its threads itself has them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 settings.register_profile("mull", deadline=None)
 settings.load_profile("mull")

@@ -33,7 +33,7 @@ class Total(pydantic.BaseModel):
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with serving("--tp", "1") as running:
+    with serving("--tp", "1", "--threads-per-rank", "1") as running:
         yield running
 
 

@@ -47,7 +47,8 @@ def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
     context.load_cert_chain(client.cert, client.key)
     tls = ("--tls-cert", str(server_files.cert), "--tls-key", str(server_files.key), "--tls-client-ca", ca)
     link_flags = ("--link-cert", str(link.cert), "--link-key", str(link.key), "--link-ca", ca)
-    with serving(*tls, *link_flags, "--keys-file", str(keys_file)) as server:
+    flags = (*tls, *link_flags, "--keys-file", str(keys_file), "--threads-per-rank", "1")
+    with serving(*flags) as server:
         files = ("--tls-ca", ca, "--tls-cert", str(client.cert), "--tls-key", str(client.key))
         yield Secured(server, key, other_key, files, context)
 
