@@ -20,7 +20,7 @@ import psutil
 from cluster.config import ClusterConfig
 from cluster.errors import ConfigError, EngineError
 from cluster.interrupts import Interrupts
-from cluster.ray_cluster import check_gpus, check_nodes, last_line, start_ray
+from cluster.ray_cluster import check_nodes, last_line, start_ray
 from mull.v1 import generation_pb2 as pb
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,6 @@ class LocalCluster:
         self._interrupts.install()
         if self._config.router.ray_address is None:
             self._guard = _guard_children()
-        check_gpus(self._config)
         check_nodes(self._config)
         self._interrupts.check()
         self._app_was_started = True

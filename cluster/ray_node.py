@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ray._private.accelerators import NvidiaGPUAcceleratorManager
 from ray._private.node import Node
 from ray._private.parameter import RayParams
 
@@ -39,3 +40,10 @@ class LeanNode(Node):
 
     def start_api_server(self, *, include_dashboard: bool | None, raise_on_failure: bool) -> None:
         """Nobody looks at it."""
+
+
+def local_gpus() -> int:
+    """As many as Ray will find here, by its own count."""
+    count: int = NvidiaGPUAcceleratorManager.get_current_node_num_accelerators()
+    visible = NvidiaGPUAcceleratorManager.get_current_process_visible_accelerator_ids()
+    return count if visible is None else min(count, len(visible))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,8 +15,6 @@ from cluster.ray_node import LeanNode
 def own_ray(num_cpus: int, resources: dict[str, float] | None = None) -> Iterator[None]:
     """One node, at an address that others can reach, as those that others start; the test is its driver."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    # Read once in a process: one token for all that come after another.
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     node = LeanNode(ray.util.get_node_ip_address(), num_cpus, resources)
     try:
         ray.init(address=node.gcs_address, log_to_driver=False)
