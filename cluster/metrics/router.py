@@ -61,7 +61,8 @@ STEP_SECONDS = histogram(
 )
 STEP_TOKENS = counter(
     "mull_step_tokens_total",
-    "Tokens put through the model. prefill: known ones, of prompts, replays and forced phrases; decode: sampled ones.",
+    "Tokens put through the model. prefill: known ones, of prompts, replays and forced phrases; decode: sampled ones; "
+    "draft: guessed ones.",
     ("kind",),
 )
 STEP_SEQUENCES = histogram("mull_step_sequences", "Sequences that a step computes tokens of.", SEQUENCES)

@@ -17,7 +17,7 @@ class StepMetrics(Collector):
 
     def __init__(self) -> None:
         self._seconds = Histogram(STEP_SECONDS, [("schedule",), ("send",), ("compute",), ("collect",)])
-        self._tokens = Counter(STEP_TOKENS, [("prefill",), ("decode",)])
+        self._tokens = Counter(STEP_TOKENS, [("prefill",), ("decode",), ("draft",)])
         self._sequences = Histogram(STEP_SEQUENCES)
         self._dispatch_bytes = Counter(DISPATCH_BYTES)
         self._dispatch_seconds = Counter(DISPATCH_SECONDS)
@@ -25,10 +25,12 @@ class StepMetrics(Collector):
     def on_sent(self, plans: Sequence[StepPlan], *, schedule_s: float, send_s: float) -> None:
         """The plans of a step, one for each attention group, have gone out."""
         num_decodes = sum(len(plan.decodes) for plan in plans)
+        num_drafted = sum(len(draft.token_ids) for plan in plans for draft in plan.drafts)
         self._seconds.observe(schedule_s, "schedule")
         self._seconds.observe(send_s, "send")
-        self._tokens.inc("prefill", by=sum(plan.num_tokens for plan in plans) - num_decodes)
+        self._tokens.inc("prefill", by=sum(plan.num_tokens for plan in plans) - num_decodes - num_drafted)
         self._tokens.inc("decode", by=num_decodes)
+        self._tokens.inc("draft", by=num_drafted)
         self._sequences.observe(num_decodes + sum(len(plan.prefills) for plan in plans))
 
     def on_results(self, results: Sequence[StepResult], *, collect_s: float) -> None:

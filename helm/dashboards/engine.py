@@ -79,6 +79,13 @@ def _steps() -> p.Section:
                 p.TOKENS,
                 p.Line("tokens", ratio(rate("mull_step_tokens_total"), rate("mull_engine_steps_total"))),
             ),
+            p.graph(
+                "Drafts",
+                "Speculative decoding: tokens a second that were guessed, and those of them that were sampled then.",
+                p.TOKENS_PER_S,
+                p.Line("drafted", rate("mull_draft_tokens_total")),
+                p.Line("accepted", rate("mull_accepted_tokens_total")),
+            ),
         ],
     )
 
