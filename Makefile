@@ -8,9 +8,9 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 demo: .venv/installed
 	@$(BIN)/mull demo
 
-# Two processes, each with whole files: half of a test's time is a cluster that starts.
+# Two processes, each with whole files in the order of tests/conftest.py: half of a test's time is a cluster that starts.
 test: .venv/installed-test
-	@$(BIN)/pytest --numprocesses 2 --dist loadfile
+	@$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 check: .venv/installed-test
 	@$(BIN)/ruff check .

@@ -51,6 +51,8 @@ class EngineConfig(_Part):
     """The token budget of one step of an attention group; at least `max_num_seqs`."""
     block_size: int = Field(32, ge=1)
     """Tokens per KV block."""
+    num_speculative_tokens: int = Field(5, ge=0)
+    """Drafted of a sequence in one step at most, where that pays; 0: no speculative decoding."""
     kv_memory_bytes: int | None = Field(None, ge=1)
     """KV pool of one rank; None sizes it from free memory on a GPU and takes 256 MiB on a CPU."""
     enable_prefix_cache: bool = True

@@ -21,6 +21,9 @@ from cluster.config import is_loopback_host
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
+STOP_POLL_S = 0.05
+"""How often it looks whether it is to stop."""
+
 
 class Exposition:
     """One port, with a thread for each request: a reader that stalls delays nobody."""
@@ -40,7 +43,7 @@ class Exposition:
     def start(self, host: str, port: int) -> int:
         """Listen. Returns the port. Raises OSError."""
         server = make_server(host, port, self._answer, _server_class(host), handler_class=_Handler)
-        thread = Thread(target=server.serve_forever, name="metrics port", daemon=True)
+        thread = Thread(target=server.serve_forever, args=(STOP_POLL_S,), name="metrics port", daemon=True)
         thread.start()
         self._running = server, thread
         return server.server_port

@@ -21,7 +21,7 @@ from cluster.config import ClusterConfig
 from cluster.errors import ConfigError, EngineError
 from cluster.interrupts import Interrupts
 from cluster.log_follower import LogFollower
-from cluster.ray_cluster import check_gpus, check_nodes, last_line, start_ray
+from cluster.ray_cluster import check_nodes, last_line, start_ray
 from mull.v1 import generation_pb2 as pb
 
 logger = logging.getLogger(__name__)
@@ -81,7 +81,6 @@ class LocalCluster:
             self._logs.start()
         if self._config.router.ray_address is None:
             self._guard = _guard_children()
-        check_gpus(self._config)
         check_nodes(self._config)
         self._interrupts.check()
         self._app_was_started = True

@@ -30,9 +30,9 @@ def start_ray(config: ClusterConfig) -> Path:
         # Ray replaces a loopback address by one that others can reach, and then listens on all interfaces, except
         # where it is told that a cluster of machines is not wanted. Read when it is imported, here and in its workers.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-        # Other users of this machine must not run code as ours: Ray asks for a token by default. This one is in our
-        # environment, which only we and our processes can read; Ray would write its own to a file.
-        os.environ.pop("RAY_AUTH_MODE", None)
+        # Other users of this machine must not run code as ours. The token is in our environment, which only we and our
+        # processes can read; Ray would write its own to a file.
+        os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     try:
         context = _init_ray(config)
@@ -59,13 +59,18 @@ def _init_ray(config: ClusterConfig) -> Any:
                 "RAY_AUTH_MODE=token and one RAY_AUTH_TOKEN, or give --insecure where the network is private"
             )
         try:
-            return ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            context = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except ConnectionError as error:
             raise ConfigError(
                 f"--ray-address {address}: {last_line(str(error))}; run `ray start` on its nodes"
             ) from error
-    from cluster.ray_node import LeanNode
+        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]  # Ray has no types there
+        _check_gpus(config, int(resources.get("GPU", 0)))
+        return context
+    from cluster.ray_node import LeanNode, local_gpus
 
+    # Before the seconds that its start takes.
+    _check_gpus(config, local_gpus())
     # Logical: what the app asks for, so that Serve never waits for cores that a small machine lacks.
     num_cpus = config.router.most_copies * (config.engine.layout.world_size + 1) + 3
     # Nothing of it is for other machines.
@@ -87,14 +92,10 @@ def is_open_to_all(address: str) -> bool:
     return True
 
 
-def check_gpus(config: ClusterConfig) -> None:
+def _check_gpus(config: ClusterConfig, found: int) -> None:
     """Raises ConfigError where there are fewer GPUs than ranks that need one."""
-    import ray
-
     engine, copies = config.engine, config.router.copies
     needed = copies * engine.layout.world_size
-    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]  # Ray has no types there
-    found = int(resources.get("GPU", 0))
     if engine.device == "cuda" and found < needed:
         flags = f"--tp {engine.tp}" + (f" --dp {engine.dp}" if engine.dp > 1 else "")
         flags += f" --copies {copies}" if copies > 1 else ""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ray._private.accelerators import NvidiaGPUAcceleratorManager
 from ray._private.node import Node
 from ray._private.parameter import RayParams
 
@@ -19,10 +20,11 @@ _WORKER_SETUP = Path(__file__).with_name("ray_worker_setup.py")
 class LeanNode(Node):
     """Started by its making. Its processes are children of this one, and end with it however it ends."""
 
-    def __init__(self, host: str, num_cpus: int) -> None:
+    def __init__(self, host: str, num_cpus: int, resources: dict[str, float] | None = None) -> None:
         params = RayParams(
             node_ip_address=host,
             num_cpus=num_cpus,
+            resources=resources,
             no_monitor=True,
             include_log_monitor=False,  # type: ignore[arg-type]  # a bool in truth
             setup_worker_path=str(_WORKER_SETUP),
@@ -38,3 +40,10 @@ class LeanNode(Node):
 
     def start_api_server(self, *, include_dashboard: bool | None, raise_on_failure: bool) -> None:
         """Nobody looks at it."""
+
+
+def local_gpus() -> int:
+    """As many as Ray will find here, by its own count."""
+    count: int = NvidiaGPUAcceleratorManager.get_current_node_num_accelerators()
+    visible = NvidiaGPUAcceleratorManager.get_current_process_visible_accelerator_ids()
+    return count if visible is None else min(count, len(visible))

@@ -1,6 +1,27 @@
-"""For all tests: no property test asserts how long an example takes, whatever else the machine does."""
+"""For all tests: long files first, one thread for torch, and no property test asserts how long an example takes."""
 
+from __future__ import annotations
+
+import os
+
+import pytest
 from hypothesis import settings
+
+# Torch's threads wait for one another in loops. Where several processes share the cores, those loops are most of what
+# is computed. Read when torch is imported; a test or a server that sets its threads itself has them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 settings.register_profile("mull", deadline=None)
 settings.load_profile("mull")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that may take long come first, so that the processes of a parallel run end together."""
+    items.sort(key=_longest_s, reverse=True)
+
+
+def _longest_s(item: pytest.Item) -> float:
+    """The timeout that its whole file has; 0 where it has none of its own."""
+    module = item.getparent(pytest.Module)
+    marker = module.get_closest_marker("timeout") if module is not None else None
+    return 0.0 if marker is None else float(marker.args[0])

@@ -80,8 +80,9 @@ class GatewayServer:
         self._certificates = None if security.tls is None else ServerCertificates(security.tls)
         registry = registry or CollectorRegistry()
         self._metrics = GatewayMetrics(registry)
-        self._access = Access(security.keys_file, on_refused=self._metrics.on_refused)
-        self._metrics.begin_tenants(self._access.tenants)
+        self._access = Access(
+            security.keys_file, on_refused=self._metrics.on_refused, on_tenants=self._metrics.begin_tenants
+        )
         self.copies = Copies(
             directory,
             max_unread_tokens=config.max_unread_tokens,

@@ -1,7 +1,8 @@
 """What a gateway tells on its metrics port.
 
 Told once per message or per request, by whoever knows: `RequestTimer` for what one request changes, the server for how
-it is. Tenants are those of the keys file, so that the label is as bounded as the file; it is empty without keys.
+it is. Tenants are those of the keys file, so that the label is as bounded as the file; it is empty without keys. One
+that is taken out of the file keeps its figures until the gateway ends.
 """
 
 from __future__ import annotations

@@ -181,6 +181,22 @@ _READ: tuple[tuple[MetricSpec, _Of], ...] = (
         ),
         _scheduler(lambda it: it.prefix_hit_tokens_total),
     ),
+    (
+        counter(
+            "mull_draft_tokens_total",
+            "Tokens that were guessed, and put through the model before they were sampled: speculative decoding.",
+            known_as=("vllm:spec_decode_num_draft_tokens_total",),
+        ),
+        _scheduler(lambda it: it.draft_tokens_total),
+    ),
+    (
+        counter(
+            "mull_accepted_tokens_total",
+            "Guessed tokens that were sampled then; over the guessed ones, the acceptance.",
+            known_as=("vllm:spec_decode_num_accepted_tokens_total",),
+        ),
+        _scheduler(lambda it: it.accepted_tokens_total),
+    ),
     (counter("mull_engine_steps_total", "Steps that all ranks have answered."), _one(lambda it: it.num_steps_total)),
     (
         counter(

@@ -38,6 +38,9 @@ from workers.logs import write_logs
 
 Device = Literal["cpu", "cuda"]
 
+ROW_COST: dict[Device, float] = {"cpu": 0.6, "cuda": 0.05}
+"""Of `SchedulerConfig`. The CPU's is measured with the built-in model. A GPU reads all weights for one row as for
+eight, so that more rows cost little; how little is not measured yet."""
 NAME = "Router"
 STOP_TIMEOUT_S = 25.0
 """Over `drain_s`: the bounds on stopping ranks, with room."""
@@ -115,6 +118,8 @@ def make_router(
         max_num_seqs=config.engine.max_num_seqs,
         max_num_batched_tokens=config.engine.max_num_batched_tokens,
         max_waiting=config.router.max_waiting,
+        num_speculative_tokens=config.engine.num_speculative_tokens,
+        row_cost=ROW_COST[device],
     )
     make_group = group_factory(config, model.max_model_len, device, launcher)
     engine, router = config.engine, config.router

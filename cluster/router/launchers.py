@@ -95,11 +95,7 @@ class ProcessHandle:
         self._process.stdin.write(msgspec.json.encode(config) + b"\n")
 
     async def wait(self) -> RankEnd:
-        status = await self._process.wait()
-        if status >= 0:
-            return RankEnd(f"exited with status {status}", was_killed=False)
-        name = signal.Signals(-status).name
-        return RankEnd(f"was killed by {name}", was_killed=name in ("SIGKILL", "SIGTERM"))
+        return end_of(await self._process.wait())
 
     def terminate(self) -> None:
         if self._process.returncode is None:
@@ -108,6 +104,14 @@ class ProcessHandle:
     def kill(self) -> None:
         if self._process.returncode is None:
             self._process.kill()
+
+
+def end_of(status: int) -> RankEnd:
+    """What a process's exit status says; a signal's is negative."""
+    if status >= 0:
+        return RankEnd(f"exited with status {status}", was_killed=False)
+    name = signal.Signals(-status).name
+    return RankEnd(f"was killed by {name}", was_killed=name in ("SIGKILL", "SIGTERM"))
 
 
 def _environment(config: ShardConfig) -> Mapping[str, str]:

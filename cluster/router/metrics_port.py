@@ -29,27 +29,33 @@ _T = TypeVar("_T")
 
 RETRY_S = 1.0
 ANSWER_TIMEOUT_S = 5.0
+EVERYWHERE = ("0.0.0.0", "::")
 
 
 class MetricsPort:
     """`open` it, later `close` it. To be made in the event loop that owns what it tells."""
 
     def __init__(self, collectors: Iterable[Collector], why_not_ready: Callable[[], str | None], model: str) -> None:
-        self.address: str | None = None
-        """host:port; None while it is not open."""
+        self.address = ""
+        """host:port; empty while it is not open."""
         loop = asyncio.get_running_loop()
         self._registry = CollectorRegistry()
         self._registry.register(_InLoop(collectors, loop))
         register_process(self._registry, model)
         self._exposition = Exposition(self._registry, _in_loop(why_not_ready, loop))
         self._opener: asyncio.Task[None] | None = None
+        self._here = ""
 
     def show_certificate(self, link: TlsFiles) -> None:
         """When the certificate towards gateways ends."""
         self._registry.register(Reading(CERTIFICATES, lambda: certificate_ends(None, link)))
 
-    def open(self, host: str, ports: Sequence[int]) -> None:
-        """Listen on the first of `ports` that is free, now or once one is. Raises EngineError where none can be had."""
+    def open(self, host: str, ports: Sequence[int], here: str) -> None:
+        """Listen on the first of `ports` that is free, now or once one is. Raises EngineError where none can be had.
+
+        `here`: a host that leads to this machine, to be told where `host` is every address.
+        """
+        self._here = here.strip("[]")
         try:
             if self._try(host, ports):
                 return
@@ -68,7 +74,7 @@ class MetricsPort:
             await asyncio.gather(self._opener, return_exceptions=True)
         # It waits for a thread, which may wait for this loop.
         await asyncio.to_thread(self._exposition.stop)
-        self.address = None
+        self.address = ""
 
     async def _keep_trying(self, host: str, ports: Sequence[int]) -> None:
         # There is no event for a port that becomes free.
@@ -83,7 +89,8 @@ class MetricsPort:
                 if error.errno != errno.EADDRINUSE:
                     raise
             else:
-                self.address = f"[{host}]:{bound}" if ":" in host else f"{host}:{bound}"
+                shown = self._here if host in EVERYWHERE else host
+                self.address = f"[{shown}]:{bound}" if ":" in shown else f"{shown}:{bound}"
                 log.info("metrics at %s", self.address)
                 return True
         return False

@@ -158,7 +158,7 @@ class Router:
         self._metrics = MetricsPort(collectors, self._why_not_ready, self._model.name)
         if link is not None:
             self._metrics.show_certificate(link)
-        self._metrics.open(host, ports)
+        self._metrics.open(host, ports, here=self.address.rpartition(":")[0])
 
     @property
     def address(self) -> str:
@@ -347,7 +347,7 @@ class Router:
             num_quarantined_total=stats.num_given_up_total,
             expert_imbalance=stats.expert_imbalance or 0.0,
             ranks=self._rank_infos(stats),
-            metrics_address=(self._metrics.address if self._metrics else None) or "",
+            metrics_address=self._metrics.address if self._metrics else "",
         )
         if stats.layout is not None:
             response.tensor_parallel_size = stats.layout.tp

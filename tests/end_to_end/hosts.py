@@ -24,6 +24,9 @@ from tests.end_to_end.servers import MULL, Server, when_ready
 RAY_PORT = 6379
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 60.0
+# Nothing here asks what is left out.
+_HEAD = ("--head", f"--port={RAY_PORT}", "--include-dashboard=false", "--no-monitor")
+_NODE = ("--object-store-memory=80000000", "--include-log-monitor=false")
 _NAMESPACES = ("--net", "--uts", "--mount", "--pid")
 _INIT = """
 set -e
@@ -132,11 +135,9 @@ def ray_hosts(cpus: dict[str, int]) -> Iterator[list[Host]]:
         _join(hosts)
         head = hosts[0]
         for host in hosts:
-            role = ("--head", f"--port={RAY_PORT}") if host is head else (f"--address={head.address}:{RAY_PORT}",)
+            role = _HEAD if host is head else (f"--address={head.address}:{RAY_PORT}",)
             own = (f"--node-ip-address={host.address}", f"--num-cpus={cpus[host.name]}")
-            host.run(
-                sys.executable, "-m", "ray.scripts.scripts", "start", *role, *own, "--object-store-memory=80000000"
-            )
+            host.run(sys.executable, "-m", "ray.scripts.scripts", "start", *role, *own, *_NODE)
         yield hosts
 
 

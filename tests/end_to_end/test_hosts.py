@@ -26,13 +26,14 @@ def hosts() -> Iterator[list[Host]]:
         yield hosts
 
 
-def test_two_groups_on_two_hosts_answer_the_demo_question(hosts: list[Host]) -> None:
-    head = hosts[0]
+def test_two_groups_on_two_hosts_answer_the_demo_question_and_leave_no_rank_behind(hosts: list[Host]) -> None:
+    head, other = hosts
     layout = ("--insecure", "--tp", "2", "--dp", "2", "--redundant-experts", "4", "--threads-per-rank", "1")
 
     with head.serving("--ray-address", f"{head.address}:{RAY_PORT}", *layout) as server:
         answer = head.run(*MULL, "chat", "What is 347 + 285?", "--address", server.address, "--temperature", "0")
         ranks = json.loads(head.run(*MULL, "status", "--address", server.address, "--json"))["ranks"]
+        assert "ShardActor" in other.processes()
 
     assert "632" in answer
     assert [rank["group"] for rank in ranks] == [0, 0, 1, 1]
@@ -40,15 +41,6 @@ def test_two_groups_on_two_hosts_answer_the_demo_question(hosts: list[Host]) -> 
         [{"node-a"}, {"node-b"}],
         [{"node-b"}, {"node-a"}],
     )
-
-
-def test_the_end_of_a_server_leaves_no_rank_on_the_other_host(hosts: list[Host]) -> None:
-    head, other = hosts
-    address = f"{head.address}:{RAY_PORT}"
-
-    with head.serving("--insecure", "--ray-address", address, "--tp", "2", "--dp", "2", "--threads-per-rank", "1"):
-        assert "ShardActor" in other.processes()
-
     assert "ShardActor" not in other.processes()
     assert "raylet" in head.processes(), "the Ray cluster was not ours to stop"
 

@@ -14,10 +14,10 @@ from cluster.offline import OfflineConfig, OfflineEngine
 from cluster.router.balancer import ExpertBalancer, RebalancePolicy, make_balancer
 from cluster.router.deployment import group_factory, model_info
 from cluster.router.engine import Engine
-from cluster.router.launchers import ProcessLauncher
 from cluster.router.scheduler import SchedulerConfig
 from cluster.router.sequence import SequenceRequest, SequenceUpdate
 from cluster.router.shards import GroupInfo
+from tests.processes import ForkLauncher
 from workers.step import SamplingParams
 
 pytestmark = pytest.mark.timeout(300)
@@ -67,7 +67,7 @@ async def run(engine_config: EngineConfig) -> Ran:
 
     engine = Engine(
         SchedulerConfig(max_model_len=CONTEXT, max_num_seqs=2, max_num_batched_tokens=16),
-        group_factory(config, CONTEXT, "cpu", ProcessLauncher()),
+        group_factory(config, CONTEXT, "cpu", ForkLauncher()),
         on_updates=take,
         on_ended=lambda reason: pytest.fail(f"the engine ended: {reason}"),
         make_balancer=balancer,

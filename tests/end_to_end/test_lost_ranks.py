@@ -14,10 +14,10 @@ import pytest
 from cluster.config import ClusterConfig, EngineConfig, ModelSource, RouterConfig
 from cluster.router.deployment import group_factory
 from cluster.router.engine import Engine
-from cluster.router.launchers import ProcessLauncher
 from cluster.router.scheduler import SchedulerConfig
 from cluster.router.sequence import FinishReason, SequenceRequest, SequenceUpdate
 from cluster.text.tokenizer import Tokenizer
+from tests.processes import ForkLauncher
 from workers.step import Grammar, SamplingParams, TokenLogprobs
 
 pytestmark = pytest.mark.timeout(180)
@@ -75,7 +75,7 @@ class Streams:
             router=RouterConfig(step_timeout_s=step_timeout_s),
         )
         scheduler = SchedulerConfig(max_model_len=CONTEXT, max_num_seqs=8, max_num_batched_tokens=64)
-        make_group = group_factory(config, CONTEXT, "cpu", ProcessLauncher())
+        make_group = group_factory(config, CONTEXT, "cpu", ForkLauncher())
         self.engine = Engine(scheduler, make_group, on_updates=self._take, on_ended=self._end)
 
     def _take(self, updates: list[SequenceUpdate]) -> None:

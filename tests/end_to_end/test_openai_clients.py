@@ -11,7 +11,8 @@ import openai
 import pydantic
 import pytest
 
-from tests.end_to_end.servers import Server, serving
+from mull.client import Client, Finished, RetryPolicy, Started
+from tests.end_to_end.servers import Server, descendants, serving, wait_until
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -32,7 +33,7 @@ class Total(pydantic.BaseModel):
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with serving("--tp", "1") as running:
+    with serving("--tp", "1", "--threads-per-rank", "1") as running:
         yield running
 
 
@@ -203,3 +204,17 @@ def test_a_qwen_agents_answer_uses_the_result_of_its_tool(server: Server, parses
     assert calls == [{"city": "Paris"}]
     assert "31" in last[-1]["content"]
     assert "windy" in last[-1]["content"]
+
+
+def test_ctrl_c_lets_a_running_stream_end_and_leaves_no_process(server: Server) -> None:
+    """The last test of this server."""
+    started = descendants(server.process)
+    with Client(server.address, retry=RetryPolicy(resumptions=0)) as client:
+        reply = iter(client.chat("What is 347 + 285?", temperature=0))
+        assert isinstance(next(reply), Started)
+        server.interrupt()
+        *_, last = reply
+
+    assert isinstance(last, Finished)
+    assert server.wait() == 0
+    wait_until(lambda: not any(p.is_running() for p in started), "all processes of the server to end")

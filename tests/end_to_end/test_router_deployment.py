@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import grpc
 import psutil
 import pytest
-import ray
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.config import ProxyLocation
@@ -22,6 +21,7 @@ from cluster.config import ClusterConfig, EngineConfig, ModelSource, RouterConfi
 from cluster.router.deployment import RouterDeployment, router_deployment
 from mull.v1 import router_pb2 as pb
 from mull.v1.router_pb2_grpc import RouterServiceStub
+from tests.own_ray import own_ray
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -32,9 +32,7 @@ START_S = 120.0
 
 @pytest.fixture(scope="module")
 def handle() -> Iterator[DeploymentHandle]:
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
-    try:
+    with own_ray(num_cpus=4):
         serve.start(proxy_location=ProxyLocation.Disabled)
         config = ClusterConfig(
             model=ModelSource(path=POCKET, name="pocket"),
@@ -44,9 +42,7 @@ def handle() -> Iterator[DeploymentHandle]:
             security=SecurityConfig(insecure=True),
         )
         yield serve.run(router_deployment(config), name=APP, route_prefix=None)
-    finally:
         serve.shutdown()
-        ray.shutdown()
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import pytest
 
 from cluster.config import is_loopback_host
 from cluster.keys import Scope, add_key
+from cluster.ray_cluster import is_open_to_all
 from cluster.tls import LINK_NAME
 from tests.certificates import Authority
 from tests.end_to_end.servers import Server, mull, serving
@@ -47,7 +48,8 @@ def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
     context.load_cert_chain(client.cert, client.key)
     tls = ("--tls-cert", str(server_files.cert), "--tls-key", str(server_files.key), "--tls-client-ca", ca)
     link_flags = ("--link-cert", str(link.cert), "--link-key", str(link.key), "--link-ca", ca)
-    with serving(*tls, *link_flags, "--keys-file", str(keys_file)) as server:
+    flags = (*tls, *link_flags, "--keys-file", str(keys_file), "--threads-per-rank", "1")
+    with serving(*flags) as server:
         files = ("--tls-ca", ca, "--tls-cert", str(client.cert), "--tls-key", str(client.key))
         yield Secured(server, key, other_key, files, context)
 
@@ -125,6 +127,8 @@ def test_rays_processes_ask_each_other_for_a_token(secured: Secured) -> None:
 
     assert raylets
     assert raylets[0].environ().get("RAY_AUTH_MODE") == "token"
+    (address,) = (word.partition("=")[2] for word in raylets[0].cmdline() if word.startswith("--gcs-address="))
+    assert not is_open_to_all(address)
 
 
 def test_neither_keys_nor_texts_are_in_what_the_server_wrote(secured: Secured) -> None:

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from mull.client import CallFailed, Client, RetryPolicy, Started
 from mull.v1 import generation_pb2 as pb
 from mull.v1.generation_pb2_grpc import GenerationServiceStub
-from tests.end_to_end.servers import FREE_PORTS, MULL, Server, mull, serving, starting
+from tests.end_to_end.servers import FREE_PORTS, MULL, Server, descendants, mull, serving, starting, wait_until
 from tests.scraping import scrape
 
 pytestmark = pytest.mark.timeout(300)
@@ -42,14 +41,6 @@ def question(text: str, **fields: object) -> pb.GenerateRequest:
     fields.setdefault("sampling", pb.SamplingOptions(temperature=0))
     fields.setdefault("max_tokens", 300)
     return pb.GenerateRequest(conversation=conversation, **fields)
-
-
-def wait_until(condition: object, what: str, timeout_s: float = 20.0) -> None:
-    assert callable(condition)
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline_s, f"waited {timeout_s:g} s for {what}"
-        time.sleep(0.05)
 
 
 def test_a_question_streams_thoughts_and_then_the_right_answer(stub: GenerationServiceStub) -> None:
@@ -285,24 +276,6 @@ def test_chat_without_a_server_says_so_in_one_line() -> None:
     assert done.returncode == 1
     assert "mull serve" in done.stderr
     assert len(done.stderr.splitlines()) == 1
-
-
-def descendants(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    return psutil.Process(process.pid).children(recursive=True)
-
-
-def test_ctrl_c_lets_a_running_stream_end_and_leaves_no_process() -> None:
-    with serving("--tp", "1") as server:
-        started = descendants(server.process)
-        with grpc.insecure_channel(server.address) as channel:
-            call = GenerationServiceStub(channel).Generate(question("What is 347 + 285?"))
-            next(call)
-            server.interrupt()
-            events = list(call)
-
-        assert events[-1].WhichOneof("event") == "finished"
-        assert server.wait() == 0
-        wait_until(lambda: not any(p.is_running() for p in started), "all processes of the server to end")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

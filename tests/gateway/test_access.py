@@ -345,4 +345,7 @@ async def test_figures_are_told_by_tenant_from_the_start(guarded: Guarded) -> No
         labels = {"phase": "thinking", "tenant": tenant}
         return guarded.registry.get_sample_value("mull_generation_tokens_total", labels)
 
-    assert (tokens("acme"), tokens("other"), tokens("")) == (2, 0, None)
+    assert (tokens("acme"), tokens("other"), tokens(""), tokens("newcomer")) == (2, 0, None, None)
+    guarded.change_limits("newcomer")
+    await guarded.stub.ListModels(pb.ListModelsRequest(), metadata=bearer(guarded.acme))
+    assert tokens("newcomer") == 0

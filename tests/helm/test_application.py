@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import subprocess
 import sys
@@ -10,7 +9,6 @@ import time
 from collections.abc import Iterator
 
 import pytest
-import ray
 from ray import serve
 from ray.serve.config import ProxyLocation
 from ray.serve.context import _get_global_client, _set_global_client
@@ -18,6 +16,7 @@ from ray.serve.schema import ApplicationStatus, ServeDeploySchema
 
 from mull.client import Client
 from tests.helm.chart import PRESETS, Helm, Rendered
+from tests.own_ray import own_ray
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -53,20 +52,12 @@ def ray_like_the_pods(pocket: Rendered) -> Iterator[None]:
     for group in pocket.ray_groups:
         for name, quantity in group["resources"].items():
             offered[name] = offered.get(name, 0) + float(quantity) * group.get("replicas", 1)
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    ray.init(
-        address="local",
-        num_cpus=int(offered.pop("CPU")),
-        resources=offered,
-        include_dashboard=False,
-        log_to_driver=False,
-    )
     try:
-        serve.start(proxy_location=ProxyLocation.Disabled)
-        yield
+        with own_ray(int(offered.pop("CPU")), offered):
+            serve.start(proxy_location=ProxyLocation.Disabled)
+            yield
     finally:
         # The gateway has drained, so that Ray's end is enough; Serve's client would look for its cluster.
-        ray.shutdown()
         _set_global_client(None)
 
 

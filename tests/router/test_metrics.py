@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.errors import RankLossCause
+from cluster.errors import EngineError, RankLossCause
 from cluster.metrics.router import SPECS
 from cluster.router.router import Router
 from mull.v1 import router_pb2 as pb
@@ -133,6 +133,23 @@ async def test_further_routers_take_the_next_ports(groups: Groups) -> None:
     finally:
         for router in routers:
             await router.stop()
+
+
+@pytest.mark.parametrize(("host", "told"), [("0.0.0.0", HOST), ("::1", "[::1]"), ("localhost", "localhost")])
+async def test_its_address_leads_to_it_wherever_it_listens(router: Router, host: str, told: str) -> None:
+    router.open_metrics(host, [0])
+
+    address = router.describe().metrics_address
+
+    assert address.rpartition(":")[0] == told
+    assert (await scraped(address)).one("mull_ranks_ready") >= 0
+
+
+async def test_a_host_that_is_not_here_is_one_line(router: Router) -> None:
+    with pytest.raises(EngineError, match=r"metrics on 192\.0\.2\.1, ports 9465 to 9465 \(Cannot assign") as refused:
+        router.open_metrics("192.0.2.1", [9465])
+
+    assert "\n" not in str(refused.value)
 
 
 async def test_a_router_works_while_its_port_is_taken_and_gets_it_when_it_is_free(

@@ -23,6 +23,8 @@ from cluster.router.sequence import Sequence
 from tests.simulation.gateway import POLICY
 from tests.simulation.simulation import Failure, Simulation, run
 
+pytestmark = pytest.mark.timeout(180)
+
 NUM_BATCHES, BATCH_SIZE = 8, 1250
 FIRST_SEED = 1_000_000
 MUST_HAPPEN = (

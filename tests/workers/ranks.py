@@ -1,8 +1,7 @@
-"""Real rank processes over gloo: spawned once, they run the jobs they are sent."""
+"""Real rank processes over gloo: started once, they run the jobs they are sent."""
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch.distributed import TCPStore
 
+from tests.processes import fork_server
 from workers.layout import ParallelLayout
 from workers.parallel import ParallelState
 
@@ -21,7 +21,7 @@ class RankProcesses:
 
     def __init__(self, world_size: int) -> None:
         self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        context = multiprocessing.get_context("spawn")
+        context = fork_server()
         self.pipes, self.processes = [], []
         for rank in range(world_size):
             ours, theirs = context.Pipe()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 
 from tests.checkpoints import DENSE, MOE, dequantize, read_tensors, write_checkpoint
+from tests.processes import fork_server
 from workers.checkpoint import Checkpoint
 from workers.config import ParallelLayout, ShardSpec
 from workers.errors import LayoutError
@@ -104,7 +104,7 @@ def test_a_rank_reads_hardly_more_than_its_slice(large: Path, tp: int, rank: int
 @pytest.mark.parametrize(("tp", "rank"), LAYOUTS)
 def test_reading_holds_at_most_one_tensor_beside_the_slice(large: Path, moe_fp8: Path, tp: int, rank: int) -> None:
     # given: a process that has freed no memory which the reader could take up unseen
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+    with ProcessPoolExecutor(1, mp_context=fork_server()) as process:
         # when
         peak_bytes, param_bytes = process.submit(reading_in_this_process, large, moe_fp8, spec_of(tp, rank)).result()
     # then: the bound; the lower one shows that the peak was seen at all
