@@ -39,8 +39,9 @@ class WrittenCore:
     closed: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def stream(
-        self, request: pb.GenerateRequest, _caller: Caller
+        self, request: pb.GenerateRequest, _caller: Caller, *, trace_parent: str | None
     ) -> AsyncGenerator[list[pb.GenerateEvent], None]:
+        del trace_parent
         self.requests.append(request)
         try:
             for batch in self.batches:
