@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import socket
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import psutil
 from cluster.config import ClusterConfig
 from cluster.errors import ConfigError, EngineError
 from cluster.interrupts import Interrupts
-from cluster.ray_cluster import check_nodes, last_line, start_ray
+from cluster.ray_cluster import check_nodes, last_line, start_ray, start_serve
 from mull.v1 import generation_pb2 as pb
 
 logger = logging.getLogger(__name__)
@@ -53,7 +52,6 @@ class LocalCluster:
         self._interrupts = interrupts
         self._config = _with_fixed_ports(config)
         self._gateway: Any = None
-        self._guard: subprocess.Popen[bytes] | None = None
         self._ray_was_started = False
         self._app_was_started = False
         self._last_answer_s = time.monotonic()
@@ -72,8 +70,7 @@ class LocalCluster:
         self._ray_was_started = True
         start_ray(self._config)
         self._interrupts.install()
-        if self._config.router.ray_address is None:
-            self._guard = _guard_children()
+        start_serve()
         check_nodes(self._config)
         self._interrupts.check()
         self._app_was_started = True
@@ -162,9 +159,6 @@ class LocalCluster:
 
     def stop(self) -> None:
         """Stop the app and Ray, with all their processes."""
-        if self._guard is not None:
-            self._guard.kill()
-            self._guard.communicate()
         if self._ray_was_started:
             import ray
 
@@ -173,7 +167,7 @@ class LocalCluster:
             ray.shutdown()
             # The gateway has drained: nothing is left that Serve or Ray would have to end gracefully.
             _end_children()
-        self._gateway = self._guard = None
+        self._gateway = None
         self._ray_was_started = self._app_was_started = False
 
 
@@ -248,14 +242,3 @@ def _run_app(config: ClusterConfig) -> Any:
         return serve.run(build_app(config), name=APP_NAME, route_prefix=None)
     except (RuntimeError, RayError) as error:
         raise EngineError(f"the app did not start ({last_line(error)}); see {_RAY_LOGS}") from error
-
-
-def _guard_children() -> subprocess.Popen[bytes]:
-    """A process that waits for our end and then kills Ray's daemons.
-
-    After a `kill -9` of ours, ranks and replicas end within seconds, but Ray's agents try for a minute to report it.
-    """
-    pids = [str(child.pid) for child in psutil.Process().children(recursive=True)]
-    # The shell reads a pipe whose other end is ours alone: it closes when we end, however that happens.
-    script = "cat >/dev/null; kill -9 " + " ".join(pids) + " 2>/dev/null"
-    return subprocess.Popen(["/bin/sh", "-c", script], stdin=subprocess.PIPE, start_new_session=True)

@@ -35,6 +35,10 @@ def start_ray(config: ClusterConfig) -> None:
         raise
     except Exception as error:  # Ray raises plain ones, such as when the machine is too busy for its start in time
         raise EngineError(f"Ray did not start ({last_line(error)}); is /tmp/ray writable, the machine idle?") from error
+
+
+def start_serve() -> None:
+    """Its controller, in the Ray that has been started."""
     from ray import serve
     from ray.serve.config import ProxyLocation
 
