@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check format proto chart wheel clean
+.PHONY: demo test check format proto chart docs wheel clean
 
 demo: .venv/installed
 	@$(BIN)/mull demo
@@ -20,6 +20,8 @@ check: .venv/installed-test
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash proto/generate.sh --check
 	@bash proto/check.sh
 	@$(BIN)/python helm/generate.py --check
+	@$(BIN)/python -m helm.dashboards --check
+	@$(BIN)/python docs/generate.py --check
 
 format: .venv/installed-test
 	@$(BIN)/ruff check --fix .
@@ -28,9 +30,14 @@ format: .venv/installed-test
 proto: .venv/installed-test
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash proto/generate.sh
 
-# After a change to helm/mull/values.yaml or to cluster/config.py.
+# After a change to helm/mull/values.yaml, to cluster/config.py or to helm/dashboards.
 chart: .venv/installed-test
 	@$(BIN)/python helm/generate.py
+	@$(BIN)/python -m helm.dashboards
+
+# After a change to cluster/metrics.
+docs: .venv/installed-test
+	@$(BIN)/python docs/generate.py
 
 wheel: .venv/installed-test
 	@$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .

@@ -2,19 +2,21 @@
 
     python -m bench.soak [--runs 1000000] [--first-seed 0] [--processes N] [--out FILE]
 
-A seed that fails is printed at once; `python -m tests.simulation --seed N` replays it with a trace.
+A seed that fails is printed at once; `python -m tests.simulation --seed N` replays it with a trace. Ctrl-C ends it with
+what it has found so far.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import logging
 import multiprocessing
 import os
+import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from bench.report import machine, versions, write
@@ -26,6 +28,7 @@ SHOW_EVERY_S = 30.0
 
 def soak_chunk(first_seed: int) -> tuple[Counter[str], list[str]]:
     """What happened in the runs of a chunk, and what failed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is the parent's to end us
     logging.disable(logging.CRITICAL)
     counts: Counter[str] = Counter()
     failed: list[str] = []
@@ -55,17 +58,17 @@ def main() -> None:
     counts: Counter[str] = Counter()
     failed: list[str] = []
     num_done = 0
-    for number, (more, broken) in zip(
-        itertools.count(1), soak(options.first_seed, options.runs, options.processes), strict=False
-    ):
-        counts += more
-        failed += broken
-        num_done = number * CHUNK
-        for line in broken:
-            print(line, flush=True)
-        if time.monotonic() - shown_s > SHOW_EVERY_S:
-            shown_s = time.monotonic()
-            print(f"{num_done:,} runs, {len(failed)} failed, {num_done / (shown_s - start_s):.0f} a second", flush=True)
+    with suppress(KeyboardInterrupt):
+        for more, broken in soak(options.first_seed, options.runs, options.processes):
+            counts += more
+            failed += broken
+            num_done += CHUNK
+            for line in broken:
+                print(line, flush=True)
+            if time.monotonic() - shown_s > SHOW_EVERY_S:
+                shown_s = time.monotonic()
+                speed = num_done / (shown_s - start_s)
+                print(f"{num_done:,} runs, {len(failed)} failed, {speed:.0f} a second", flush=True)
     took_s = time.monotonic() - start_s
     host = machine()
     print(host)

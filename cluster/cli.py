@@ -1,4 +1,4 @@
-"""mull serve | chat | status | demo | keys | check | drain.
+"""mull serve | chat | status | top | demo | keys | check | drain.
 
 Flags become a ClusterConfig; an error is one line with a remedy, never a traceback.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import logging
 import os
 import sys
 import time
@@ -20,6 +21,7 @@ from cluster.flags import (
     add_chat_flags,
     add_client_flags,
     add_serve_flags,
+    add_top_flags,
     chat_options,
     config_from_flags,
     config_from_values,
@@ -27,9 +29,12 @@ from cluster.flags import (
 )
 from cluster.interrupts import Interrupts
 from cluster.keys_command import add_keys_command
+from workers.logs import write_logs
 
 if TYPE_CHECKING:
     from cluster.local import LocalCluster
+
+logger = logging.getLogger("cluster.cli")  # its own name also where it is run as a module
 
 _DEMO_QUESTION = "What is 347 + 285?"
 _WAIT_POLL_S = 1.0
@@ -44,12 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     command: Callable[[argparse.Namespace], int] = args.command
     try:
         return command(args)
-    except ConfigError as error:
-        print(f"mull: {error}", file=sys.stderr)
-        return _USAGE
     except MullError as error:
         print(f"mull: {error}", file=sys.stderr)
-        return _FAILED
+        return _exit_code(error)
     except KeyboardInterrupt:
         return _INTERRUPTED
     except BrokenPipeError:
@@ -57,23 +59,48 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _FAILED
 
 
+def _exit_code(error: MullError) -> int:
+    return _USAGE if isinstance(error, ConfigError) else _FAILED
+
+
 def _serve(args: argparse.Namespace) -> int:
     config = config_from_flags(args)
+    if config.logs.format is None:
+        return _serve_to_end(config)
+    write_logs(config.logs.format, "serve")
+    try:
+        return _serve_to_end(config)
+    except MullError as error:
+        logger.error("%s", error)
+        return _exit_code(error)
+
+
+def _serve_to_end(config: ClusterConfig) -> int:
+    is_logging = config.logs.format is not None
     _check_model(config)
+    _check_security(config)
     from cluster.local import LocalCluster
 
     interrupts = Interrupts()
     with LocalCluster(config, interrupts) as cluster:
         addresses = cluster.start()
-        _load(cluster)
-        _print_ranks(cluster)
+        if is_logging:
+            cluster.wait_until_ready(lambda _loaded, _total: None)
+        else:
+            _load(cluster)
+            _print_ranks(cluster)
+        metrics = " ".join([addresses.metrics, *cluster.router_metrics()])
         print(
-            f"ready · grpc {addresses.grpc} · http {addresses.http} · metrics {addresses.metrics} · "
+            f"ready · grpc {addresses.grpc} · http {addresses.http} · metrics {metrics} · "
             f"model {config.model.name} · {_layout_words(config)} · Ctrl-C drains",
             flush=True,
         )
         interrupts.wait(every_s=1.0, check=cluster.check)
-        print(f"draining, at most {config.gateway.drain_s:g} s; Ctrl-C again stops at once", file=sys.stderr)
+        draining = f"draining, at most {config.gateway.drain_s:g} s; Ctrl-C again stops at once"
+        if is_logging:
+            logger.info(draining)
+        else:
+            print(draining, file=sys.stderr)
         cut = cluster.drain()
     if cut:
         raise MullError(f"{cut} streams were still running after {config.gateway.drain_s:g} s and were cut off")
@@ -120,20 +147,20 @@ def _status(args: argparse.Namespace) -> int:
     return _call(lambda: status(server, as_json=args.json))
 
 
+def _top(args: argparse.Namespace) -> int:
+    from cluster.top.live import DEFAULT_ADDRESSES, TopOptions, top, top_once
+
+    options = TopOptions(addresses=args.metrics or DEFAULT_ADDRESSES, interval_s=args.interval_s)
+    return top_once(options) if args.once else top(options)
+
+
 def _check(args: argparse.Namespace) -> int:
     """What `mull serve` would refuse, without a process being started."""
     config = config_from_values(read_config(args.config))
     _wait_for(config.model.path, args.wait_s)
     _check_model(config)
     if not args.only_model:
-        from cluster.gateway.access import Access
-        from cluster.tls import ServerCertificates, link_server_credentials
-
-        Access(config.security.keys_file)
-        if (files := config.security.tls) is not None:
-            ServerCertificates(files)
-        if (link := config.security.link_tls) is not None:
-            link_server_credentials(link)
+        _check_security(config)
     print(f"{config.model.name} in {config.model.path} can be served with {_layout_words(config)}")
     return 0
 
@@ -207,6 +234,18 @@ def _check_model(config: ClusterConfig) -> None:
     ServedModel.load(config.model, config.engine.max_model_len)
 
 
+def _check_security(config: ClusterConfig) -> None:
+    """Refuse certificates and keys that cannot be used, before any process is started."""
+    from cluster.gateway.access import Access
+    from cluster.tls import ServerCertificates, link_server_credentials
+
+    Access(config.security.keys_file)
+    if (files := config.security.tls) is not None:
+        ServerCertificates(files)
+    if (link := config.security.link_tls) is not None:
+        link_server_credentials(link)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mull", description="Serve Qwen3 thinking models, and talk to them.")
     parser.add_argument("--version", action="version", version=f"mull {importlib.metadata.version('mull')}")
@@ -218,7 +257,9 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="serve the built-in model, ask it one question, stop")
     demo.add_argument("question", nargs="?", default=_DEMO_QUESTION)
-    add_serve_flags(demo, fallbacks={"tp": 2, "grpc_port": 0, "http_port": 0, "metrics_port": 0})
+    add_serve_flags(
+        demo, fallbacks={"tp": 2, "grpc_port": 0, "http_port": 0, "metrics_port": 0, "router_metrics_port": 0}
+    )
     add_chat_flags(demo)
     demo.set_defaults(command=_demo)
 
@@ -233,6 +274,10 @@ def _parser() -> argparse.ArgumentParser:
     add_client_flags(status)
     status.add_argument("--json", action="store_true", help="print JSON")
     status.set_defaults(command=_status)
+
+    top = commands.add_parser("top", help="what a running server does, live")
+    add_top_flags(top)
+    top.set_defaults(command=_top)
 
     keys = commands.add_parser("keys", help="API keys: add, list, revoke")
     add_keys_command(keys)

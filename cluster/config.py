@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from cluster.errors import ConfigError
 from workers.layout import ParallelLayout
+from workers.logs import LogFormat
 
 THINKING_CLOSE_PHRASE = "\n\nMy time to think is up, so I answer now with what I have found."
 
@@ -50,6 +51,8 @@ class EngineConfig(_Part):
     """The token budget of one step of an attention group; at least `max_num_seqs`."""
     block_size: int = Field(32, ge=1)
     """Tokens per KV block."""
+    num_speculative_tokens: int = Field(5, ge=0)
+    """Drafted of a sequence in one step at most, where that pays; 0: no speculative decoding."""
     kv_memory_bytes: int | None = Field(None, ge=1)
     """KV pool of one rank; None sizes it from free memory on a GPU and takes 256 MiB on a CPU."""
     enable_prefix_cache: bool = True
@@ -89,7 +92,15 @@ class RouterConfig(_Part):
     step_timeout_s: float = Field(60.0, gt=0)
     """A step that takes longer names the late rank, which then counts as lost."""
     copies: int = Field(1, ge=1)
-    """Routers, each with a whole model on ranks of its own."""
+    """Routers, each with a whole model on ranks of its own; where `max_copies` allows more, at least so many."""
+    max_copies: int | None = Field(None, ge=1)
+    """Copies at most: more are started while those that run are full, and stopped again; None: just `copies`."""
+    upscale_delay_s: float = Field(30.0, gt=0)
+    """How long copies must be too full before another one is started."""
+    downscale_delay_s: float = Field(600.0, gt=0)
+    """How long they must have room before one is stopped."""
+    metrics_port: int = Field(9465, ge=0, le=65535)
+    """Of the first Router on a node; each further one takes the next that is free, of as many as there are copies."""
     drain_s: float = Field(30.0, ge=0)
     """How long running requests may go on at a Router that must go; they then move to another copy."""
     ray_address: str | None = None
@@ -98,6 +109,31 @@ class RouterConfig(_Part):
     """Steps between two looks at the experts' loads; 0: experts stay where they are."""
     rebalance_threshold: float = Field(1.2, ge=1)
     """Largest over mean load of ranks from which on experts are moved."""
+
+    @property
+    def most_copies(self) -> int:
+        """As many as there may be at once."""
+        return self.max_copies or self.copies
+
+    @property
+    def metrics_ports(self) -> range:
+        """Where a Router may serve its metrics."""
+        return range(self.metrics_port, self.metrics_port + (self.most_copies if self.metrics_port else 1))
+
+    @model_validator(mode="after")
+    def _can_grow(self) -> Self:
+        if self.max_copies is not None and self.max_copies < self.copies:
+            raise ValueError(f"max_copies {self.max_copies} is below copies {self.copies}; raise it or leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _metrics_ports_exist(self) -> Self:
+        if self.metrics_ports[-1] > 65535:
+            raise ValueError(
+                f"metrics_port {self.metrics_port} leaves no port for each of {self.most_copies} copies; choose a "
+                "lower one"
+            )
+        return self
 
 
 class EffortBudgets(_Part):
@@ -225,6 +261,22 @@ class SecurityConfig(_Part):
         return self
 
 
+class LogsConfig(_Part):
+    """The log lines of all processes."""
+
+    format: LogFormat | None = None
+    """How they look, and that `mull serve` shows them all on its stderr; None: text, in Ray's files alone."""
+
+
+class TracingConfig(_Part):
+    """Spans of requests, for an OpenTelemetry collector."""
+
+    otlp_endpoint: str | None = Field(None, pattern=r"^https?://[^/\s]+:\d+$")
+    """http:// or https://host:port of its OTLP receiver over gRPC; None: nothing is traced."""
+    sample_ratio: float = Field(1.0, ge=0, le=1)
+    """Of the requests that come without a trace; for those that come with one, their client has decided."""
+
+
 class ClusterConfig(_Part):
     """Everything `mull serve` needs."""
 
@@ -233,6 +285,19 @@ class ClusterConfig(_Part):
     router: RouterConfig = RouterConfig()
     gateway: GatewayConfig = GatewayConfig()
     security: SecurityConfig = SecurityConfig()
+    logs: LogsConfig = LogsConfig()
+    tracing: TracingConfig = TracingConfig()
+
+    @model_validator(mode="after")
+    def _metrics_ports_are_the_routers_own(self) -> Self:
+        ports = self.router.metrics_ports
+        for name in ("grpc_port", "http_port", "metrics_port"):
+            if (port := getattr(self.gateway, name)) != 0 and port in ports:
+                raise ValueError(
+                    f"gateway.{name} {port} is one of the Routers' metrics ports {ports[0]} to {ports[-1]}; choose "
+                    "another for the one or the other"
+                )
+        return self
 
     @model_validator(mode="after")
     def _plain_text_stays_on_this_machine(self) -> Self:
@@ -272,14 +337,19 @@ def parse_config(values: dict[str, Any]) -> ClusterConfig:
         raise ConfigError(f"{where}: {words}{got}".removeprefix(": ")) from error
 
 
+_PARTS = ", ".join(f"'{part}'" for part in ClusterConfig.model_fields)
+
+
 def read_config(file: Path) -> dict[str, dict[str, Any]]:
     """The nested values of a YAML file. Raises ConfigError when it is missing or is not a mapping of mappings."""
     try:
         values = yaml.safe_load(file.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read ({error.strerror}); give the path of a YAML file") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{file}: cannot be read as YAML ({error})".replace("\n", " ")) from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{file}: expected a mapping with 'model', 'engine', 'router', 'gateway', 'security'")
+        raise ConfigError(f"{file}: expected a mapping with {_PARTS}")
     for part, inner in values.items():
         if not isinstance(inner, dict):
             raise ConfigError(f"{file}: '{part}' is {inner!r}, expected a mapping of its settings")

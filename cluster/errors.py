@@ -24,6 +24,8 @@ MullError
 
 from __future__ import annotations
 
+from enum import Enum
+
 from workers.errors import CheckpointError, GrammarError, KVMemoryError, LayoutError, MullError, PlanError
 
 __all__ = [
@@ -111,11 +113,23 @@ class EngineError(MullError):
     """A fault inside mull."""
 
 
+class RankLossCause(Enum):
+    """How a rank is lost."""
+
+    EXITED = "exited"
+    LATE = "late"
+    SILENT = "silent"
+    FAILED = "failed"
+
+
 class RankLost(EngineError):
     """A rank died, hung or failed."""
 
-    def __init__(self, message: str, *, rank: int, was_killed: bool = False) -> None:
+    def __init__(
+        self, message: str, *, rank: int, was_killed: bool = False, cause: RankLossCause = RankLossCause.FAILED
+    ) -> None:
         """`was_killed`: from outside, as far as one can see, so that nothing it computed is to blame."""
         super().__init__(message)
         self.rank = rank
         self.was_killed = was_killed
+        self.cause = cause

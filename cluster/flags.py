@@ -40,14 +40,17 @@ _CONFIG_FLAGS: dict[str, dict[str, tuple[type, str]]] = {
         "max_model_len": (int, "longest prompt plus output in tokens; default: the checkpoint's"),
         "max_num_seqs": (int, "sequences of an attention group that run at once"),
         "max_num_batched_tokens": (int, "token budget of one step of an attention group"),
+        "num_speculative_tokens": (int, "tokens drafted in a step at most, where that pays; 0: no drafts"),
         "block_size": (int, "tokens per KV block"),
         "kv_memory_bytes": (int, "KV pool of one rank"),
     },
     "router": {
         "copies": (int, "whole models, each on ranks of its own; a request goes on at another when one is lost"),
+        "max_copies": (int, "copies at most, where more are to be started while those that run are full"),
         "max_waiting": (int, "requests that may wait; one more is refused"),
         "start_timeout_s": (float, "seconds to load and warm up"),
         "step_timeout_s": (float, "seconds after which a rank counts as lost"),
+        "metrics_port": (int, "Prometheus, at the first Router; further ones take the next ports; 0 picks free ones"),
         "ray_address": (str, "Ray cluster to run in, as host:port; default: one of its own on this machine"),
         "rebalance_interval_steps": (int, "steps between two looks at the experts' loads; 0: never"),
     },
@@ -68,7 +71,19 @@ _CONFIG_FLAGS: dict[str, dict[str, tuple[type, str]]] = {
         "link_ca": (Path, "signs the certificates of both ends"),
         "keys_file": (Path, "API keys, as `mull keys` writes them; default: none are asked for"),
     },
+    "tracing": {
+        "otlp_endpoint": (str, "http://host:port of an OpenTelemetry collector (OTLP over gRPC); default: no spans"),
+    },
 }
+_LOG_FORMAT = "show the log lines of all processes on stderr, as text or as json; default: they are in Ray's files"
+
+
+_ARGUMENTS = {("router", "metrics_port"): "router_metrics_port"}
+"""Names of flags where two parts have a setting of the same name."""
+
+
+def _argument(part: str, name: str) -> str:
+    return _ARGUMENTS.get((part, name), name)
 
 
 def _flag(name: str) -> str:
@@ -77,7 +92,7 @@ def _flag(name: str) -> str:
 
 def add_serve_flags(parser: argparse.ArgumentParser, *, fallbacks: Mapping[str, int]) -> None:
     parser.add_argument(
-        "--config", type=Path, help="YAML file with model, engine, router, gateway and security; flags win"
+        "--config", type=Path, help="YAML file with the parts of a configuration: model, engine, …; flags win"
     )
     parser.add_argument("--model", type=Path, metavar="DIR", help="checkpoint directory; default: the built-in one")
     parser.add_argument(
@@ -86,8 +101,10 @@ def add_serve_flags(parser: argparse.ArgumentParser, *, fallbacks: Mapping[str, 
     for part, flags in _CONFIG_FLAGS.items():
         group = parser.add_argument_group(part)
         for name, (kind, text) in flags.items():
-            shown = f"{text} (default {fallbacks[name]})" if name in fallbacks else text
-            group.add_argument(_flag(name), type=kind, help=shown)
+            argument = _argument(part, name)
+            shown = f"{text} (default {fallbacks[argument]})" if argument in fallbacks else text
+            group.add_argument(_flag(argument), type=kind, help=shown)
+    parser.add_argument("--log-format", choices=("text", "json"), help=_LOG_FORMAT)
     parser.add_argument("--insecure", action="store_true", help="plain text may leave this machine")
     parser.set_defaults(fallbacks=fallbacks)
 
@@ -112,15 +129,29 @@ def add_chat_flags(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(_flag(name), type=kind, help=text)
 
 
+def add_top_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "metrics",
+        nargs="*",
+        metavar="ADDRESS",
+        help="metrics ports of gateways and Routers, as `mull serve` prints them (default 127.0.0.1:9464 and :9465)",
+    )
+    parser.add_argument("--interval-s", type=float, default=1.0, help="seconds between two looks (default 1)")
+    parser.add_argument("--once", action="store_true", help="look twice, print the screen and end")
+
+
 def config_from_flags(args: argparse.Namespace) -> ClusterConfig:
     """Flags win over the file, the file over the command's own fallbacks. Raises ConfigError."""
     values: dict[str, dict[str, Any]] = read_config(args.config) if args.config else {}
     for part, flags in _CONFIG_FLAGS.items():
         for name in flags:
-            if getattr(args, name) is not None:
-                values.setdefault(part, {})[name] = getattr(args, name)
-            elif name in args.fallbacks:
-                values.setdefault(part, {}).setdefault(name, args.fallbacks[name])
+            argument = _argument(part, name)
+            if getattr(args, argument) is not None:
+                values.setdefault(part, {})[name] = getattr(args, argument)
+            elif argument in args.fallbacks:
+                values.setdefault(part, {}).setdefault(name, args.fallbacks[argument])
+    if args.log_format is not None:
+        values.setdefault("logs", {})["format"] = args.log_format
     if args.insecure:
         values.setdefault("security", {})["insecure"] = True
     model = values.setdefault("model", {})

@@ -92,7 +92,9 @@ def read_keys(file: Path) -> KeysFile:
     try:
         values = yaml.safe_load(file.read_text())
         return KeysFile.model_validate({} if values is None else values)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read ({error.strerror}); give the path of a YAML file") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{file}: cannot be read as YAML ({error})".replace("\n", " ")) from error
     except ValidationError as error:
         first = error.errors()[0]
@@ -119,6 +121,10 @@ def add_key(file: Path, tenant: str, scopes: frozenset[Scope], limits: Mapping[s
             return KeysFile.model_validate(values)
         except ValidationError as error:
             first = error.errors()[0]
+            if first["type"] == "string_pattern_mismatch":
+                raise ConfigError(
+                    f"tenant {tenant!r}: use a letter or digit, then letters, digits, '.', '_' and '-', at most 64"
+                ) from error
             raise ConfigError(f"{first['loc'][-1]}: {first['msg']} (got {first['input']!r})") from error
 
     _change(file, add)

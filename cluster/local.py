@@ -19,6 +19,7 @@ import psutil
 from cluster.config import ClusterConfig
 from cluster.errors import ConfigError, EngineError
 from cluster.interrupts import Interrupts
+from cluster.log_follower import LogFollower
 from cluster.ray_cluster import check_nodes, last_line, start_ray, start_serve
 from mull.v1 import generation_pb2 as pb
 
@@ -52,9 +53,12 @@ class LocalCluster:
         self._interrupts = interrupts
         self._config = _with_fixed_ports(config)
         self._gateway: Any = None
+        self._logs: LogFollower | None = None
         self._ray_was_started = False
         self._app_was_started = False
         self._last_answer_s = time.monotonic()
+        self._reasons: set[str] = set()
+        """Why copies that were ready are not, as far as it was told."""
 
     def __enter__(self) -> LocalCluster:
         return self
@@ -68,9 +72,12 @@ class LocalCluster:
         """Start Ray and the app. Raises ConfigError where GPUs are missing, EngineError where something fails."""
         self._interrupts.check()
         self._ray_was_started = True
-        start_ray(self._config)
+        log_directory = start_ray(self._config)
         self._interrupts.install()
         start_serve()
+        if self._config.logs.format is not None and self._config.router.ray_address is None:
+            self._logs = LogFollower(log_directory, self._config.logs.format)
+            self._logs.start()
         check_nodes(self._config)
         self._interrupts.check()
         self._app_was_started = True
@@ -91,6 +98,10 @@ class LocalCluster:
         assert self._gateway is not None, "start() comes first"
         # Not over its port: that asks for a key and perhaps a certificate, which are the clients'.
         return pb.GetServerInfoResponse.FromString(self._gateway.info.remote().result(timeout_s=_CALL_TIMEOUT_S))
+
+    def router_metrics(self) -> list[str]:
+        """Where Prometheus finds the Routers' own figures."""
+        return [f"http://{router.metrics_address}/metrics" for router in self.info().routers if router.metrics_address]
 
     def wait_until_ready(self, progress: Callable[[int, int], None]) -> None:
         """Wait until the ranks can take work; `progress` gets bytes loaded and bytes in all.
@@ -127,6 +138,15 @@ class LocalCluster:
         self._last_answer_s = time.monotonic()
         if info.routers and all(router.failed for router in info.routers):
             raise EngineError("; ".join(router.reason for router in info.routers))
+        self._tell_changes({router.reason for router in info.routers if not router.ready})
+
+    def _tell_changes(self, reasons: set[str]) -> None:
+        """What became of the copies since it was told last."""
+        for reason in sorted(reasons - self._reasons):
+            logger.warning("a copy of the model is not ready: %s", reason)
+        if self._reasons and not reasons:
+            logger.warning("all copies of the model are ready again")
+        self._reasons = reasons
 
     def drain(self) -> int:
         """Refuse new work and let running streams end, for at most `drain_s`. Returns how many were cut off.
@@ -144,7 +164,7 @@ class LocalCluster:
                 raise
             except (RayError, TimeoutError) as error:
                 raise EngineError(
-                    f"the gateway was lost while draining ({last_line(error)}); streams may be cut"
+                    f"the gateway was lost while draining ({last_line(str(error))}); streams may be cut"
                 ) from error
         return cut
 
@@ -155,7 +175,7 @@ class LocalCluster:
         try:
             self._gateway.drain.remote(0).result(timeout_s=_CUT_S)
         except (RayError, TimeoutError) as error:
-            logger.warning("streams could not be ended in order: %s", last_line(error))
+            logger.warning("streams could not be ended in order: %s", last_line(str(error)))
 
     def stop(self) -> None:
         """Stop the app and Ray, with all their processes."""
@@ -167,7 +187,9 @@ class LocalCluster:
             ray.shutdown()
             # The gateway has drained: nothing is left that Serve or Ray would have to end gracefully.
             _end_children()
-        self._gateway = None
+        if self._logs is not None:
+            self._logs.stop()
+        self._gateway = self._logs = None
         self._ray_was_started = self._app_was_started = False
 
 
@@ -181,7 +203,7 @@ def _delete_app() -> None:
     try:
         serve.delete(APP_NAME)
     except (RuntimeError, RayError) as error:
-        raise EngineError(f"the app could not be deleted from the Ray cluster ({last_line(error)})") from error
+        raise EngineError(f"the app could not be deleted from the Ray cluster ({last_line(str(error))})") from error
 
 
 def _end_children() -> None:
@@ -219,6 +241,9 @@ def _with_fixed_ports(config: ClusterConfig) -> ClusterConfig:
         name: _free_port("--" + name.replace("_", "-"), gateway.host, getattr(gateway, name))
         for name in ("grpc_port", "http_port", "metrics_port")
     }
+    if config.router.metrics_port and config.router.ray_address is None:
+        for port in config.router.metrics_ports:
+            _free_port("--router-metrics-port", gateway.host, port)
     return config.model_copy(update={"gateway": gateway.model_copy(update=ports)})
 
 
@@ -241,4 +266,17 @@ def _run_app(config: ClusterConfig) -> Any:
     try:
         return serve.run(build_app(config), name=APP_NAME, route_prefix=None)
     except (RuntimeError, RayError) as error:
-        raise EngineError(f"the app did not start ({last_line(error)}); see {_RAY_LOGS}") from error
+        raise EngineError(
+            f"the app did not start ({_replicas_words() or last_line(str(error))}); see {_RAY_LOGS}"
+        ) from error
+
+
+def _replicas_words() -> str:
+    """What a replica that could not start said last; empty where none has said anything."""
+    from ray import serve
+
+    from cluster.app import APP_NAME
+
+    application = serve.status().applications.get(APP_NAME)
+    deployments = application.deployments.values() if application is not None else ()
+    return next((last_line(said.message) for said in deployments if "Error" in said.message), "")

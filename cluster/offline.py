@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cluster.router.blocks import BlockAllocator
-from cluster.router.scheduler import Scheduler, SchedulerConfig
+from cluster.router.scheduler import Scheduler, SchedulerConfig, SchedulerStats
 from cluster.router.sequence import SequenceRequest
 from workers.config import ParallelLayout, RunnerConfig
 from workers.parallel import ParallelState
@@ -29,6 +29,7 @@ class OfflineConfig:
     block_size: int = 32
     kv_memory_bytes: int = 256 * 2**20
     enable_prefix_cache: bool = True
+    num_speculative_tokens: int = 0
 
 
 class OfflineEngine:
@@ -55,9 +56,15 @@ class OfflineEngine:
                 max_num_seqs=config.max_num_seqs,
                 max_num_batched_tokens=config.max_num_batched_tokens,
                 max_waiting=config.max_num_seqs,
+                num_speculative_tokens=config.num_speculative_tokens,
             ),
             BlockAllocator(self._runner.num_blocks, config.block_size, config.enable_prefix_cache),
         )
+
+    @property
+    def stats(self) -> SchedulerStats:
+        """Of all that was generated so far."""
+        return self._scheduler.stats
 
     def generate(
         self,

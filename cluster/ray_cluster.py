@@ -8,6 +8,8 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+from pathlib import Path
+from typing import Any
 
 from cluster.config import ClusterConfig
 from cluster.errors import ConfigError, EngineError
@@ -15,8 +17,11 @@ from cluster.errors import ConfigError, EngineError
 _PROBE_TIMEOUT_S = 10.0
 
 
-def start_ray(config: ClusterConfig) -> None:
-    """Raises ConfigError where the cluster that is named does not answer, EngineError where ours does not start."""
+def start_ray(config: ClusterConfig) -> Path:
+    """Returns the directory of Ray's logs on this machine.
+
+    Raises ConfigError where the cluster that is named does not answer, EngineError where ours does not start.
+    """
     # Ray starts workers at nice 15, which would let anything else on the machine delay a step.
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -30,11 +35,12 @@ def start_ray(config: ClusterConfig) -> None:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     try:
-        _init_ray(config)
+        context = _init_ray(config)
     except ConfigError:
         raise
     except Exception as error:  # Ray raises plain ones, such as when the machine is too busy for its start in time
-        raise EngineError(f"Ray did not start ({last_line(error)}); is /tmp/ray writable, the machine idle?") from error
+        raise EngineError(f"Ray did not start ({last_line(str(error))}); is /tmp/ray writable?") from error
+    return Path(context.address_info["session_dir"]) / "logs"
 
 
 def start_serve() -> None:
@@ -47,7 +53,7 @@ def start_serve() -> None:
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
 
 
-def _init_ray(config: ClusterConfig) -> None:
+def _init_ray(config: ClusterConfig) -> Any:
     import ray
 
     if (address := config.router.ray_address) is not None:
@@ -57,21 +63,23 @@ def _init_ray(config: ClusterConfig) -> None:
                 "RAY_AUTH_MODE=token and one RAY_AUTH_TOKEN, or give --insecure where the network is private"
             )
         try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            context = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except ConnectionError as error:
-            raise ConfigError(f"--ray-address {address}: {last_line(error)}; run `ray start` on its nodes") from error
+            raise ConfigError(
+                f"--ray-address {address}: {last_line(str(error))}; run `ray start` on its nodes"
+            ) from error
         resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]  # Ray has no types there
         _check_gpus(config, int(resources.get("GPU", 0)))
-        return
+        return context
     from cluster.ray_node import LeanNode, local_gpus
 
     # Before the seconds that its start takes.
     _check_gpus(config, local_gpus())
     # Logical: what the app asks for, so that Serve never waits for cores that a small machine lacks.
-    num_cpus = config.router.copies * (config.engine.layout.world_size + 1) + 3
+    num_cpus = config.router.most_copies * (config.engine.layout.world_size + 1) + 3
     # Nothing of it is for other machines.
     node = LeanNode("127.0.0.1", num_cpus)
-    ray.init(address=node.gcs_address, log_to_driver=False, logging_level=logging.ERROR)
+    return ray.init(address=node.gcs_address, log_to_driver=False, logging_level=logging.ERROR)
 
 
 def is_open_to_all(address: str) -> bool:
@@ -115,5 +123,5 @@ def check_nodes(config: ClusterConfig) -> None:
         )
 
 
-def last_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[-1]
+def last_line(text: str) -> str:
+    return text.strip().splitlines()[-1]

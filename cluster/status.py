@@ -53,6 +53,7 @@ def _plain(info: pb.GetServerInfoResponse) -> dict[str, Any]:
                 "block_size": router.block_size,
                 "num_running": router.num_running,
                 "num_waiting": router.num_waiting,
+                "metrics_address": router.metrics_address or None,
                 "loaded_bytes": router.loaded_bytes,
                 "total_bytes": router.total_bytes,
             }

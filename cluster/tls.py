@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import ssl
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from threading import Lock
 
@@ -95,6 +96,23 @@ def link_channel_credentials(files: TlsFiles) -> grpc.ChannelCredentials:
     """Of a gateway towards Routers, read now. Raises ConfigError."""
     loaded = _load(files)
     return grpc.ssl_channel_credentials(loaded.ca, loaded.key, loaded.cert)
+
+
+def certificate_ends(ports: ServerCertificates | None, link: TlsFiles | None) -> dict[tuple[str, ...], float]:
+    """When the certificates in use end, in seconds since 1970, by what they are for; those that can be read."""
+    ends: dict[tuple[str, ...], float] = {}
+    if ports is not None:
+        ends["ports",] = _ends_at(ports.current_chain())
+    if link is not None:
+        with suppress(OSError, ValueError):
+            ends["link",] = _ends_at(link.cert.read_bytes())
+    return ends
+
+
+def _ends_at(chain: bytes) -> float:
+    from cryptography import x509
+
+    return x509.load_pem_x509_certificate(chain).not_valid_after_utc.timestamp()
 
 
 def _stamp(files: TlsFiles) -> tuple[tuple[int, int, int], ...]:

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from cluster.config import ClusterConfig
+from cluster.metrics.buckets import LONG_S
 
 ROOT = Path(__file__).parent.parent
 VALUES = ROOT / "helm" / "mull" / "values.yaml"
@@ -24,8 +25,10 @@ PAGE = ROOT / "docs" / "values.md"
 
 FROM_LAYOUT = {
     "engine": ("tp", "dp", "expert_tp", "redundant_experts", "device", "threads_per_rank"),
-    "router": ("copies", "ray_address"),
+    "router": ("copies", "max_copies", "upscale_delay_s", "downscale_delay_s", "ray_address", "metrics_port"),
     "gateway": ("replicas", "node_resource", "host", "grpc_port", "http_port", "metrics_port"),
+    "logs": (),
+    "tracing": (),
 }
 """Fields of ClusterConfig that the chart fills in."""
 
@@ -36,6 +39,9 @@ _OBJECTS: Schema = {"type": "array", "items": {"type": "object"}}
 _TEXT_LIST: Schema = {"type": "array", "items": {"type": "string"}}
 _POSITIVE: Schema = {"type": "integer", "minimum": 1}
 _PORT: Schema = {"type": "integer", "minimum": 1, "maximum": 65535}
+_SHARE: Schema = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}
+_LATE_AFTER_S: Schema = {"enum": [bound for bound in LONG_S if bound >= 0.5]}
+"""Bounds of the histograms: between them nobody knows who was late."""
 _RESOURCES: Schema = {
     "type": "object",
     "additionalProperties": False,
@@ -80,6 +86,7 @@ SPECIAL: dict[str, Schema] = {
     "gateway.service.type": {"enum": ["ClusterIP", "NodePort", "LoadBalancer"]},
     "gateway.service.annotations": _TEXTS,
     "gateway.pod": _POD,
+    "ranks.ports": {"type": "object", "additionalProperties": False, "properties": {"metrics": _PORT}},
     "ranks.extraResources": {"type": "object", "additionalProperties": {"type": ["integer", "string"]}},
     "ranks.env": {"type": "object", "additionalProperties": {"type": ["string", "integer"]}},
     "ranks.pod": _POD,
@@ -92,10 +99,17 @@ SPECIAL: dict[str, Schema] = {
     "networkPolicy.monitoring": _OBJECTS,
     "networkPolicy.operator": _OBJECTS,
     "networkPolicy.dns": _OBJECTS,
+    "networkPolicy.collector": _OBJECTS,
     "routes.parentRefs": _OBJECTS,
     "routes.grpcHostnames": _TEXT_LIST,
     "routes.httpHostnames": _TEXT_LIST,
     "monitoring.labels": _TEXTS,
+    "monitoring.dashboardLabels": _TEXTS,
+    "monitoring.objectives.failed": _SHARE,
+    "monitoring.objectives.firstTokenSeconds": _LATE_AFTER_S,
+    "monitoring.objectives.firstTokenLate": _SHARE,
+    "monitoring.objectives.firstAnswerSeconds": _LATE_AFTER_S,
+    "monitoring.objectives.firstAnswerLate": _SHARE,
 }
 """Settings whose default does not tell what they may be."""
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 
 from cluster.router.sequence import FinishReason, SequenceRequest
-from workers.step import OpenSlot, Prefill, SamplingParams, StepPlan, StepResult, TokenLogprobs
+from workers.step import Draft, OpenSlot, Prefill, SamplingParams, StepPlan, StepResult, TokenLogprobs
 
 
 class ContractBroken(AssertionError):
@@ -26,9 +26,14 @@ def expect(condition: bool, message: str) -> None:
         raise ContractBroken(message)
 
 
-def next_token(token_ids: Tokens[int], seed: int, vocab_size: int, banned: Collection[int] = ()) -> int:
-    """The fake model: depends on every token and its place, and on the seed. The first of those that may come."""
-    first = hash((seed, *token_ids)) % vocab_size
+def next_token(
+    token_ids: Tokens[int], seed: int, vocab_size: int, banned: Collection[int] = (), reach: int | None = None
+) -> int:
+    """The fake model: depends on every token and its place, and on the seed. The first of those that may come.
+
+    With `reach`, it depends on so many of the last tokens alone, and soon repeats itself.
+    """
+    first = hash((seed, *(token_ids if reach is None else token_ids[-reach:]))) % vocab_size
     order = [*range(first, vocab_size), *range(first)]
     return next((token for token in order if token not in banned), first)
 
@@ -44,7 +49,7 @@ def banned_tokens(words: Iterable[Tokens[int]], output_ids: Tokens[int]) -> set[
 
 
 def generate_alone(
-    request: SequenceRequest, *, context_limit: int, vocab_size: int = 50
+    request: SequenceRequest, *, context_limit: int, vocab_size: int = 50, reach: int | None = None
 ) -> tuple[list[int], FinishReason]:
     """What the request must yield whatever else runs."""
     token_ids = list(request.prompt_ids)
@@ -61,7 +66,7 @@ def generate_alone(
         is_early = len(output_ids) < request.min_tokens
         if is_early:
             banned |= request.stop_token_ids
-        output_ids.append(next_token(token_ids, request.sampling.seed, vocab_size, banned))
+        output_ids.append(next_token(token_ids, request.sampling.seed, vocab_size, banned, reach))
         token_ids.append(output_ids[-1])
         if output_ids[-1] in request.stop_token_ids and not is_early:
             return output_ids, FinishReason.STOP
@@ -92,7 +97,10 @@ class FakeRanks:
         vocab_size: int = 50,
         group: int = 0,
         rank: int = 0,
+        reach: int | None = None,
     ) -> None:
+        """`reach`: of the fake model, see `next_token`."""
+        self.reach = reach
         self.group = group
         self.rank = rank
         self.block_size = block_size
@@ -123,15 +131,18 @@ class FakeRanks:
             self._prefill(prefill)
         for slot in plan.decodes:
             self._decode(slot)
+        for draft in plan.drafts:
+            self._guess(draft)
         # Sampling comes after all writes, as in one forward pass of a batch.
         token_ids = [self._sample(slot) for slot in plan.sampling_slots]
+        accepted_ids = [self._accept(draft) for draft in plan.drafts]
         logprobs = self._logprobs(plan.sampling_slots, token_ids)
         scores = {
             index: [fake_logprobs(target, prefill.score.num_logprobs) for target in prefill.score.target_ids]
             for index, prefill in enumerate(plan.prefills)
             if prefill.score is not None
         }
-        return StepResult(plan.step, self.rank, token_ids, logprobs, scores)
+        return StepResult(plan.step, self.rank, token_ids, accepted_ids, logprobs=logprobs, prompt_logprobs=scores)
 
     def _check(self, plan: StepPlan) -> None:
         expect(self.next_step in (None, plan.step), f"step {plan.step} came, {self.next_step} was due")
@@ -146,8 +157,11 @@ class FakeRanks:
             f"{plan.num_tokens} tokens in a step, the budget is {self.max_num_batched_tokens}",
         )
         computed = [prefill.slot for prefill in plan.prefills] + plan.decodes
+        drafted = [draft.slot for draft in plan.drafts]
+        expect(set(drafted) <= set(plan.decodes), f"slots {drafted} have drafts, but only {plan.decodes} decode")
         for name, slots in (
             ("computed", computed),
+            ("drafted", drafted),
             ("closed", plan.close),
             ("opened", [opened.slot for opened in plan.open]),
             ("extended", [extended.slot for extended in plan.extend]),
@@ -195,6 +209,25 @@ class FakeRanks:
         expect(bool(state.sampled), f"slot {slot} is decoded, but has sampled nothing since it was opened")
         self._write(state, state.sampled[-1:])
 
+    def _guess(self, draft: Draft) -> None:
+        state = self.slots[draft.slot]
+        sampling = state.opened.sampling
+        depends = state.opened.rules is not None or sampling.has_penalties or sampling.num_logprobs is not None
+        expect(not depends, f"slot {draft.slot} has a draft, but rules, penalties or logprobs")
+        expect(bool(draft.token_ids), f"slot {draft.slot} has an empty draft")
+        self._write(state, draft.token_ids)
+        state.num_computed -= len(draft.token_ids)  # until they are found right
+
+    def _accept(self, draft: Draft) -> list[int]:
+        """What was sampled behind the guesses that were right."""
+        state, accepted = self.slots[draft.slot], []
+        for guess in draft.token_ids:
+            if state.sampled[-1] != guess:
+                break
+            state.num_computed += 1
+            accepted.append(self._sample(draft.slot))
+        return accepted
+
     def _write(self, state: FakeSlot, token_ids: list[int]) -> None:
         for position, token_id in enumerate(token_ids, start=state.num_computed):
             index, offset = divmod(position, self.block_size)
@@ -219,7 +252,8 @@ class FakeRanks:
         if state.opened.sampling.has_penalties:
             counted = state.opened.prompt_ids + state.opened.output_ids + state.sampled
             expect(token_ids == counted, f"slot {slot} counts other tokens for penalties than it computes")
-        sampled = next_token(token_ids, state.opened.sampling.seed, self.vocab_size, self._banned(state))
+        seed = state.opened.sampling.seed
+        sampled = next_token(token_ids, seed, self.vocab_size, self._banned(state), self.reach)
         state.sampled.append(sampled)
         return sampled
 

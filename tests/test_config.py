@@ -50,6 +50,14 @@ def test_a_layout_comes_from_its_three_flags() -> None:
     assert (engine.layout.world_size, engine.layout.ep, engine.redundant_experts) == (8, 4, 8)
 
 
+def test_gateways_and_routers_have_metrics_ports_of_their_own() -> None:
+    config = config_of("--metrics-port", "7000", "--router-metrics-port", "7001", "--copies", "2")
+
+    assert config.gateway.metrics_port == 7000
+    assert list(config.router.metrics_ports) == [7001, 7002]
+    assert list(config_of("--router-metrics-port", "0", "--copies", "2").router.metrics_ports) == [0]
+
+
 def test_a_model_is_named_after_its_directory() -> None:
     assert config_of("--model", "/models/Qwen3-4B-Thinking-2507-FP8/").model.name == "Qwen3-4B-Thinking-2507-FP8"
     assert config_of("--model", "/models/x", "--served-model-name", "thinker").model.name == "thinker"
@@ -66,6 +74,8 @@ def test_a_model_is_named_after_its_directory() -> None:
         ({"engine": {"max_num_seqs": 64, "max_num_batched_tokens": 32}}, "max_num_batched_tokens 32"),
         ({"gateway": {"grpc_port": 70000}}, "gateway.grpc_port"),
         ({"gateway": {"grpc_port": 7000, "metrics_port": 7000}}, "both 7000"),
+        ({"router": {"metrics_port": 9460, "copies": 8}}, "gateway.metrics_port 9464 is one of the Routers' metrics"),
+        ({"router": {"metrics_port": 65535, "copies": 2}}, "metrics_port 65535 leaves no port for each of 2 copies"),
         ({"router": {"step_timeout_s": 0}}, "router.step_timeout_s"),
         ({"gateway": {"host": "0.0.0.0"}}, "gateway.host 0.0.0.0 is open to other machines in plain text"),
         ({"gateway": {"host": "gpu-1"}}, "--insecure"),

@@ -91,6 +91,11 @@ def test_a_file_that_is_wrong_is_refused_with_one_line(tmp_path: Path, text: str
     assert "\n" not in str(refused.value)
 
 
+def test_a_name_that_no_tenant_can_have_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="tenant 'a tenant': use a letter"):
+        add_key(tmp_path / "keys.yaml", "a tenant", frozenset({Scope.GENERATE}), {})
+
+
 def test_keys_are_added_listed_and_revoked_from_the_command_line(tmp_path: Path) -> None:
     file = str(tmp_path / "keys.yaml")
 

@@ -1,4 +1,4 @@
-"""One step's inputs as tensors, built from the slots' integers: prefill chunks first, then one token per decoding slot.
+"""One step's inputs as tensors, built from the slots' integers: prefill chunks, one token per decoding slot, guesses.
 
 Hop 7's first half: `BatchBuilder` lays out what a plan computes, with the slots' states at hand; `ForwardBatch` is
 what the layers read. Knows nothing of weights. T tokens, B decoding sequences, C tokens of a chunk, S keys, D head_dim.
@@ -7,9 +7,10 @@ what the layers read. Knows nothing of weights. T tokens, B decoding sequences, 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from workers.errors import PlanError
 from workers.kernels.decode_attention import PagedKeys
 from workers.kernels.paged import Blocks
 from workers.slots import Ints, SlotStates
-from workers.step import Prefill, StepPlan
+from workers.step import Draft, Prefill, StepPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,7 @@ class PrefillChunk:
 
 @dataclass(frozen=True, kw_only=True)
 class Decodes:
-    """Rows that are the ends of as many sequences, each of which it sees from the start."""
+    """Rows that see their sequences from the start up to themselves: their ends, and guesses at what follows."""
 
     rows: slice
     keys: PagedKeys
@@ -62,7 +63,7 @@ class SequenceEnds:
 
 @dataclass(frozen=True, kw_only=True)
 class ForwardBatch:
-    """What one forward pass reads. Rows are tokens: all chunks, then all decodes."""
+    """What one forward pass reads. Rows are tokens: all chunks, then all decodes, then the guesses behind them."""
 
     token_ids_T: Tensor
     rotations_T2D: Tensor
@@ -75,11 +76,18 @@ class ForwardBatch:
     ends: SequenceEnds | None
     """None where every row is one, in a step of decodes alone, and where there is none."""
     sample_slots: Ints
-    """Whose tokens are sampled, in the order of `StepPlan.sampling_slots`."""
+    """Whose tokens are sampled, in the order of `StepPlan.sampling_slots`; then a row for each guess."""
     sample_positions: Ints
     """Of the tokens to be sampled."""
     group_tokens: list[int]
     """Rows of every attention group in this step, this one's among them."""
+
+
+class _Rows(NamedTuple):
+    """Rows that see their sequences up to themselves: whose they are, and where in them."""
+
+    slots: Ints
+    positions: Ints
 
 
 class BatchBuilder:
@@ -97,27 +105,46 @@ class BatchBuilder:
             self.slots.start_prefill(prefill)
         for slot in plan.decodes:
             self.slots.start_decode(slot)
-        decodes = np.array(plan.decodes, dtype=np.int64)
-        slots = np.concatenate([*(np.full(len(p.token_ids), p.slot) for p in plan.prefills), decodes])
+        singles = self._singles(plan)
+        slots = np.concatenate([*(np.full(len(p.token_ids), p.slot) for p in plan.prefills), singles.slots])
         starts = [np.arange(p.start, p.start + len(p.token_ids)) for p in plan.prefills]
-        positions = np.concatenate([*starts, self.slots.num_computed[decodes] - 1])
+        positions = np.concatenate([*starts, singles.positions])
         rotations_T2D = self.rotations_P2D.index_select(0, self._tensor(positions))
         parts: list[BatchPart] = list(self._prefill_parts(plan.prefills))
-        if len(decodes):
-            rows = slice(len(positions) - len(decodes), len(positions))
-            parts.append(Decodes(rows=rows, keys=self._keys(decodes)))
-        sample_slots = np.array(plan.sampling_slots, dtype=np.int64)
+        if len(singles.slots):
+            rows = slice(len(positions) - len(singles.slots), len(positions))
+            parts.append(Decodes(rows=rows, keys=self._keys(singles)))
+        sampled = self._sampled(plan, singles)
         return ForwardBatch(
-            token_ids_T=self._token_ids(plan, decodes, last_tokens),
+            token_ids_T=self._token_ids(plan, last_tokens),
             rotations_T2D=rotations_T2D,
             cells_T=self._tensor(self.slots.cells(slots, positions)),
             parts=parts,
             scored_rows_S=self._scored_rows(plan.prefills),
-            ends=self._ends(plan, sample_slots, rotations_T2D) if plan.prefills else None,
-            sample_slots=sample_slots,
-            sample_positions=self.slots.num_computed[sample_slots],
+            ends=self._ends(plan, sampled, rotations_T2D) if plan.prefills else None,
+            sample_slots=sampled.slots,
+            sample_positions=sampled.positions + 1,
             group_tokens=plan.group_tokens or [plan.num_tokens],
         )
+
+    def _singles(self, plan: StepPlan) -> _Rows:
+        """A row for each decode, and then for each guess: it sees its sequence up to itself, as if it were the end."""
+        decodes = np.array(plan.decodes, dtype=np.int64)
+        if not plan.drafts:
+            return _Rows(decodes, self.slots.num_computed[decodes] - 1)
+        positions = [self.slots.num_computed[decodes] - 1]
+        for draft in plan.drafts:
+            start = self.slots.num_computed[draft.slot]
+            positions.append(np.arange(start, start + len(draft.token_ids)))
+            self.slots.start_draft(draft)
+        slots = [np.full(len(draft.token_ids), draft.slot) for draft in plan.drafts]
+        return _Rows(np.concatenate([decodes, *slots]), np.concatenate(positions))
+
+    def _sampled(self, plan: StepPlan, singles: _Rows) -> _Rows:
+        """The rows whose logits give a token: the ends of chunks that sample, and all of `singles`."""
+        slots = np.array([prefill.slot for prefill in plan.prefills if prefill.sample], dtype=np.int64)
+        ends = self.slots.num_computed[slots] - 1
+        return _Rows(np.concatenate([slots, singles.slots]), np.concatenate([ends, singles.positions]))
 
     def _tensor(self, values: Ints) -> Tensor:
         return torch.from_numpy(values).to(self.device, non_blocking=True)
@@ -127,16 +154,23 @@ class BatchBuilder:
             return slice(int(ids[0]), int(ids[-1]) + 1)
         return self._tensor(ids)
 
-    def _token_ids(self, plan: StepPlan, decodes: Ints, last_tokens: Tensor) -> Tensor:
-        known = np.array([token for prefill in plan.prefills for token in prefill.token_ids], dtype=np.int64)
-        if len(known) and not 0 <= known.min() <= known.max() < self.vocab_size:
+    def _token_ids(self, plan: StepPlan, last_tokens: Tensor) -> Tensor:
+        parts = []
+        if plan.prefills:
+            parts.append(self._known("prefill", plan.prefills))
+        if plan.decodes:
+            parts.append(last_tokens.index_select(0, self._tensor(np.array(plan.decodes, dtype=np.int64))))
+        if plan.drafts:
+            parts.append(self._known("draft", plan.drafts))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _known(self, what: str, chunks: Sequence[Prefill | Draft]) -> Tensor:
+        known = np.array([token for chunk in chunks for token in chunk.token_ids], dtype=np.int64)
+        if not 0 <= known.min() <= known.max() < self.vocab_size:
             raise PlanError(
-                f"prefill: token ids in [{known.min()}, {known.max()}], the vocabulary has {self.vocab_size}"
+                f"{what}: token ids in [{known.min()}, {known.max()}], the vocabulary has {self.vocab_size}"
             )
-        if not len(decodes):
-            return self._tensor(known)
-        sampled = last_tokens.index_select(0, self._tensor(decodes))
-        return sampled if not len(known) else torch.cat([self._tensor(known), sampled])
+        return self._tensor(known)
 
     def _prefill_parts(self, prefills: list[Prefill]) -> Iterator[BatchPart]:
         first = 0
@@ -164,28 +198,31 @@ class BatchBuilder:
         ]
         return self._tensor(np.concatenate(rows)) if rows else None
 
-    def _keys(self, slots: Ints) -> PagedKeys:
-        num_keys = self.slots.num_computed[slots]
+    def _keys(self, rows: _Rows) -> PagedKeys:
+        num_keys = rows.positions + 1
         longest = int(num_keys.max())
         # Entries behind a slot's own blocks may be left from an earlier sequence: they are not read, and valid ids.
-        tables = self.slots.blocks[slots, : -(-longest // self.slots.block_size)]
+        tables = self.slots.blocks[rows.slots, : -(-longest // self.slots.block_size)]
         return PagedKeys(self._tensor(tables), self._tensor(num_keys), longest)
 
-    def _ends(self, plan: StepPlan, slots: Ints, rotations_T2D: Tensor) -> SequenceEnds | None:
+    def _ends(self, plan: StepPlan, sampled: _Rows, rotations_T2D: Tensor) -> SequenceEnds | None:
         """None where nobody samples."""
-        if not len(slots):
+        if not len(sampled.slots):
             return None
-        ends = np.cumsum([len(p.token_ids) for p in plan.prefills] + [1] * len(plan.decodes), dtype=np.int64)
-        sampled = [p.sample for p in plan.prefills] + [True] * len(plan.decodes)
-        rows_B = self._tensor(ends[sampled] - 1)
+        ends = np.cumsum([len(p.token_ids) for p in plan.prefills], dtype=np.int64)
+        chunk_rows = ends[[p.sample for p in plan.prefills]] - 1
+        rows_B = self._tensor(np.concatenate([chunk_rows, np.arange(ends[-1], len(rotations_T2D))]))
         rotations_B2D = rotations_T2D.index_select(0, rows_B)
-        return SequenceEnds(rows_B=rows_B, rotations_B2D=rotations_B2D, keys=self._keys(slots))
+        return SequenceEnds(rows_B=rows_B, rotations_B2D=rotations_B2D, keys=self._keys(sampled))
 
 
 def _check_named_once(plan: StepPlan) -> None:
     computed = [prefill.slot for prefill in plan.prefills] + plan.decodes
     if len(set(computed)) < len(computed):
         raise PlanError(f"step {plan.step} computes a slot twice: {sorted(computed)}")
+    guessed = [draft.slot for draft in plan.drafts]
+    if len(set(guessed)) < len(guessed) or not set(guessed) <= set(plan.decodes):
+        raise PlanError(f"step {plan.step} guesses behind slots {sorted(guessed)}, it decodes {sorted(plan.decodes)}")
 
 
 def _rotations(model: ModelConfig, max_model_len: int) -> Tensor:

@@ -57,12 +57,14 @@ class HostGroup(RankGroup):
         if x.dtype != torch.float32 or not x.is_contiguous():
             return super().all_reduce(x)
         self.num_exchanges += 1
+        self.num_sent_bytes += 2 * x.nbytes * (self.size - 1) // self.size
         self._check(self._library.mull_host_all_reduce(self._address, x.data_ptr(), x.numel()))
         return x
 
     def all_gather(self, x: Tensor) -> Tensor:
         """[W, *x.shape], in rank order. Raises PeerLate naming the rank that did not come in time."""
         self.num_exchanges += 1
+        self.num_sent_bytes += x.nbytes * (self.size - 1)
         x = x.contiguous()
         gathered = x.new_empty(self.size, *x.shape)
         self._check(self._library.mull_host_all_gather(self._address, x.data_ptr(), x.nbytes, gathered.data_ptr()))
@@ -71,6 +73,7 @@ class HostGroup(RankGroup):
     def all_to_all(self, rows: Tensor, send_counts: list[int], receive_counts: list[int]) -> Tensor:
         """As in any group. Raises PeerLate naming the rank that did not come in time."""
         self.num_exchanges += 1
+        self._count_rows(rows, send_counts)
         rows = rows.contiguous()
         received = rows.new_empty(sum(receive_counts), *rows.shape[1:])
         row_bytes = rows[:1].nbytes if len(rows) else received[:1].nbytes

@@ -16,6 +16,7 @@ from workers.config import ModelConfig, ShardSpec
 from workers.experts.choice import DispatcherChoice
 from workers.experts.dispatch import Dispatcher
 from workers.experts.layer import ExpertLayer
+from workers.experts.traffic import DispatchTraffic
 from workers.kernels.linear import Weight, linear, vector
 from workers.kernels.norm import add_rms_norm, rms_norm
 from workers.kv_pool import KVPool
@@ -97,6 +98,7 @@ class Decoder:
         choice: DispatcherChoice,
     ) -> None:
         self.eps, self.choice = config.rms_norm_eps, choice
+        self.traffic = DispatchTraffic(parallel)
         self.norm = vector(weights, "norm")
         self.embedding = Embedding(weights["embed"], spec.vocab(config), parallel.tp, self.norm.dtype)
         self.layers = [DecoderLayer(config, spec, i, weights, parallel) for i in range(config.num_layers)]
@@ -108,7 +110,7 @@ class Decoder:
 
     def forward(self, batch: ForwardBatch, kv: KVPool) -> Tensor:
         """Run the batch through the layers. Returns the sampled rows, x_BH, before the last norm; then the scored."""
-        dispatcher = self.choice.for_step(batch.group_tokens)
+        dispatcher = self._dispatcher(batch.group_tokens)
         x_TH = self.embedding(batch.token_ids_T)
         for layer in self.layers[:-1]:
             x_TH = layer(x_TH, batch, kv, dispatcher)
@@ -116,9 +118,12 @@ class Decoder:
 
     def assist(self, group_tokens: list[int]) -> None:
         """Take part in a step in which this group has no tokens, and others have."""
-        dispatcher, x_0H = self.choice.for_step(group_tokens), self.norm.new_empty(0, len(self.norm))
+        dispatcher, x_0H = self._dispatcher(group_tokens), self.norm.new_empty(0, len(self.norm))
         for layer in self.layers:
             layer.assist(x_0H, dispatcher)
+
+    def _dispatcher(self, group_tokens: list[int]) -> Dispatcher[Any]:
+        return self.traffic.metered(self.choice.for_step(group_tokens))
 
     def logits(self, x_BH: Tensor) -> Tensor:
         """fp32 logits of this rank's part of the vocabulary, [B, v]."""

@@ -60,6 +60,11 @@ class ParallelState:
         """Collectives that this rank has begun."""
         return self.world.num_exchanges + (self.tp.num_exchanges if self.tp is not self.world else 0)
 
+    @property
+    def num_sent_bytes(self) -> int:
+        """To other ranks, so far."""
+        return self.world.num_sent_bytes + (self.tp.num_sent_bytes if self.tp is not self.world else 0)
+
     def abort(self) -> None:
         """From another thread: whoever waits for other ranks waits no longer. Only `close` may follow."""
         self.world.abort()

@@ -24,6 +24,8 @@ class RankGroup:
         self.process_group = group
         self.num_exchanges = 0
         """Begun so far."""
+        self.num_sent_bytes = 0
+        """To other ranks of the group, so far; through shared memory what they read of ours."""
 
     @classmethod
     def alone(cls) -> RankGroup:
@@ -39,6 +41,7 @@ class RankGroup:
             return x
         self.num_exchanges += 1
         if self.size == 2:
+            self.num_sent_bytes += x.nbytes
             dist.all_reduce(x, group=self.process_group)
             return x
         if x.nbytes <= ONE_ROUND_BYTES:
@@ -53,6 +56,7 @@ class RankGroup:
         if self.size == 1:
             return x.unsqueeze(0)
         self.num_exchanges += 1
+        self.num_sent_bytes += x.nbytes * (self.size - 1)
         gathered = x.new_empty(self.size * x.numel())
         dist.all_gather_single(gathered, x.contiguous().view(-1), group=self.process_group)
         return gathered.view(self.size, *x.shape)
@@ -62,6 +66,7 @@ class RankGroup:
         if self.size == 1:
             return rows
         self.num_exchanges += 1
+        self._count_rows(rows, send_counts)
         received = rows.new_empty(sum(receive_counts), *rows.shape[1:])
         dist.all_to_all_single(received, rows.contiguous(), receive_counts, send_counts, group=self.process_group)
         return received
@@ -69,6 +74,12 @@ class RankGroup:
     def exchange_counts(self, send_counts_W: Tensor) -> list[int]:
         """What each rank will send to this one: send_counts_W[w] is what this one will send to rank w."""
         return [int(n) for n in self.all_to_all(send_counts_W, [1] * self.size, [1] * self.size).tolist()]
+
+    def _count_rows(self, rows: Tensor, send_counts: list[int]) -> None:
+        """Those that leave this rank."""
+        num_leaving = len(rows) - send_counts[self.index]
+        if num_leaving:
+            self.num_sent_bytes += rows.nbytes // len(rows) * num_leaving
 
     def abort(self) -> None:
         """From another thread: a wait for other ranks ends, with an error. Sockets end theirs as their peers close."""

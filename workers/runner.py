@@ -42,11 +42,12 @@ class _Computed(NamedTuple):
     """What one forward pass has for the Router."""
 
     token_ids: list[int]
+    accepted_ids: list[list[int]]
     logprobs: dict[int, TokenLogprobs]
     prompt_logprobs: dict[int, list[TokenLogprobs]]
 
 
-NOTHING = _Computed([], {}, {})
+NOTHING = _Computed([], [], {}, {})
 
 
 class ModelRunner:
@@ -120,14 +121,18 @@ class ModelRunner:
         with torch.inference_mode():
             self._apply_deltas(plan)
             computed = self._forward(plan) if plan.num_tokens else self._assist(plan)
+        dispatch_s, dispatch_bytes = self.decoder.traffic.take()
         told = computed if self.parallel.tp.index == 0 else NOTHING
         return StepResult(
             step=plan.step,
             rank=self.parallel.rank,
             token_ids=told.token_ids,
+            accepted_ids=told.accepted_ids,
             logprobs=told.logprobs,
             prompt_logprobs=told.prompt_logprobs,
             compute_s=time.perf_counter() - start,
+            dispatch_s=dispatch_s,
+            dispatch_bytes=dispatch_bytes,
             expert_loads=self.experts.take_loads() if plan.report_loads else [],
         )
 
@@ -166,6 +171,7 @@ class ModelRunner:
         return NOTHING
 
     def _forward(self, plan: StepPlan) -> _Computed:
+        self.sampler.check_drafts(plan.drafts)
         batch = self.batches.build(plan, self.last_tokens)
         num_sampled = len(batch.sample_slots)
         x_RH = self.decoder.forward(batch, self.kv)
@@ -173,14 +179,33 @@ class ModelRunner:
         if batch.scored_rows_S is not None:
             scores = score_prompts(plan.prefills, x_RH[num_sampled:], self.decoder.logits, self.sampler.exchange)
         if not num_sampled:
-            return _Computed([], {}, scores)
+            return _Computed([], [], {}, scores)
         logits_Bv = self.decoder.logits(x_RH[:num_sampled])
         sampled = self.sampler.sample(logits_Bv, batch.sample_slots, batch.sample_positions)
-        slots_B = torch.from_numpy(batch.sample_slots).to(self.device)
-        self.last_tokens.index_copy_(0, slots_B, sampled.token_ids_B)
+        num_first = len(plan.sampling_slots)
+        slots_B = torch.from_numpy(batch.sample_slots[:num_first]).to(self.device)
+        self.last_tokens.index_copy_(0, slots_B, sampled.token_ids_B[:num_first])
         token_ids = sampled.token_ids_B.tolist()
         self.sampler.rules.advance(batch.sample_slots, token_ids)
-        return _Computed(token_ids, sampled.logprobs, scores)
+        more = self._keep(plan, token_ids) if plan.drafts else []
+        return _Computed(token_ids[:num_first], more, sampled.logprobs, scores)
+
+    def _keep(self, plan: StepPlan, sampled_ids: list[int]) -> list[list[int]]:
+        """What each draft gives: the tokens sampled behind its right guesses. The rest of it is taken back."""
+        kept = []
+        row = len(plan.sampling_slots)
+        firsts = dict(zip(plan.sampling_slots, sampled_ids, strict=False))
+        for draft in plan.drafts:
+            slot, guesses = draft.slot, draft.token_ids
+            rows = [firsts[slot], *sampled_ids[row : row + len(guesses)]]
+            num_right = next(
+                (i for i, (own, guess) in enumerate(zip(rows, guesses, strict=False)) if own != guess), len(guesses)
+            )
+            kept.append(rows[1 : num_right + 1])
+            self.slots.take_back(slot, len(guesses) - num_right)
+            self.last_tokens[slot] = rows[num_right]
+            row += len(guesses)
+        return kept
 
     def _affordable_blocks(self, dtype: torch.dtype) -> int:
         """Blocks that fit the KV memory, and no more than all slots at full length can use."""

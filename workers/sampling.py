@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from workers.candidates import CandidateExchange, Candidates
+from workers.errors import PlanError
 from workers.grammar import Grammars
 from workers.noise import gumbel, row_keys
 from workers.penalties import Penalties
-from workers.step import OpenSlot, TokenLogprobs
+from workers.step import Draft, OpenSlot, TokenLogprobs
 from workers.token_rules import TokenRuleTable
 
 Ints = npt.NDArray[np.int64]
@@ -70,6 +71,13 @@ class Sampler:
         self.is_plain[slot] = is_greedy and sampling.num_logprobs is None and is_free
         self.penalties.open(opened)
         self.rules.open(opened)
+
+    def check_drafts(self, drafts: list[Draft]) -> None:
+        """Raises PlanError where the tokens of a slot with a draft depend on more than what is before them."""
+        for draft in drafts:
+            slot = draft.slot
+            if self.penalties.active[slot] or self.rules.active[slot] or self.wants_logprobs[slot]:
+                raise PlanError(f"draft: slot {slot} has rules, penalties or logprobs, which drafts cannot have")
 
     def sample(self, logits_Bv: Tensor, slots: Ints, positions: Ints) -> Sampled:
         """One token per row; `positions` are those of the tokens to be sampled."""

@@ -29,6 +29,7 @@ import zmq
 
 from workers.config import RunnerConfig
 from workers.errors import MullError
+from workers.logs import LogFormat, log_fields, write_logs
 from workers.network import interface_towards
 from workers.pulse import Pulse
 from workers.step import (
@@ -212,7 +213,10 @@ class Rank:
         progress = ThrottledProgress(link, config.runner.rank)
         self._runner = runner = self._build_runner(config, progress, self._runner)
         link.watch_over(runner)
-        link.send(_ready(config.runner, runner, time.monotonic() - started_at))
+        ready = _ready(config.runner, runner, time.monotonic() - started_at)
+        link.send(ready)
+        about = log_fields(rank=ready.rank, weight_bytes=ready.weight_bytes, kv_bytes=ready.kv_bytes)
+        log.info("ready on %s in %.1f s", ready.device, ready.load_s, extra=about)
         return runner
 
 
@@ -248,11 +252,13 @@ def _one_line(error: Exception) -> str:
 class ShardActor:
     """A rank as a Ray actor. Ray only starts it and watches it: plans come over the socket."""
 
-    def __init__(self) -> None:
+    def __init__(self, log_format: LogFormat = "text") -> None:
+        self._log_format = log_format
         self._rank = Rank()
 
     def run(self, config: ShardConfig) -> int:
         """See `Rank.serve`; after GROUP_LOST it may be called again."""
+        write_logs(self._log_format, f"rank-{config.runner.rank}")
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         return self._rank.serve(config)
 
@@ -288,5 +294,5 @@ def main(build_runner: RunnerFactory = load_runner) -> int:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    write_logs("text", "rank")
     sys.exit(main())

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from workers.errors import PlanError
-from workers.step import OpenSlot, Prefill
+from workers.step import Draft, OpenSlot, Prefill
 
 Ints = npt.NDArray[np.int64]
 
@@ -77,6 +77,16 @@ class SlotStates:
         if not self.has_token[slot]:
             raise PlanError(f"decode: slot {slot} has no sampled token to go on from; prefill it with sample first")
         self._advance(slot, 1, "decode")
+
+    def start_draft(self, draft: Draft) -> None:
+        """Take note of guesses about to be computed behind a decode of this step."""
+        if not draft.token_ids:
+            raise PlanError(f"draft: slot {draft.slot} is given no tokens")
+        self._advance(draft.slot, len(draft.token_ids), "draft")
+
+    def take_back(self, slot: int, count: int) -> None:
+        """The last so many positions hold wrong guesses, to be written again."""
+        self.num_computed[slot] -= count
 
     def cells(self, slots: Ints, positions: Ints) -> Ints:
         """Where the KV of positions lies in the pool: block_id * block_size + offset."""

@@ -109,6 +109,17 @@ class Prefill(msgspec.Struct, frozen=True, array_like=True):
     score: Score | None = None
 
 
+class Draft(msgspec.Struct, frozen=True, array_like=True):
+    """A guess at the tokens that a decoding slot samples next: put through the model behind the one it has.
+
+    Its first token is kept where the slot samples it, the second where the first was kept, and so on. What is sampled
+    after the last one that was kept is the slot's next token, as always: a wrong guess costs its rows, and no token.
+    """
+
+    slot: int
+    token_ids: list[int]
+
+
 class StepPlan(msgspec.Struct, frozen=True, tag="plan"):
     """One forward pass. Applied in this order: close, open, extend, then compute prefills and decodes as one batch."""
 
@@ -119,6 +130,8 @@ class StepPlan(msgspec.Struct, frozen=True, tag="plan"):
     prefills: list[Prefill] = []
     decodes: list[int] = []
     """Slots whose input is the token they sampled last, at the position after their last computed one."""
+    drafts: list[Draft] = []
+    """For some of `decodes`. Slots with rules, penalties or logprobs have none."""
     group_tokens: list[int] = []
     """Tokens that each attention group of the copy computes in this step; empty: this group is the only one.
 
@@ -135,7 +148,8 @@ class StepPlan(msgspec.Struct, frozen=True, tag="plan"):
     @property
     def num_tokens(self) -> int:
         """Tokens computed by this step: what the token budget counts."""
-        return sum(len(p.token_ids) for p in self.prefills) + len(self.decodes)
+        guessed = sum(len(draft.token_ids) for draft in self.drafts)
+        return sum(len(p.token_ids) for p in self.prefills) + len(self.decodes) + guessed
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -153,11 +167,17 @@ class StepResult(msgspec.Struct, frozen=True, tag="result"):
     rank: int
     token_ids: list[int] = []
     """One token per slot of `StepPlan.sampling_slots`, in its order."""
+    accepted_ids: list[list[int]] = []
+    """For each of `StepPlan.drafts`, the tokens that its slot sampled behind that one."""
     logprobs: dict[int, TokenLogprobs] = {}
     """Index into `token_ids` → logprobs, for the slots that asked."""
     prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
     """Index into `StepPlan.prefills` → of the targets of its `score`, in the unchanged distribution."""
     compute_s: float = 0.0
+    dispatch_s: float = 0.0
+    """Of that, in dispatch and combine: bringing tokens to experts, and results back."""
+    dispatch_bytes: int = 0
+    """Sent to other ranks for it."""
     expert_loads: list[list[int]] = []
     """For each MoE layer, tokens of each of this rank's physical slots since its last report. Only when asked for."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hmac
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -69,8 +69,10 @@ class Access:
         keys_file: Path | None,
         clock: Callable[[], float] = time.monotonic,
         on_refused: Callable[[str], object] = lambda _reason: None,
+        on_tenants: Callable[[Iterable[str]], object] = lambda _names: None,
     ) -> None:
         """`on_refused` is told why a call was not let in: unauthenticated, forbidden, or which limit it was.
+        `on_tenants` gets the names of all who may ask, again when they change; without keys it is an empty one.
 
         Raises ConfigError for a file that cannot be read: a gateway must not start without its keys.
         """
@@ -81,7 +83,10 @@ class Access:
         self._keys: dict[str, KeyEntry] = {}
         self._allowances: dict[str, Allowance] = {}
         self._stamp: tuple[int, int, int] | None = None
-        if keys_file is not None:
+        self._on_tenants = on_tenants
+        if keys_file is None:
+            on_tenants([""])
+        else:
             self._stamp = _stamp(keys_file)
             self._read(keys_file)
 
@@ -135,6 +140,7 @@ class Access:
         for tenant in self._allowances.keys() - read.tenants.keys():
             del self._allowances[tenant]
         self._keys = {key.id: key for key in read.keys}
+        self._on_tenants(self._allowances)
 
 
 def _stamp(file: Path) -> tuple[int, int, int] | None:

@@ -46,10 +46,11 @@ class CopiesState:
     """Why none does; empty when one does."""
     descriptions: Mapping[str, pb.DescribeResponse]
     """What each that is in reach said of itself, by its address."""
+    num_ready: int = 0
 
 
 class Copies:
-    """All Routers of one gateway. `on_pause` gets how long a request stood still, in seconds, once it goes on."""
+    """All Routers of one gateway. `on_pause` gets why a request stood still, and how many seconds, once it goes on."""
 
     def __init__(
         self,
@@ -59,7 +60,7 @@ class Copies:
         policy: ReplayPolicy | None = None,
         times: LinkTimes | None = None,
         tls: TlsFiles | None = None,
-        on_pause: Callable[[float], object] = lambda _pause_s: None,
+        on_pause: Callable[[str, float], object] = lambda _cause, _pause_s: None,
     ) -> None:
         """`tls` makes the links TLS."""
         self.context_limit: int | None = None
@@ -139,12 +140,14 @@ class Copies:
     @property
     def state(self) -> CopiesState:
         """How the copies are, as far as is known."""
-        states = {address: link.state for address, link in self._links.items()}
+        # A copy of the links: other threads ask, too.
+        states = {address: link.state for address, link in list(self._links.items())}
         descriptions = {name: state.description for name, state in states.items() if state.description is not None}
-        if any(state.ready for state in states.values()):
-            return CopiesState(True, "", descriptions)
+        num_ready = sum(state.ready for state in states.values())
+        if num_ready:
+            return CopiesState(True, "", descriptions, num_ready)
         reasons = dict.fromkeys(state.reason for state in states.values() if state.reason)
-        return CopiesState(False, "; ".join(reasons) or self._directory_error, descriptions)
+        return CopiesState(False, "; ".join(reasons) or self._directory_error, descriptions, num_ready)
 
     @property
     def is_connected(self) -> bool:
@@ -155,6 +158,17 @@ class Copies:
     def num_replays_total(self) -> int:
         """How often sequences were sent to a copy again."""
         return self._recovery.num_replays_total
+
+    @property
+    def num_replayed_tokens_total(self) -> Mapping[tuple[str, ...], float]:
+        """Tokens behind which sequences went on at a copy, by what made it needed."""
+        return {(loss.value,): num_tokens for loss, num_tokens in self._recovery.num_replayed_tokens_total.items()}
+
+    @property
+    def num_by_state(self) -> Mapping[tuple[str, ...], float]:
+        """Copies that take work, and those that do not."""
+        num_ready = self.state.num_ready
+        return {("ready",): num_ready, ("not_ready",): len(self._links) - num_ready}
 
     @property
     def is_working(self) -> bool:
@@ -201,9 +215,10 @@ class Copies:
             try:
                 await self._relink(await self._directory())
             except Exception as error:  # it must be asked again; the links that there are go on
-                self._directory_error = f"no Router is known ({type(error).__name__}: {error})".replace("\n", " ")
-                if not self._links:
-                    logger.warning("%s", self._directory_error)
+                reason = f"no Router is known ({type(error).__name__}: {error})".replace("\n", " ")
+                if not self._links and reason != self._directory_error:
+                    logger.warning("%s", reason)
+                self._directory_error = reason
                 self._updated.set()
             is_ready = self._recovery.has_ready_copy
             await self._sleep(self._times.poll_ready_s if is_ready else self._times.poll_starting_s)
@@ -244,7 +259,7 @@ class Copies:
                 case Fail(flight, error):
                     self._mailboxes[flight.number][1].fail(error)
                 case _:
-                    self._on_pause(action.pause_s)
+                    self._on_pause(action.loss.value, action.pause_s)
         if self._recovery.num_waiting:
             self._set_timer()
 

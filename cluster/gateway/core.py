@@ -12,7 +12,9 @@ import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 from cluster.errors import NotReady, Overloaded
 from cluster.gateway.access import Caller
@@ -25,6 +27,7 @@ from cluster.gateway.interruption import Interruption
 from cluster.gateway.mailbox import Mailbox, wait_for_news
 from cluster.gateway.request_bounds import check_conversation_bounds
 from cluster.gateway.request_log import RequestRecord
+from cluster.gateway.request_trace import RequestTrace
 from cluster.gateway.requests import PreparedRequest, check_model, new_request_id, prepare
 from cluster.gateway.resumption import MissingEvents, check_repeatable, rebuild
 from cluster.gateway.running import RunningChoice, RunningRequest
@@ -33,8 +36,13 @@ from cluster.gateway.served_model import ServedModel
 from cluster.gateway.status import status_code
 from cluster.gateway.stopping import check_vocabulary
 from cluster.gateway.submission import submit_message
-from cluster.metrics import GatewayMetrics, RequestTimer
+from cluster.metrics.gateway import GatewayMetrics
+from cluster.metrics.request_timer import RequestTimer
+from cluster.tracing import TraceParent
 from mull.v1 import generation_pb2 as pb
+
+if TYPE_CHECKING:
+    from cluster.spans import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +73,9 @@ class GenerationCore:
         *,
         max_streams: int,
         check_grammar: GrammarCheck = compiled,
+        tracing: Tracing | None = None,
     ) -> None:
+        """`tracing`: where requests are traced."""
         self.num_streams = 0
         self.is_draining = False
         self.http_port = 0
@@ -76,6 +86,7 @@ class GenerationCore:
         self._metrics = metrics
         self._max_streams = max_streams
         self._check_grammar = check_grammar
+        self._tracing = tracing
         self._start_s = time.monotonic()
         self._interruptions: set[Interruption] = set()
         """Of the streams that are open."""
@@ -89,20 +100,27 @@ class GenerationCore:
         return self._model if limit is None else self._model.limited_to(limit)
 
     async def stream(
-        self, request: pb.GenerateRequest, caller: Caller, held: HeldEvents = HeldEvents.LEFT_OUT
+        self,
+        request: pb.GenerateRequest,
+        caller: Caller,
+        held: HeldEvents = HeldEvents.LEFT_OUT,
+        *,
+        trace_parent: str | None = None,
     ) -> AsyncGenerator[list[pb.GenerateEvent]]:
         """The events of all generations of a request, in batches as they come; gives it a request id where it has none.
 
         Raises RequestError, Overloaded, NotReady, SlowReader, DeadlinePassed or EngineError. Close it
         (`contextlib.aclosing`) in the task that iterates: what has not finished is then cancelled at the Router. A
         consumer that hangs in a write past the bound of unread tokens, or past the deadline, is cancelled there; the
-        error comes out of the closing.
+        error comes out of the closing. `trace_parent`: the header of that name, as it came.
         """
         request.request_id = request.request_id or new_request_id()
-        timer, record = RequestTimer(self._metrics), RequestRecord(request, caller.tenant)
+        timer = RequestTimer(self._metrics, caller.tenant)
+        record = self._record(request, caller, TraceParent.parse(trace_parent))
         try:
             with self._stream_slot(), caller.allowance.streams(max(1, request.n)):
                 prepared = caller.apply(await self._prepare(request), self.model)
+                prepared = replace(prepared, trace_parent=record.trace_parent)
                 caller.allowance.charge_prompt(len(prepared.prompt_ids))
                 if held is HeldEvents.REPEATED:
                     check_repeatable(prepared)
@@ -122,6 +140,8 @@ class GenerationCore:
                             if choice.mailbox.has_news:
                                 events += choice.take()
                                 caller.allowance.charge_output(choice.num_taken)
+                        if record.awaits_first:
+                            record.on_tokens()
                         yield events
                         if any(choice.has_finished for choice in choices):
                             choices = [choice for choice in choices if not choice.has_finished]
@@ -203,14 +223,16 @@ class GenerationCore:
             raise Overloaded(f"{self.num_streams} streams are open, the limit is {self._max_streams}; try again later")
         self.num_streams += 1
         self._idle.clear()
-        self._metrics.streams_open.set(self.num_streams)
         try:
             yield
         finally:
             self.num_streams -= 1
             if self.num_streams == 0:
                 self._idle.set()
-            self._metrics.streams_open.set(self.num_streams)
+
+    def _record(self, request: pb.GenerateRequest, caller: Caller, parent: TraceParent | None) -> RequestRecord:
+        trace = None if self._tracing is None else RequestTrace(self._tracing, parent, self._model.name)
+        return RequestRecord(request, caller.tenant, parent=parent, trace=trace)
 
     async def _prepare(self, request: pb.GenerateRequest) -> PreparedRequest:
         if request.ByteSize() > LARGE_REQUEST_BYTES:

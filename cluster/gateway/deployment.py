@@ -17,6 +17,8 @@ from cluster.gateway.copies import CopyDirectory
 from cluster.gateway.served_model import ServedModel
 from cluster.gateway.server import GatewayServer
 from cluster.serve_ports import listen_on_node_address
+from cluster.tracing import start_tracing
+from workers.logs import write_logs
 
 NAME = "Gateway"
 HEALTH_PERIOD_S = 2.0
@@ -29,12 +31,16 @@ class GatewayDeployment:
     """The replica. Without a Router it stays up and healthy, and says that it is not ready."""
 
     async def __init__(self, config: ClusterConfig, router: Any) -> None:  # type: ignore[misc]  # Serve awaits it
+        write_logs(config.logs.format or "text", "gateway")
         listen_on_node_address()
         self._drain_s = config.gateway.drain_s
         model = await asyncio.to_thread(
             ServedModel.load, config.model, config.engine.max_model_len, config.gateway.thinking_close_phrase
         )
-        self._server = GatewayServer(config.gateway, model, _directory_of(router), security=config.security)
+        tracing = start_tracing(config.tracing, "gateway")
+        self._server = GatewayServer(
+            config.gateway, model, _directory_of(router), security=config.security, tracing=tracing
+        )
         self._ports = await self._server.start()
 
     async def ports(self) -> dict[str, int]:

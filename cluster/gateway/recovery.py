@@ -10,6 +10,7 @@ still had on the way is told by its key, and dropped. It keeps the output so far
 
 from __future__ import annotations
 
+import enum
 import itertools
 from array import array
 from collections.abc import Iterable
@@ -22,6 +23,17 @@ from mull.v1 import router_pb2 as pb
 
 _REFUSALS = (pb.End.REASON_UNAVAILABLE, pb.End.REASON_CANCELLED, pb.End.REASON_OVERLOADED)
 """Ends after which another copy, or a later try, can go on."""
+
+
+class Loss(enum.Enum):
+    """Why a flight needs a copy again."""
+
+    ROUTER_LOST = "router_lost"
+    """Its copy was out of reach."""
+    ROUTER_DRAINING = "router_draining"
+    """Its copy gave it back."""
+    CLIENT_RESUMED = "client_resumed"
+    """It began in an earlier call, maybe at another gateway."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +83,8 @@ class Flight:
     retry_s: float = 0.0
     why: str = ""
     """Why it has no copy."""
+    loss: Loss | None = None
+    """Since its last progress; None: there was none, or it had not begun."""
 
     @property
     def has_begun(self) -> bool:
@@ -106,6 +120,7 @@ class Resumed:
     """A flight that had lost its copy makes progress again."""
 
     flight: Flight
+    loss: Loss
     pause_s: float
 
 
@@ -131,6 +146,8 @@ class Recovery:
 
     def __init__(self, policy: ReplayPolicy) -> None:
         self.num_replays_total = 0
+        self.num_replayed_tokens_total = dict.fromkeys(Loss, 0)
+        """Prompt and output of flights that had begun, behind which they went on."""
         self._policy = policy
         self._copies: dict[str, _Copy] = {}
         self._waiting: dict[int, Flight] = {}
@@ -176,7 +193,7 @@ class Recovery:
         if copy is None:
             return []
         for flight in copy.flights.values():
-            self._suspend(flight, why, now_s)
+            self._suspend(flight, why, now_s, Loss.ROUTER_LOST)
         return self._place(now_s)
 
     # Flights
@@ -191,7 +208,7 @@ class Recovery:
     def resume(self, submit: pb.Submit, now_s: float, output_ids: Iterable[int]) -> tuple[Flight, list[Action]]:
         """Take one that goes on behind this output; it waits for a copy where none is ready."""
         flight = self._flight(submit, output_ids)
-        flight.was_resumed, flight.paused_s = True, now_s
+        flight.was_resumed, flight.paused_s, flight.loss = True, now_s, Loss.CLIENT_RESUMED
         return flight, self._place(now_s)
 
     def release(self, flight: Flight) -> list[Action]:
@@ -222,7 +239,7 @@ class Recovery:
         if token_ids := update.token_ids:
             flight.output_ids.extend(token_ids)
             if flight.num_refused or flight.paused_s is not None:
-                actions += self._progress(flight, now_s)
+                actions += self._progress(flight, len(token_ids), now_s)
         if not update.HasField("end"):
             return [*actions, Deliver(flight, update)]
         self._leave(flight)
@@ -249,11 +266,16 @@ class Recovery:
             del update.prompt_logprobs[:]
         flight.was_admitted = True
 
-    def _progress(self, flight: Flight, now_s: float) -> list[Action]:
+    def _progress(self, flight: Flight, num_new_tokens: int, now_s: float) -> list[Action]:
         flight.num_refused = 0
         flight.refused_by.clear()
         paused_s, flight.paused_s = flight.paused_s, None
-        return [] if paused_s is None or not flight.num_replays else [Resumed(flight, now_s - paused_s)]
+        loss, flight.loss = flight.loss, None
+        if paused_s is None or loss is None:
+            return []
+        num_replayed = len(flight.submit.prompt_ids) + len(flight.output_ids) - num_new_tokens
+        self.num_replayed_tokens_total[loss] += num_replayed
+        return [] if loss is Loss.CLIENT_RESUMED else [Resumed(flight, loss, now_s - paused_s)]
 
     def _refused(self, flight: Flight, name: str, update: pb.SequenceUpdate, now_s: float) -> list[Action]:
         """A copy gave it back. Where every queue is full, what has not begun fails; the rest is not given up for it."""
@@ -268,11 +290,13 @@ class Recovery:
         pause_s = min(policy.longest_pause_s, policy.first_pause_s * 2.0 ** min(flight.num_refused, 30))
         flight.num_refused += 1
         flight.retry_s = now_s + pause_s
-        self._suspend(flight, message, now_s)
+        self._suspend(flight, message, now_s, flight.loss or Loss.ROUTER_DRAINING)
         return [*delivered, *self._place(now_s)]
 
-    def _suspend(self, flight: Flight, why: str, now_s: float) -> None:
+    def _suspend(self, flight: Flight, why: str, now_s: float, loss: Loss) -> None:
         flight.copy, flight.why = None, why
+        if flight.has_begun:
+            flight.loss = loss
         flight.paused_s = now_s if flight.paused_s is None else flight.paused_s
         self._waiting[flight.number] = flight
 

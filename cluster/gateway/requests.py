@@ -74,6 +74,8 @@ class PreparedRequest:
     """What the client has already, by choice."""
     is_resumed: bool = False
     """It goes on with an earlier call."""
+    trace_parent: str = ""
+    """The span that it belongs to, as W3C Trace Context writes it; empty: nobody traces it."""
 
     def seed_of(self, choice: int) -> int:
         """The seed of one of the `n` generations."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from cluster.gateway.generation import Generation
 from cluster.gateway.mailbox import Mailbox
 from cluster.gateway.resumption import MissingEvents
-from cluster.metrics import RequestTimer
+from cluster.metrics.request_timer import RequestTimer
 from mull.v1 import generation_pb2 as pb
 
 
@@ -25,6 +25,7 @@ class RunningChoice:
         self.num_taken = 0
         """Tokens that the last `take` found."""
         self._generation = generation
+        self._thinks = generation.thinking_ended is None
         self._timer = timer
         self._missing = missing
 
@@ -42,13 +43,11 @@ class RunningChoice:
         if delivery.cached_tokens is not None:
             timer.on_admitted(generation.num_prompt_tokens, delivery.cached_tokens)
         timer.on_tokens(generation.num_thinking_tokens, generation.num_answer_tokens)
-        if generation.finished is not None:
-            ended = generation.thinking_ended
-            timer.on_finished(
-                finish_reason=_label(pb.Finished.Reason.Name(generation.finished.reason)),
-                phase=generation.phase.value,
-                thinking_ended=None if ended is None else _label(pb.ThinkingEnded.Reason.Name(ended.reason)),
-            )
+        if self._thinks and (ended := generation.thinking_ended) is not None:
+            self._thinks = False
+            timer.on_thinking_ended(_label(pb.ThinkingEnded.Reason.Name(ended.reason)), len(delivery.forced))
+        if (finished := generation.finished) is not None:
+            timer.on_finished(_label(pb.Finished.Reason.Name(finished.reason)), generation.phase.value)
         return events if self._missing is None else self._missing.of(events)
 
 

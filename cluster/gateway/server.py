@@ -11,6 +11,7 @@ import asyncio
 import logging
 import socket
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -19,22 +20,25 @@ from prometheus_client import CollectorRegistry
 
 from cluster.config import GatewayConfig, SecurityConfig
 from cluster.errors import ConfigError
+from cluster.exposition import Exposition
 from cluster.gateway.access import Access
 from cluster.gateway.admin import AdminServicer
 from cluster.gateway.copies import Copies, CopyDirectory
 from cluster.gateway.core import DRAINING, GenerationCore
 from cluster.gateway.doorkeeper import Doorkeeper
-from cluster.gateway.exposition import Exposition
 from cluster.gateway.http.server import BACKLOG, HttpServer
 from cluster.gateway.recovery import ReplayPolicy
 from cluster.gateway.router_link import LinkTimes
 from cluster.gateway.served_model import ServedModel
 from cluster.gateway.servicer import GenerationServicer
-from cluster.metrics import GatewayMetrics
-from cluster.tls import ServerCertificates
+from cluster.metrics.gateway import CERTIFICATES, COPIES, READY, REPLAYED, STREAMS, GatewayMetrics
+from cluster.tls import ServerCertificates, certificate_ends
 from mull.v1 import admin_pb2, generation_pb2
 from mull.v1.admin_pb2_grpc import add_AdminServiceServicer_to_server
 from mull.v1.generation_pb2_grpc import add_GenerationServiceServicer_to_server
+
+if TYPE_CHECKING:
+    from cluster.spans import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -67,23 +71,28 @@ class GatewayServer:
         security: SecurityConfig | None = None,
         registry: CollectorRegistry | None = None,
         link_times: LinkTimes | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
-        """Raises ConfigError for certificates or keys that cannot be used."""
+        """`tracing`: where requests are traced; it is closed with this. Raises ConfigError for certificates or keys
+        that cannot be used."""
         security = security or SecurityConfig()
         self._config = config
         self._certificates = None if security.tls is None else ServerCertificates(security.tls)
         registry = registry or CollectorRegistry()
         self._metrics = GatewayMetrics(registry)
-        self._access = Access(security.keys_file, on_refused=self._metrics.on_refused)
+        self._access = Access(
+            security.keys_file, on_refused=self._metrics.on_refused, on_tenants=self._metrics.begin_tenants
+        )
         self.copies = Copies(
             directory,
             max_unread_tokens=config.max_unread_tokens,
             policy=ReplayPolicy(timeout_s=config.replay_timeout_s),
             times=link_times,
             tls=security.link_tls,
-            on_pause=self._metrics.pauses.observe,
+            on_pause=self._metrics.on_pause,
         )
-        self._core = GenerationCore(model, self.copies, self._metrics, max_streams=config.max_streams)
+        self._core = GenerationCore(model, self.copies, self._metrics, max_streams=config.max_streams, tracing=tracing)
+        self._tracing = tracing
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the package has no stubs for it
         self._http = HttpServer(self._core, config, self._why_not_ready, self._access, self._certificates)
         self._server: aio.Server | None = None
@@ -91,6 +100,7 @@ class GatewayServer:
         self._follower: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._drainer: asyncio.Task[int] | None = None
+        self._show(model.name, security)
 
     @property
     def core(self) -> GenerationCore:
@@ -155,7 +165,19 @@ class GatewayServer:
         await self._http.stop()
         await self.copies.close()
         self._exposition.stop()
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.close)
         return num_cut
+
+    def _show(self, model: str, security: SecurityConfig) -> None:
+        """What is read when somebody asks for it."""
+        show = self._metrics.show
+        show(READY, lambda: {(): self._why_not_ready() is None})
+        show(COPIES, lambda: self.copies.num_by_state)
+        show(STREAMS, lambda: {(): self.num_streams})
+        show(REPLAYED, lambda: self.copies.num_replayed_tokens_total)
+        show(CERTIFICATES, lambda: certificate_ends(self._certificates, security.link_tls))
+        self._metrics.show_process(model)
 
     def _why_not_ready(self) -> str | None:
         if self._core.is_draining:
@@ -208,8 +230,6 @@ class GatewayServer:
             await self.copies.updated()
             state = self.copies.state
             await self._set_health(state.ready)
-            self._metrics.router_ready.set(state.ready)
-            self._metrics.routers.descriptions = state.descriptions
 
     async def _set_health(self, ready: bool) -> None:
         status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING

@@ -16,6 +16,7 @@ from cluster.gateway.core import GenerationCore, HeldEvents
 from cluster.gateway.doorkeeper import caller_of
 from cluster.gateway.requests import new_request_id
 from cluster.gateway.status import abort
+from cluster.tracing import HEADER
 from mull.client.completion import CompletionBuilder
 from mull.v1 import generation_pb2 as pb
 from mull.v1.generation_pb2_grpc import GenerationServiceServicer
@@ -37,7 +38,8 @@ class GenerationServicer(GenerationServiceServicer):
         """Stream the generations of a request."""
         try:
             caller = caller_of(context, self._access)
-            async with aclosing(self._core.stream(request, caller)) as batches:
+            stream = self._core.stream(request, caller, trace_parent=_trace_parent(context))
+            async with aclosing(stream) as batches:
                 async for events in batches:
                     for event in events:
                         await context.write(event)
@@ -49,7 +51,8 @@ class GenerationServicer(GenerationServiceServicer):
         builder = CompletionBuilder()
         try:
             caller = caller_of(context, self._access)
-            async with aclosing(self._core.stream(request, caller, HeldEvents.REPEATED)) as batches:
+            stream = self._core.stream(request, caller, HeldEvents.REPEATED, trace_parent=_trace_parent(context))
+            async with aclosing(stream) as batches:
                 async for events in batches:
                     builder.add(events)
         except Exception as error:
@@ -71,6 +74,11 @@ class GenerationServicer(GenerationServiceServicer):
     async def GetServerInfo(self, _request: pb.GetServerInfoRequest, _context: Context) -> pb.GetServerInfoResponse:
         """How this server and its Router are now."""
         return await self._core.server_info()
+
+
+def _trace_parent(context: Context) -> str | None:
+    values = [value for key, value in context.invocation_metadata() or () if key == HEADER]
+    return values[0] if len(values) == 1 and isinstance(values[0], str) else None
 
 
 async def _answered(reply: Callable[[], Awaitable[_Reply]], context: Context) -> _Reply:

@@ -23,6 +23,7 @@ from cluster.errors import (
     Unauthenticated,
 )
 from cluster.gateway.requests import is_request_id, new_request_id
+from workers.logs import log_fields
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +61,9 @@ def short_message(error: MullError) -> str:
 def log_fault(error: Exception, request_id: str) -> None:
     """What was not raised on purpose, and where. Its own words may quote a client's texts: only DEBUG has them."""
     frames = "".join(traceback.format_tb(error.__traceback__))
-    logger.error("request %s failed: %s\n%s", request_id, type(error).__name__, frames)
-    logger.debug("request %s failed", request_id, exc_info=error)
+    fields = log_fields(request_id=request_id)
+    logger.error("request %s failed: %s\n%s", request_id, type(error).__name__, frames, extra=fields)
+    logger.debug("request %s failed", request_id, exc_info=error, extra=fields)
 
 
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception, request_id: str) -> NoReturn:

@@ -23,6 +23,7 @@ def submit_message(request: PreparedRequest, choice: int) -> pb.Submit:
         grammar=request.grammar,
         bad_words=[pb.TokenSequence(ids=ids) for ids in request.bad_words],
         num_prompt_logprobs=request.num_prompt_logprobs,
+        trace_parent=request.trace_parent,
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from msgspec.structs import replace
 
@@ -17,6 +18,8 @@ from cluster.router.placement import ExpertGrid, logical_loads, place_layer, ran
 from workers.layout import ParallelLayout
 from workers.placement_map import initial_placement, slots_per_rank
 from workers.step import PlacementUpdate, StepPlan, StepResult
+
+LAYER_PARTS = 4
 
 Placement = list[list[int]]
 """For every MoE layer: physical slot -> logical expert."""
@@ -81,6 +84,8 @@ class ExpertBalancer:
         self.placement: Placement = [first] * experts.num_layers
         self.imbalance = 1.0
         """Largest over mean load of ranks, over all layers, in the last report."""
+        self.imbalances: dict[str, float] = {}
+        """The same by groups of layers, named as "0-23"; none before the first report."""
         self.num_rebalances_total = 0
         self._layout = layout
         self._policy = policy
@@ -142,10 +147,18 @@ class ExpertBalancer:
             return None
         loads, self._loads = self._loads, [[load / 2 for load in layer] for layer in self._loads]
         self.imbalance = copy_imbalance(self.grid, self.placement, loads)
+        self.imbalances = self._imbalances(loads)
         if self.imbalance < self._policy.threshold:
             return None
         self._is_planning = True
         return LoadReport(self.placement, loads)
+
+    def _imbalances(self, loads: list[list[float]]) -> dict[str, float]:
+        found = {}
+        for part in layer_parts(len(loads)):
+            layers = slice(part.start, part.stop)
+            found[f"{part[0]}-{part[-1]}"] = copy_imbalance(self.grid, self.placement[layers], loads[layers])
+        return found
 
     def _saves(self, old: Placement, new: Placement, loads: list[list[float]]) -> bool:
         before, after = largest_loads(self.grid, old, loads), largest_loads(self.grid, new, loads)
@@ -164,6 +177,12 @@ class ExpertBalancer:
                 )
             slots += result.expert_loads[layer]
         return slots
+
+
+def layer_parts(num_layers: int) -> list[range]:
+    """All layers in a few parts of about the same size: where in a model its experts are uneven."""
+    bounds = [round(index * num_layers / LAYER_PARTS) for index in range(LAYER_PARTS + 1)]
+    return [range(start, stop) for start, stop in pairwise(bounds) if stop > start]
 
 
 def largest_loads(grid: ExpertGrid, placement: Placement, loads: Sequence[Sequence[float]]) -> float:

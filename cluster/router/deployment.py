@@ -5,31 +5,42 @@ Hop 4's address is found here. Serve starts, watches and restarts the replica; n
 
 from __future__ import annotations
 
+import asyncio
 import os
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import grpc
 import ray
 from ray import serve
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
 from cluster.config import ClusterConfig, SecurityConfig, is_loopback_host
 from cluster.errors import ConfigError, EngineError
+from cluster.router.autoscaling import KV_USED, SLOTS_USED, scale_copies
 from cluster.router.balancer import ModelExperts, RebalancePolicy
 from cluster.router.engine import GroupFactory
 from cluster.router.launchers import NORMAL_PRIORITY, Launcher, RayLauncher, ranks_per_bundle
 from cluster.router.layout_table import rank_roles
+from cluster.router.request_watch import RequestWatch
 from cluster.router.router import Router, RouterStats
 from cluster.router.scheduler import SchedulerConfig
+from cluster.router.sequence_spans import SequenceSpans
 from cluster.router.shards import GroupBounds, RankGroup
 from cluster.router.wire import ModelInfo
 from cluster.serve_ports import listen_on_node_address
 from cluster.text.phases import THINK_END
 from cluster.text.tokenizer import read_encoder
 from cluster.tls import link_server_credentials
+from cluster.tracing import start_tracing
 from workers.config import ModelConfig, RunnerConfig
+from workers.logs import write_logs
 
 Device = Literal["cpu", "cuda"]
 
+ROW_COST: dict[Device, float] = {"cpu": 0.6, "cuda": 0.05}
+"""Of `SchedulerConfig`. The CPU's is measured with the built-in model. A GPU reads all weights for one row as for
+eight, so that more rows cost little; how little is not measured yet."""
 NAME = "Router"
 STOP_TIMEOUT_S = 25.0
 """Over `drain_s`: the bounds on stopping ranks, with room."""
@@ -71,7 +82,7 @@ def _experts(model: ModelConfig, num_redundant: int) -> ModelExperts | None:
 def runner_configs(config: ClusterConfig, max_model_len: int, device: Device) -> list[RunnerConfig]:
     """One per rank."""
     engine, world = config.engine, config.engine.layout.world_size
-    num_here = world * config.router.copies
+    num_here = world * config.router.most_copies
     return [
         RunnerConfig(
             model_dir=str(config.model.path),
@@ -97,7 +108,9 @@ def group_factory(config: ClusterConfig, max_model_len: int, device: Device, lau
     return lambda on_progress, survivors: RankGroup(launcher, runners, bounds, on_progress, survivors)
 
 
-def make_router(config: ClusterConfig, device: Device, launcher: Launcher) -> Router:
+def make_router(
+    config: ClusterConfig, device: Device, launcher: Launcher, watches: Sequence[RequestWatch] = ()
+) -> Router:
     """A Router over ranks that `launcher` starts. Raises CheckpointError where the model's small files are wrong."""
     model = model_info(config)
     scheduler = SchedulerConfig(
@@ -105,6 +118,8 @@ def make_router(config: ClusterConfig, device: Device, launcher: Launcher) -> Ro
         max_num_seqs=config.engine.max_num_seqs,
         max_num_batched_tokens=config.engine.max_num_batched_tokens,
         max_waiting=config.router.max_waiting,
+        num_speculative_tokens=config.engine.num_speculative_tokens,
+        row_cost=ROW_COST[device],
     )
     make_group = group_factory(config, model.max_model_len, device, launcher)
     engine, router = config.engine, config.router
@@ -116,6 +131,7 @@ def make_router(config: ClusterConfig, device: Device, launcher: Launcher) -> Ro
         live_within_s=router.step_timeout_s + LIVE_MARGIN_S,
         roles=rank_roles(ModelConfig.from_dir(config.model.path), engine.layout, engine.redundant_experts),
         rebalance=RebalancePolicy(interval_steps=router.rebalance_interval_steps, threshold=router.rebalance_threshold),
+        watches=watches,
     )
 
 
@@ -123,12 +139,20 @@ class RouterDeployment:
     """The replica. Its constructor returns while the ranks load: Describe tells how far they are, or what is wrong."""
 
     async def __init__(self, config: ClusterConfig, device: Device) -> None:  # type: ignore[misc]  # Serve awaits it
+        log_format = config.logs.format or "text"
+        write_logs(log_format, "router")
         listen_on_node_address()
-        launcher = RayLauncher()
+        launcher = RayLauncher(log_format)
         self._host = launcher.host
         self._drain_s = config.router.drain_s
-        self._router = make_router(config, device, launcher)
+        self._num_slots = config.engine.max_num_seqs * config.engine.dp
+        self._tracing = start_tracing(config.tracing, "router")
+        spans = [] if self._tracing is None else [SequenceSpans(self._tracing)]
+        self._router = make_router(config, device, launcher, spans)
         await self._router.start(self._host, 0, link_credentials(config.security, self._host))
+        self._router.open_metrics(
+            metrics_host(config, self._host), config.router.metrics_ports, config.security.link_tls
+        )
 
     async def address(self) -> str:
         """host:port of RouterService."""
@@ -136,6 +160,16 @@ class RouterDeployment:
 
     async def stats(self) -> RouterStats:
         return self._router.stats()
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """How full this copy is: what Serve hands to the policy that says how many there should be."""
+        scheduler = self._router.stats().scheduler
+        if scheduler is None or not self._router.is_ready:
+            return {}
+        return {
+            SLOTS_USED: (scheduler.num_running + scheduler.num_waiting) / self._num_slots,
+            KV_USED: 1 - scheduler.num_free_blocks / scheduler.num_blocks,
+        }
 
     async def check_health(self) -> None:
         """Raises when the engine has given up, or does not move: Serve then starts the replica again."""
@@ -146,6 +180,13 @@ class RouterDeployment:
         # A constructor that failed has left nothing to stop.
         if hasattr(self, "_router"):
             await self._router.stop(self._drain_s)
+            if self._tracing is not None:
+                await asyncio.to_thread(self._tracing.close)
+
+
+def metrics_host(config: ClusterConfig, node_host: str) -> str:
+    """Beside the gateway's on one machine, and in Kubernetes, where that is every address of a pod; else the node's."""
+    return config.gateway.host if config.router.ray_address is None else node_host
 
 
 def link_credentials(security: SecurityConfig, host: str) -> grpc.ServerCredentials | None:
@@ -160,6 +201,22 @@ def link_credentials(security: SecurityConfig, host: str) -> grpc.ServerCredenti
     return None
 
 
+def autoscaling_options(config: ClusterConfig) -> dict[str, Any]:
+    """How many replicas Serve is to run."""
+    router = config.router
+    if router.max_copies is None:
+        return {"num_replicas": router.copies}
+    scaling = AutoscalingConfig(
+        min_replicas=router.copies,
+        initial_replicas=router.copies,
+        max_replicas=router.max_copies,
+        upscale_delay_s=router.upscale_delay_s,
+        downscale_delay_s=router.downscale_delay_s,
+        policy=AutoscalingPolicy(policy_function=scale_copies),  # type: ignore[no-untyped-call]  # Ray has no types there
+    )
+    return {"autoscaling_config": scaling}
+
+
 def router_deployment(config: ClusterConfig) -> serve.Application:
     """A Router for each copy, with a bundle for itself and one for each set of ranks that must share a node."""
     device, layout = resolve_device(config), config.engine.layout
@@ -167,7 +224,7 @@ def router_deployment(config: ClusterConfig) -> serve.Application:
     bundle: dict[str, float] = {"CPU": size, "GPU": size} if device == "cuda" else {"CPU": size}
     deployment: Any = serve.deployment(
         name=NAME,
-        num_replicas=config.router.copies,
+        **autoscaling_options(config),
         ray_actor_options={"num_cpus": 1, "runtime_env": NORMAL_PRIORITY},
         placement_group_bundles=[{"CPU": 1}, *[bundle] * (layout.world_size // size)],
         placement_group_strategy="PACK",

@@ -8,19 +8,23 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Hashable
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
 from typing import NoReturn
 
 from cluster.errors import EngineError, MullError
+from cluster.metrics.request_times import RequestTimes
+from cluster.metrics.steps import StepMetrics
 from cluster.router.balanced_steps import BalancedSteps
 from cluster.router.balancer import ExpertBalancer
 from cluster.router.engine_core import EngineCore, Pool
+from cluster.router.request_watch import RequestWatch
 from cluster.router.scheduler import SchedulerConfig
 from cluster.router.sequence import SequenceRequest, SequenceUpdate
 from cluster.router.shards import GroupInfo, OnProgress, ShardGroup, Steps, Survivors
 from cluster.router.supervision import RestartPolicy
 from workers.layout import ParallelLayout
-from workers.step import RankLoading
+from workers.step import RankLoading, StepResult
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +54,9 @@ class Engine:
         enable_prefix_cache: bool = True,
         restarts: RestartPolicy | None = None,
         make_balancer: BalancerFactory = no_balancer,
+        watches: Sequence[RequestWatch] = (),
     ) -> None:
+        """`watches` are told how requests fare."""
         self.core = EngineCore(config, restarts or RestartPolicy(), enable_prefix_cache=enable_prefix_cache)
         self._make_group = make_group
         self._on_updates = on_updates
@@ -69,6 +75,11 @@ class Engine:
         """Of the newest group that took plans; None before the first one."""
         self.loading: dict[int, RankLoading] = {}
         """The last progress of each rank of the newest group."""
+        self.steps = StepMetrics()
+        self.times = RequestTimes()
+        self._watches: tuple[RequestWatch, ...] = (self.times, *watches)
+        self._sent_s: deque[float] = deque()
+        """When each plan in flight was sent."""
 
     @property
     def heartbeat_age_s(self) -> float:
@@ -100,11 +111,15 @@ class Engine:
     def add(self, request: SequenceRequest) -> None:
         """Raises NotReady, Overloaded or a RequestError."""
         self.core.add(request)
+        for watch in self._watches:
+            watch.on_added(request, time.monotonic())
         self._wake.set()
 
     def cancel(self, key: Hashable) -> SequenceUpdate | None:
         """Its blocks are free on return. The last update of the sequence, or None where it is not live."""
         update = self.core.cancel(key)
+        for watch in self._watches:
+            watch.on_ended(key, time.monotonic())
         self._wake.set()
         return update
 
@@ -133,6 +148,7 @@ class Engine:
             self._on_ended(self.core.reason)
         finally:
             self.core.close()
+            self._tell_all_ended()
             self._forget_ranks()
             self._settled.set()
 
@@ -169,13 +185,22 @@ class Engine:
         log.error("engine %s: %s", self.core.state.value, self.core.reason)
         self._forget_ranks()
         if loss.wait_s is None:
+            self._tell_all_ended()
             self._on_ended(self.core.reason)
+        for watch in self._watches:
+            watch.on_updates(loss.given_up, self._alive_s, time.monotonic())
+            watch.on_lost(self._alive_s)
         self._on_updates(loss.given_up)
         return loss.wait_s
+
+    def _tell_all_ended(self) -> None:
+        for watch in self._watches:
+            watch.clear()
 
     def _forget_ranks(self) -> None:
         self.balancer = None
         self._group = self.info = None
+        self._sent_s.clear()
 
     def _on_progress(self, progress: RankLoading) -> None:
         self.loading[progress.rank] = progress
@@ -183,14 +208,31 @@ class Engine:
     async def _step_forever(self, group: Steps) -> NoReturn:
         core = self.core
         while True:
-            while (plans := core.next_plans()) is not None:
-                group.send(plans)
+            self._send_plans(group)
             if core.num_in_flight == 0:
                 await self._wait_for_work(group)
                 continue
-            results = await group.receive()
-            self._alive_s = time.monotonic()
-            self._on_updates(core.on_results(results))
+            self._take_results(await group.receive())
+
+    def _send_plans(self, group: Steps) -> None:
+        """As many as may be under way."""
+        begun_s = time.monotonic()
+        while (plans := self.core.next_plans()) is not None:
+            planned_s = time.monotonic()
+            group.send(plans)
+            self._sent_s.append(planned_s)
+            sent_s = time.monotonic()
+            self.steps.on_sent(plans, schedule_s=planned_s - begun_s, send_s=sent_s - planned_s)
+            begun_s = sent_s
+
+    def _take_results(self, results: list[StepResult]) -> None:
+        self._alive_s = time.monotonic()
+        updates = self.core.on_results(results)
+        sent_s = self._sent_s.popleft()
+        for watch in self._watches:
+            watch.on_updates(updates, sent_s, self._alive_s)
+        self._on_updates(updates)
+        self.steps.on_results(results, collect_s=time.monotonic() - self._alive_s)
 
     async def _wait_for_work(self, group: Steps) -> None:
         """Idle: until something was submitted or cancelled. Raises RankLost where the group is lost meanwhile."""

@@ -8,10 +8,11 @@ the tokens that are known here.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-from cluster.errors import EngineError, MullError, NotReady, RankLost
+from cluster.errors import EngineError, MullError, NotReady, RankLossCause, RankLost
 from cluster.router.blocks import BlockAllocator
 from cluster.router.copy_scheduler import CopyScheduler
 from cluster.router.scheduler import SchedulerConfig, SchedulerStats
@@ -52,6 +53,7 @@ class EngineCore:
         self.num_restarts_total = 0
         self.num_replayed_tokens_total = 0
         self.num_given_up_total = 0
+        self.num_ranks_lost_total: Counter[RankLossCause] = Counter()
         self._config = config
         self._enable_prefix_cache = enable_prefix_cache
         self._supervisor = Supervisor(policy)
@@ -140,6 +142,8 @@ class EngineCore:
 
     def on_lost(self, error: Exception) -> Loss:
         """The ranks are gone, or could not start."""
+        if isinstance(error, RankLost):
+            self.num_ranks_lost_total[error.cause] += 1
         wait_s = self._supervisor.lost(_words(error))
         if wait_s is None or self._scheduler is None:
             self.close()

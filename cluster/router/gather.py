@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-from cluster.errors import EngineError, RankLost
+from cluster.errors import EngineError, RankLossCause, RankLost
 from workers.layout import ParallelLayout
 from workers.step import RankPulse, StepResult
 
@@ -104,10 +104,12 @@ class Casualties:
         """The error to raise; call it only when there is a casualty."""
         for rank, end in self._ended.items():
             if rank not in self._said:
-                return RankLost(f"rank {rank} {end.how}", rank=rank, was_killed=end.was_killed)
+                cause = RankLossCause.EXITED
+                return RankLost(f"rank {rank} {end.how}", rank=rank, was_killed=end.was_killed, cause=cause)
         for rank, message in self._said.items():
             return RankLost(f"rank {rank} failed: {message}", rank=rank)
-        return RankLost(f"rank {self._unreachable[0]} cannot be reached", rank=self._unreachable[0])
+        rank = self._unreachable[0]
+        return RankLost(f"rank {rank} cannot be reached", rank=rank, cause=RankLossCause.EXITED)
 
 
 class Pulses:

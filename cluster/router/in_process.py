@@ -13,7 +13,7 @@ import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from cluster.errors import EngineError, MullError, RankLost
+from cluster.errors import EngineError, MullError, RankLossCause, RankLost
 from cluster.router.shards import GroupBounds, GroupInfo, OnProgress, Survivors
 from workers.config import RunnerConfig
 from workers.shard import Runner, RunnerFactory, ShardConfig, load_runner
@@ -51,7 +51,8 @@ class InProcessGroup:
                 rank = await loop.run_in_executor(self._thread, self._load, loop)
                 return GroupInfo(self._config.layout, [rank])
         except TimeoutError:
-            raise RankLost(f"rank 0 was not ready within {self._bounds.start_timeout_s:g} s", rank=0) from None
+            late = f"rank 0 was not ready within {self._bounds.start_timeout_s:g} s"
+            raise RankLost(late, rank=0, cause=RankLossCause.LATE) from None
         except MullError as error:
             raise RankLost(f"rank 0 failed: {error}", rank=0) from error
 
@@ -95,7 +96,8 @@ class InProcessGroup:
             # Shielded: a caller that is cancelled must find the step again.
             result = await asyncio.wait_for(asyncio.shield(step), self._bounds.step_timeout_s)
         except TimeoutError:
-            raise RankLost(f"rank 0 was late: no result within {self._bounds.step_timeout_s:g} s", rank=0) from None
+            late = f"rank 0 was late: no result within {self._bounds.step_timeout_s:g} s"
+            raise RankLost(late, rank=0, cause=RankLossCause.LATE) from None
         except Exception as error:
             log.exception("rank 0 failed")
             raise RankLost(f"rank 0 failed: {type(error).__name__}: {error}", rank=0) from error

@@ -19,6 +19,7 @@ import msgspec
 from cluster.errors import EngineError
 from cluster.router.gather import RankEnd
 from workers.layout import ParallelLayout
+from workers.logs import LogFormat
 from workers.shard import GROUP_LOST, ShardActor, ShardConfig
 
 log = logging.getLogger(__name__)
@@ -138,11 +139,11 @@ class RayLauncher:
 
     settle_s = 0.5  # Ray tells of a death on another node later than the other ranks do
 
-    def __init__(self, actor_class: type = ShardActor) -> None:
+    def __init__(self, log_format: LogFormat = "text") -> None:
         import ray
 
         self.host: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]  # Ray has no types there
-        self._actor_class = actor_class
+        self._log_format = log_format
 
     async def launch(self, config: ShardConfig) -> ActorHandle:
         import ray
@@ -154,7 +155,7 @@ class RayLauncher:
             raise EngineError("ranks start in the placement group of the Router's replica, and there is none")
         bundle = 1 + config.runner.rank // ranks_per_bundle(config.runner.layout)
         actor: Any = (
-            ray.remote(self._actor_class)
+            ray.remote(ShardActor)
             .options(
                 num_cpus=1,
                 num_gpus=1 if config.runner.device == "cuda" else 0,
@@ -162,7 +163,7 @@ class RayLauncher:
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
                 runtime_env=NORMAL_PRIORITY,
             )
-            .remote()
+            .remote(self._log_format)
         )
         return ActorHandle(config.runner.rank, actor, actor.run.remote(config))
 

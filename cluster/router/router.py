@@ -9,15 +9,19 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import grpc
 
-from cluster.errors import EngineError, NotReady, Overloaded, RequestError
+from cluster.config import TlsFiles
+from cluster.errors import EngineError, NotReady, Overloaded, RankLossCause, RequestError
+from cluster.metrics.router import RouterFigures
 from cluster.router.balancer import ExpertBalancer, RebalancePolicy, make_balancer
 from cluster.router.engine import Engine, GroupFactory
 from cluster.router.layout_table import RankRole, table_lines
+from cluster.router.metrics_port import MetricsPort
+from cluster.router.request_watch import RequestWatch
 from cluster.router.scheduler import SchedulerConfig, SchedulerStats
 from cluster.router.sequence import SequenceUpdate
 from cluster.router.servicer import RouterServicer
@@ -50,6 +54,8 @@ class RouterStats:
     """A snapshot for metrics; *_total only grow while the Router lives."""
 
     state: EngineState
+    is_ready: bool
+    """It takes work."""
     reason: str
     loading: list[RankLoading]
     layout: ParallelLayout | None
@@ -67,10 +73,15 @@ class RouterStats:
     """Put through the model again, after losses of ranks."""
     num_given_up_total: int
     """Requests that brought down the ranks more than once."""
+    num_ranks: int
+    """By its configuration."""
+    num_ranks_lost_total: Mapping[RankLossCause, int]
     heartbeat_age_s: float
     """Since a step, or an idle sign of life of every rank, came."""
     expert_imbalance: float | None
     """Largest over mean load of ranks; None: nothing to balance."""
+    expert_imbalances: Mapping[str, float]
+    """The same by groups of layers, named as "0-23"."""
     num_rebalances_total: int
 
 
@@ -89,8 +100,12 @@ class Router:
         roles: Sequence[RankRole] = (),
         rebalance: RebalancePolicy | None = None,
         live_within_s: float = 120.0,
+        watches: Sequence[RequestWatch] = (),
     ) -> None:
-        """`roles`: what each rank does, for those who ask. `live_within_s`: bound of `why_not_live`."""
+        """`roles`: what each rank does, for those who ask. `live_within_s`: bound of `why_not_live`.
+
+        `watches` are told how requests fare.
+        """
         self._live_within_s = live_within_s
         self._model = model
         self._roles = roles
@@ -104,6 +119,7 @@ class Router:
             enable_prefix_cache=enable_prefix_cache,
             restarts=restarts,
             make_balancer=self._make_balancer,
+            watches=watches,
         )
         self._sessions: dict[int, Session] = {}
         self._session_ids = itertools.count()
@@ -112,6 +128,7 @@ class Router:
         """Set whenever a request may have ended."""
         self._server: grpc.aio.Server | None = None
         self._address: str | None = None
+        self._metrics: MetricsPort | None = None
 
     # Life
 
@@ -134,6 +151,14 @@ class Router:
         await self._server.start()
         self._address = f"{host}:{bound_port}"
         self._engine.start()
+
+    def open_metrics(self, host: str, ports: Sequence[int], link: TlsFiles | None = None) -> None:
+        """Tell Prometheus what there is, on the first of `ports` that is free. Raises EngineError."""
+        collectors = (RouterFigures(self.stats), self._engine.steps, self._engine.times)
+        self._metrics = MetricsPort(collectors, self._why_not_ready, self._model.name)
+        if link is not None:
+            self._metrics.show_certificate(link)
+        self._metrics.open(host, ports, here=self.address.rpartition(":")[0])
 
     @property
     def address(self) -> str:
@@ -181,6 +206,8 @@ class Router:
                 await self._server.stop(LAST_WRITE_S)
         finally:
             await self._engine.stop()
+            if self._metrics is not None:
+                await self._metrics.close()
 
     async def _drain(self, grace_s: float) -> None:
         self._draining = True
@@ -277,6 +304,7 @@ class Router:
         engine, core = self._engine, self._engine.core
         return RouterStats(
             state=core.state,
+            is_ready=self.is_ready and not self._draining,
             reason=core.reason,
             loading=[engine.loading[rank] for rank in sorted(engine.loading)],
             layout=engine.layout,
@@ -289,17 +317,23 @@ class Router:
             num_restarts_total=core.num_restarts_total,
             num_replayed_tokens_total=core.num_replayed_tokens_total,
             num_given_up_total=core.num_given_up_total,
+            num_ranks=engine.layout.world_size if engine.layout else len(self._roles),
+            num_ranks_lost_total=core.num_ranks_lost_total,
             heartbeat_age_s=engine.heartbeat_age_s,
             expert_imbalance=engine.balancer.imbalance if engine.balancer else None,
+            expert_imbalances=engine.balancer.imbalances if engine.balancer else {},
             num_rebalances_total=engine.balancer.num_rebalances_total if engine.balancer else 0,
         )
+
+    def _why_not_ready(self) -> str | None:
+        return STOPPING if self._draining else self._engine.core.reason or self.why_not_live
 
     def describe(self) -> pb.DescribeResponse:
         stats = self.stats()
         response = pb.DescribeResponse(
             model=self._model.name,
-            ready=self.is_ready and not self._draining,
-            reason=STOPPING if self._draining else stats.reason or self.why_not_live or "",
+            ready=stats.is_ready,
+            reason=self._why_not_ready() or "",
             max_model_len=self._engine.core.context_limit or self._model.max_model_len,
             block_size=stats.block_size,
             loaded_bytes=sum(rank.read_bytes for rank in stats.loading),
@@ -313,6 +347,7 @@ class Router:
             num_quarantined_total=stats.num_given_up_total,
             expert_imbalance=stats.expert_imbalance or 0.0,
             ranks=self._rank_infos(stats),
+            metrics_address=self._metrics.address if self._metrics else "",
         )
         if stats.layout is not None:
             response.tensor_parallel_size = stats.layout.tp

@@ -24,6 +24,11 @@ from cluster.router.step_draft import StepDraft, StepInFlight
 from cluster.router.waiting import WaitingQueue
 from workers.step import StepPlan, StepResult
 
+MOST_CHANCE = 0.95
+"""A guess that must be likelier than this is not looked for: what is certain keeps the step busy."""
+LEAST_GAIN = 0.25
+"""Tokens that guesses must bring each sequence in a step: meanwhile, no other step is under way."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SchedulerConfig:
@@ -39,6 +44,10 @@ class SchedulerConfig:
     """Requests beyond all slots that may be unfinished."""
     max_in_flight: int = 2
     """Plans whose results are not back."""
+    num_speculative_tokens: int = 0
+    """Of one sequence in one step: speculative decoding; 0: none."""
+    row_cost: float = 0.6
+    """Time of one more row in a step, as a share of the time of a step with one."""
 
     def __post_init__(self) -> None:
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -65,6 +74,10 @@ class SchedulerStats:
     prefix_query_tokens_total: int
     """Prompt tokens looked up in the prefix cache, once per request."""
     prefix_hit_tokens_total: int
+    draft_tokens_total: int
+    """Put through the model before they were sampled."""
+    accepted_tokens_total: int
+    """Of those, the ones that were sampled then."""
 
 
 class Scheduler:
@@ -84,6 +97,8 @@ class Scheduler:
         self._num_preempted_total = 0
         self._prefix_query_tokens_total = 0
         self._prefix_hit_tokens_total = 0
+        self._draft_tokens_total = 0
+        self._accepted_tokens_total = 0
 
     @property
     def context_limit(self) -> int:
@@ -139,6 +154,8 @@ class Scheduler:
             num_preempted_total=self._num_preempted_total,
             prefix_query_tokens_total=self._prefix_query_tokens_total,
             prefix_hit_tokens_total=self._prefix_hit_tokens_total,
+            draft_tokens_total=self._draft_tokens_total,
+            accepted_tokens_total=self._accepted_tokens_total,
         )
 
     def add(self, request: SequenceRequest, block_hashes: Iterable[bytes] = ()) -> None:
@@ -213,8 +230,15 @@ class Scheduler:
         """The next plan, with at least one token to compute. None: nothing to send now, or enough plans are out."""
         if len(self._in_flight) >= self._config.max_in_flight:
             return None
+        under_way = [plan for plan in self._in_flight if plan.computed]
+        drafting_pays = self._drafting_pays()
+        if under_way and (drafting_pays or under_way[-1].drafted):
+            return None  # a guess stands behind tokens that are known
         draft = StepDraft(self._config.max_num_batched_tokens)
-        for seq in self._draft_decodes(draft):
+        prefilling = self._draft_decodes(draft)
+        if drafting_pays:
+            self._speculate(draft)
+        for seq in prefilling:
             if draft.budget:
                 draft.prefill(seq)
         self._draft_admissions(draft)
@@ -236,6 +260,8 @@ class Scheduler:
         admitted = [seq for seq, _ in done.admitted if seq.finish is None]
         for seq, cached_tokens in done.admitted:
             seq.unannounced_cached_tokens = cached_tokens
+        more = {seq.request.key: ids for seq, ids in zip(done.drafted, result.accepted_ids, strict=True)}
+        self._accepted_tokens_total += sum(map(len, more.values()))
         for prefill, seq, start in done.scored:
             seq.take_scores(start, result.prompt_logprobs[prefill])
         updates: list[SequenceUpdate | None] = []
@@ -249,7 +275,7 @@ class Scheduler:
             updates.append(seq.take_forced())
             if seq.finish is None:
                 logprobs = [result.logprobs[index]] if index in result.logprobs else []
-                updates.append(seq.take_sampled(token_id, logprobs))
+                updates.append(seq.take_sampled([token_id, *more.get(seq.request.key, ())], logprobs))
             if seq.finish is not None:
                 self._end(seq)
             elif seq.slot is None:
@@ -308,6 +334,29 @@ class Scheduler:
             elif seq.can_sample_more and self._make_room(seq, draft):
                 draft.decode(seq)
         return prefilling
+
+    def _drafting_pays(self) -> bool:
+        """Whether guesses may be expected to bring more than it costs that no other step is under way meanwhile."""
+        most, num_running = self._config.num_speculative_tokens, self.num_running
+        if not most or not num_running or self._least_chance > MOST_CHANCE:
+            return False
+        gain = sum(seq.expected_gain(most, self._least_chance) for seq in self._slots.running)
+        return gain >= LEAST_GAIN * num_running
+
+    @property
+    def _least_chance(self) -> float:
+        """Of a guess that is worth its row: what a row costs, in tokens that as many rows would bring for certain."""
+        row, num_running = self._config.row_cost, self.num_running
+        return row / (row + (1 - row) / num_running)
+
+    def _speculate(self, draft: StepDraft) -> None:
+        """What those who decode may say next, as far as their blocks and the budget have room for it."""
+        for seq in draft.decoded:
+            room = len(seq.block_ids) * self._blocks.block_size - seq.num_computed
+            token_ids = seq.draft(min(self._config.num_speculative_tokens, room, draft.budget), self._least_chance)
+            if token_ids:
+                self._draft_tokens_total += len(token_ids)
+                draft.speculate(seq, token_ids)
 
     def _make_room(self, seq: Sequence, draft: StepDraft) -> bool:
         """A block for the next position of `seq`, if need be at the cost of later sequences.
@@ -379,6 +428,11 @@ class Scheduler:
                 f"rank {result.rank} gave {len(result.token_ids)} tokens for step {result.step}, "
                 f"expected {len(done.sampled)}; restart the group"
             )
+        if len(done.drafted) != len(result.accepted_ids):
+            raise EngineError(
+                f"rank {result.rank} told of {len(result.accepted_ids)} drafts for step {result.step}, "
+                f"expected {len(done.drafted)}; restart the group"
+            )
         return self._in_flight.popleft()
 
     def _preempt(self, seq: Sequence) -> None:
@@ -386,6 +440,7 @@ class Scheduler:
         self._slots.publish_known(seq)
         self._slots.leave(seq)
         self._wait(seq)
+        seq.num_preemptions += 1
         self._num_preempted_total += 1
 
     def _wait(self, seq: Sequence) -> None:

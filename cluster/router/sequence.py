@@ -11,7 +11,11 @@ from enum import Enum
 
 import msgspec
 
+from cluster.router.drafter import Drafter
 from workers.step import Grammar, SamplingParams, TokenLogprobs, TokenRules
+
+MAX_LOOKED_UP = 4096
+"""Tokens before the first guess in which it is looked for: more would hold up a step."""
 
 
 class Phase(Enum):
@@ -64,7 +68,15 @@ class SequenceRequest:
     output_ids: list[int] = field(default_factory=list)
     """Output that it has already, from elsewhere: it goes on behind it, as if it had never been stopped."""
     request_id: str = ""
-    """For log lines only."""
+    """For log lines and spans."""
+    trace_parent: str = ""
+    """The span that caused it, as W3C Trace Context writes it; empty: nobody traces it."""
+
+    @property
+    def may_be_drafted(self) -> bool:
+        """Its tokens depend on nothing that ranks would have to take back where a guess at them is wrong."""
+        sampling = self.sampling
+        return self.rules is None and not sampling.has_penalties and sampling.num_logprobs is None
 
     @property
     def rules(self) -> TokenRules | None:
@@ -96,6 +108,8 @@ class SequenceUpdate(msgspec.Struct, frozen=True):
     """All of `token_ids`, or none: forced tokens come in an update of their own."""
     prompt_logprobs: list[TokenLogprobs] = []
     """With `admitted_cached_tokens`, where asked for: one per prompt token but the first."""
+    num_preemptions: int = 0
+    """How often it has lost its slot so far."""
 
 
 FORCED = TokenLogprobs(0.0, [])
@@ -150,10 +164,13 @@ class Sequence:
     wanted_at_growth: int = 0
     """unless the allocator's `num_cache_growths` has changed from this: it may need fewer blocks then."""
     was_admitted: bool = False
+    num_preemptions: int = 0
     num_scored: int = 0
     """Prompt tokens behind the first whose logprobs are known."""
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     """Those, until they are told."""
+    drafter: Drafter | None = None
+    """Guesses its next tokens; None: nobody asked yet."""
     num_strikes: int = 0
     """Losses of ranks that it may have caused."""
     num_known_at_loss: int = 0
@@ -231,6 +248,26 @@ class Sequence:
             return self.output_ids[start - num_prompt : end - num_prompt]
         return self.request.prompt_ids[start:] + self.output_ids[: end - num_prompt]
 
+    def draft(self, most: int, least_chance: float) -> list[int]:
+        """A guess at what it samples next, of at most so many tokens, each right with at least that chance.
+
+        All that plans in flight sample of it must be known. The last token of its output is not guessed at: with it, or
+        before it, the sequence ends.
+        """
+        most = min(most, self.max_output - len(self.output_ids) - 1)
+        if not self.request.may_be_drafted or most < 1:
+            return []
+        if self.drafter is None:
+            self.drafter = Drafter(self.token_ids(max(0, self.num_known - MAX_LOOKED_UP), self.num_known))
+        return self.drafter.draft(most, least_chance)
+
+    def expected_gain(self, most: int, least_chance: float) -> float:
+        """How many tokens such a guess brings, less what its rows cost in tokens."""
+        num_drafted = len(self.draft(most, least_chance))
+        if not num_drafted or self.drafter is None:
+            return 0.0
+        return sum(self.drafter.hit_rate**place - least_chance for place in range(1, num_drafted + 1))
+
     def lose_ranks(self) -> None:
         """All that was computed is gone, and so are the plans in flight: only what is known here is left."""
         self.slot, self.block_ids = None, []
@@ -242,6 +279,8 @@ class Sequence:
     def append(self, token_id: int) -> None:
         """Take a sampled token: it may end the thoughts, or the sequence (`finish` is then set)."""
         self.output_ids.append(token_id)
+        if self.drafter is not None:
+            self.drafter.push(token_id)
         self.num_thinking += self.phase is Phase.THINKING
         if token_id == self.request.think_end_id:
             self.phase = Phase.ANSWER
@@ -263,6 +302,8 @@ class Sequence:
         num_true = self.num_known
         forced = token_ids[: self.max_output - len(self.output_ids)]
         self.output_ids += forced
+        if self.drafter is not None:
+            self.drafter.extend(forced)
         self.num_undelivered = len(forced)
         self.num_stale, self.num_pending = self.num_stale + self.num_pending, 0
         self.phase = Phase.ANSWER
@@ -282,10 +323,20 @@ class Sequence:
         logprobs = [FORCED] * len(token_ids) if self.request.sampling.num_logprobs is not None else []
         return self._update(token_ids, logprobs, num_forced=len(token_ids))
 
-    def take_sampled(self, token_id: int, logprobs: list[TokenLogprobs]) -> SequenceUpdate:
-        """Take a sampled token, and what tells of it. The thoughts are closed where it was the last of them."""
-        self.append(token_id)
-        update = self._update([token_id], logprobs)
+    def take_sampled(self, token_ids: list[int], logprobs: list[TokenLogprobs]) -> SequenceUpdate:
+        """Take sampled tokens, the first of which was pending, and what tells of them.
+
+        The thoughts are closed where one was the last of them. What comes after that one, or after the end, is dropped.
+        """
+        num_taken = 0
+        for token_id in token_ids:
+            self.append(token_id)
+            num_taken += 1
+            if self.finish is not None or self.is_over_budget:
+                break
+        if self.slot is not None:
+            self.num_computed += num_taken - 1
+        update = self._update(token_ids[:num_taken], logprobs)
         if self.finish is None and self.is_over_budget:
             self.close_thoughts()
         return update
@@ -305,4 +356,13 @@ class Sequence:
     def _update(self, token_ids: list[int], logprobs: list[TokenLogprobs], num_forced: int = 0) -> SequenceUpdate:
         cached_tokens, self.unannounced_cached_tokens = self.unannounced_cached_tokens, None
         scores, self.prompt_logprobs = self.prompt_logprobs, []
-        return SequenceUpdate(self.request.key, cached_tokens, token_ids, logprobs, self.finish, num_forced, scores)
+        return SequenceUpdate(
+            self.request.key,
+            cached_tokens,
+            token_ids,
+            logprobs,
+            self.finish,
+            num_forced,
+            scores,
+            self.num_preemptions,
+        )

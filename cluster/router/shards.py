@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from cluster.errors import EngineError, RankLost
+from cluster.errors import EngineError, RankLossCause, RankLost
 from cluster.router.gather import Casualties, Pulses, StepGather
 from cluster.router.launchers import Launcher, RankHandle
 from cluster.router.rank_socket import RankSocket
@@ -189,6 +189,7 @@ class RankGroup:
             f"{_ranks(late)} not ready within {self._bounds.start_timeout_s:g} s; "
             "raise router.start_timeout_s if loading takes longer",
             rank=late[0],
+            cause=RankLossCause.LATE,
         )
 
     @property
@@ -226,7 +227,7 @@ class RankGroup:
     async def _wait_for_change(self) -> None:
         """Until a result, a readiness or a loss. Raises RankLost at once when the group is lost."""
         if (lost := self._lost) is not None:
-            raise RankLost(str(lost), rank=lost.rank, was_killed=lost.was_killed)
+            raise RankLost(str(lost), rank=lost.rank, was_killed=lost.was_killed, cause=lost.cause)
         self._changed = asyncio.get_running_loop().create_future()
         try:
             await self._changed
@@ -282,7 +283,8 @@ class RankGroup:
         others = sorted({*late} - {blamed})
         waiting = f" ({_ranks(others)} waiting for it)" if others else ""
         timeout_s = self._bounds.step_timeout_s
-        self._lose(RankLost(f"rank {blamed} was late: no result within {timeout_s:g} s{waiting}", rank=blamed))
+        message = f"rank {blamed} was late: no result within {timeout_s:g} s{waiting}"
+        self._lose(RankLost(message, rank=blamed, cause=RankLossCause.LATE))
 
     async def _listen(self) -> None:
         """Ranks tell that they live, whether they have work or not."""
@@ -295,7 +297,7 @@ class RankGroup:
             if loop.time() - began_s < timeout_s / 2:
                 rank = self._pulses.silent(timeout_s, loop.time())
         message = f"rank {rank} was not heard of for {timeout_s:g} s: its process is stopped, or its machine is gone"
-        self._lose(RankLost(message, rank=rank, was_killed=True))
+        self._lose(RankLost(message, rank=rank, was_killed=True, cause=RankLossCause.SILENT))
 
     async def _watch(self, handle: RankHandle) -> None:
         end = await handle.wait()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from msgspec.structs import replace
 
 from cluster.router.sequence import Sequence
-from workers.step import ExtendSlot, OpenSlot, Prefill, Score, StepPlan
+from workers.step import Draft, ExtendSlot, OpenSlot, Prefill, Score, StepPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +26,8 @@ class StepInFlight:
     """Index of a prefill that scores its prompt, whose it is, and where it starts."""
     computed: list[Sequence]
     """Everyone of whom it computes a token."""
+    drafted: list[Sequence]
+    """Whose next tokens it guesses at, in the order of `StepResult.accepted_ids`."""
 
 
 @dataclass(slots=True)
@@ -45,6 +47,9 @@ class StepDraft:
     decoded: list[Sequence] = field(default_factory=list)
     """One per decode, in its order."""
     admitted: list[tuple[Sequence, int]] = field(default_factory=list)
+    drafts: list[Draft] = field(default_factory=list)
+    drafted: list[Sequence] = field(default_factory=list)
+    """One per guess, in its order."""
 
     @property
     def is_empty(self) -> bool:
@@ -89,6 +94,13 @@ class StepDraft:
         seq.num_computed += 1
         seq.num_pending += 1
 
+    def speculate(self, seq: Sequence, token_ids: list[int]) -> None:
+        """Compute these behind its decode, too, as far as they are what it samples."""
+        assert seq.slot is not None
+        self.drafts.append(Draft(seq.slot, token_ids))
+        self.drafted.append(seq)
+        self.budget -= len(token_ids)
+
     def prefill(self, seq: Sequence) -> None:
         """Compute as many known tokens as the budget allows; the chunk with the last of them samples."""
         assert seq.slot is not None
@@ -102,7 +114,7 @@ class StepDraft:
 
     def plan(self, step: int, close: list[int]) -> StepPlan:
         """What is sent to the ranks."""
-        return StepPlan(step, close + self.closed, self.opened, self.extended, self.prefills, self.decodes)
+        return StepPlan(step, close + self.closed, self.opened, self.extended, self.prefills, self.decodes, self.drafts)
 
     def in_flight(self, step: int) -> StepInFlight:
         """What is kept until the result is back."""
@@ -110,7 +122,7 @@ class StepDraft:
         chunks = enumerate(zip(self.prefills, self.prefilled, strict=True))
         scored = [(index, seq, prefill.start) for index, (prefill, seq) in chunks if prefill.score is not None]
         computed = self.prefilled + self.decoded
-        return StepInFlight(step, sampled + self.decoded, self.admitted, scored, computed)
+        return StepInFlight(step, sampled + self.decoded, self.admitted, scored, computed, self.drafted)
 
 
 def _score(seq: Sequence, start: int, end: int) -> Score | None:

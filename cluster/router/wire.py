@@ -88,6 +88,7 @@ def to_request(submit: pb.Submit, session: int, model: ModelInfo) -> SequenceReq
         cache_salt=submit.cache_salt,
         output_ids=list(submit.output_ids),
         request_id=submit.request_id,
+        trace_parent=submit.trace_parent,
     )
 
 

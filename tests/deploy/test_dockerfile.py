@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cluster.config import GatewayConfig
+from cluster.config import GatewayConfig, RouterConfig
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = ROOT / "deploy" / "Dockerfile"
@@ -105,11 +105,13 @@ def test_it_runs_the_mull_command_as_the_user_of_the_chart() -> None:
 
 
 def test_it_opens_the_ports_of_the_chart() -> None:
-    ports = yaml.safe_load((ROOT / "helm" / "mull" / "values.yaml").read_text())["gateway"]["ports"]
+    values = yaml.safe_load((ROOT / "helm" / "mull" / "values.yaml").read_text())
+    ports, router_port = values["gateway"]["ports"], values["ranks"]["ports"]["metrics"]
     config = GatewayConfig()
 
-    assert list(map(int, named("EXPOSE")[0].split())) == [ports["grpc"], ports["http"], ports["metrics"]]
+    assert list(map(int, named("EXPOSE")[0].split())) == [*ports.values(), router_port]
     assert ports == {"grpc": config.grpc_port, "http": config.http_port, "metrics": config.metrics_port}
+    assert router_port == RouterConfig().metrics_port
 
 
 @pytest.mark.parametrize("program", ["ray", "hf", "mull"])

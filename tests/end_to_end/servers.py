@@ -20,6 +20,7 @@ START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 60.0
 
 MULL = (sys.executable, "-m", "cluster.cli")
+FREE_PORTS = ("--grpc-port", "0", "--http-port", "0", "--metrics-port", "0", "--router-metrics-port", "0")
 
 
 @dataclass
@@ -30,6 +31,7 @@ class Server:
     address: str
     http_url: str
     metrics_url: str
+    router_metrics_url: str
     lines: list[str] = field(default_factory=list)
 
     def interrupt(self, number: signal.Signals = signal.SIGINT) -> None:
@@ -48,7 +50,7 @@ def mull(*args: str, stdin: str | None = None, timeout_s: float = 60.0) -> subpr
 @contextmanager
 def starting(*flags: str) -> Iterator[subprocess.Popen[str]]:
     """`mull serve` on free ports, just started. On exit it is interrupted, and killed when it does not end in time."""
-    command = [*MULL, "serve", "--grpc-port", "0", "--http-port", "0", "--metrics-port", "0", *flags]
+    command = [*MULL, "serve", *FREE_PORTS, *flags]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -93,9 +95,9 @@ def when_ready(process: subprocess.Popen[str]) -> Server:
         raise AssertionError(f"no ready line within {START_TIMEOUT_S:g} s; it printed:\n" + "\n".join(lines)) from None
     if line is None:
         raise AssertionError(f"mull serve ended with {process.wait(STOP_TIMEOUT_S)}:\n" + "\n".join(lines))
-    found = re.search(r"grpc (\S+) · http (\S+) · metrics (\S+)", line)
+    found = re.search(r"grpc (\S+) · http (\S+) · metrics (\S+) (\S+)", line)
     assert found is not None, line
-    return Server(process, found[1], found[2], found[3], lines)
+    return Server(process, found[1], found[2], found[3], found[4], lines)
 
 
 def descendants(process: subprocess.Popen[str]) -> list[psutil.Process]:

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from urllib.request import urlopen
 
 import psutil
 import pytest
@@ -18,6 +17,7 @@ import pytest
 from mull.client import CallFailed, Client, Result, RetryPolicy
 from mull.v1 import generation_pb2 as pb
 from tests.end_to_end.servers import MULL, Server, serving
+from tests.scraping import scrape
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -137,9 +137,7 @@ def num_ready_copies(server: Server) -> int:
 
 
 def num_pauses(server: Server) -> float:
-    text = urlopen(server.metrics_url, timeout=10).read().decode()
-    (line,) = [line for line in text.splitlines() if line.startswith("mull_request_pause_seconds_count")]
-    return float(line.split()[-1])
+    return scrape(server.metrics_url).one("mull_recovery_pause_seconds_count", cause="router_lost")
 
 
 def assert_same(results: list[Result], undisturbed: list[Result]) -> None:
@@ -167,6 +165,7 @@ def test_streams_outlive_their_routers(server: Server, undisturbed: list[Result]
     assert_same(streams.results(), undisturbed)
     assert num_cut > 0
     assert num_pauses(server) > before
+    assert scrape(server.metrics_url).one("mull_replayed_tokens_total", cause="router_lost") > 20
 
 
 def test_streams_and_a_chat_outlive_their_gateway(

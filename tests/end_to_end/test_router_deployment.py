@@ -17,7 +17,7 @@ from ray.exceptions import RayActorError
 from ray.serve.config import ProxyLocation
 from ray.serve.handle import DeploymentHandle
 
-from cluster.config import ClusterConfig, EngineConfig, ModelSource, SecurityConfig
+from cluster.config import ClusterConfig, EngineConfig, ModelSource, RouterConfig, SecurityConfig
 from cluster.router.deployment import RouterDeployment, router_deployment
 from mull.v1 import router_pb2 as pb
 from mull.v1.router_pb2_grpc import RouterServiceStub
@@ -36,6 +36,7 @@ def handle() -> Iterator[DeploymentHandle]:
         serve.start(proxy_location=ProxyLocation.Disabled)
         config = ClusterConfig(
             model=ModelSource(path=POCKET, name="pocket"),
+            router=RouterConfig(metrics_port=0),
             engine=EngineConfig(tp=2, threads_per_rank=1, kv_memory_bytes=2**24, device="cpu"),
             # A Ray that others started takes an address that others can reach.
             security=SecurityConfig(insecure=True),

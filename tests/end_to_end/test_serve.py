@@ -9,7 +9,6 @@ import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from urllib.request import urlopen
 
 import grpc
 import psutil
@@ -19,7 +18,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from mull.client import CallFailed, Client, RetryPolicy, Started
 from mull.v1 import generation_pb2 as pb
 from mull.v1.generation_pb2_grpc import GenerationServiceStub
-from tests.end_to_end.servers import MULL, Server, descendants, mull, serving, starting, wait_until
+from tests.end_to_end.servers import FREE_PORTS, MULL, Server, descendants, mull, serving, starting, wait_until
+from tests.scraping import scrape
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -141,10 +141,12 @@ def test_a_client_that_vanishes_frees_its_blocks(server: Server, stub: Generatio
 def test_health_and_metrics_answer(server: Server) -> None:
     with grpc.insecure_channel(server.address) as channel:
         health = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
-    metrics = urlopen(server.metrics_url, timeout=10).read().decode()
+    gateway, router = scrape(server.metrics_url), scrape(server.router_metrics_url)
 
     assert health.status == health_pb2.HealthCheckResponse.SERVING
-    assert "mull_generation_tokens_total" in metrics
+    assert (gateway.one("mull_gateway_ready"), router.one("mull_engine_ready")) == (1, 1)
+    assert set(gateway.all("mull_generation_tokens_total")) == {("thinking", ""), ("answer", "")}
+    assert router.one("mull_engine_steps_total") == router.one("mull_step_seconds_count", part="compute")
 
 
 @pytest.mark.parametrize(
@@ -171,7 +173,7 @@ def test_a_bad_request_is_refused_with_the_field_that_is_wrong(
 def test_a_second_server_on_the_same_port_is_refused_with_one_line(server: Server) -> None:
     port = server.address.rpartition(":")[2]
 
-    done = mull("serve", "--grpc-port", port, "--http-port", "0", "--metrics-port", "0")
+    done = mull("serve", *FREE_PORTS, "--grpc-port", port)
 
     assert done.returncode == 2
     assert port in done.stderr
@@ -189,7 +191,10 @@ def test_a_second_server_on_the_same_port_is_refused_with_one_line(server: Serve
         (("--tp", "4", "--dp", "4"), "8 experts are fewer than 16 ranks"),
         (("--redundant-experts", "4"), "at most 0 replicas"),
         (("--tp", "2", "--redundant-experts", "9"), "at most 8 replicas"),
-        (("--config", "/nowhere.yaml"), "/nowhere.yaml"),
+        (("--config", "/nowhere.yaml"), "/nowhere.yaml: cannot be read"),
+        (("--tls-cert", "/nowhere.pem", "--tls-key", "/nowhere.key"), "/nowhere.pem: cannot be read"),
+        (("--keys-file", "/nowhere.yaml"), "/nowhere.yaml: cannot be read"),
+        (("--host", "0.0.0.0"), "open to other machines in plain text"),
     ],
 )
 def test_a_wrong_flag_ends_in_one_line_before_anything_starts(flags: tuple[str, ...], words: str) -> None:
@@ -210,12 +215,7 @@ def test_more_ranks_than_gpus_are_refused_with_both_numbers() -> None:
         "2",
         "--dp",
         "2",
-        "--grpc-port",
-        "0",
-        "--http-port",
-        "0",
-        "--metrics-port",
-        "0",
+        *FREE_PORTS,
     )
 
     assert done.returncode == 2
@@ -244,6 +244,11 @@ def test_attention_groups_answer_side_by_side_and_status_shows_the_layout(groups
     assert "tp 2 · dp 2 · 4 redundant experts" in shown
     assert "KV tokens" in shown
     assert any(line.startswith("ready") and "tp 2 · dp 2" in line for line in server.lines)
+    assert server.router_metrics_url == f"http://{state['routers'][0]['metrics_address']}/metrics"
+    said = scrape(server.router_metrics_url)
+    assert said.one("mull_ranks_ready") == 4
+    assert said.one("mull_dispatch_bytes_total") > 0
+    assert said.one("mull_dispatch_seconds_total") > 0
 
 
 def test_a_second_ctrl_c_cuts_streams_off_and_tells_their_clients_why(groups_server: Server) -> None:

@@ -240,7 +240,7 @@ async def test_calls_that_are_kept_out_are_counted_by_reason(guarded: Guarded) -
     await guarded.http.post("/tokenize", json={"prompt": "x"})
 
     counts = {reason: guarded.num_refused(reason) for reason in ("requests", "unauthenticated", "forbidden", "streams")}
-    assert counts == {"requests": 1, "unauthenticated": 2, "forbidden": 1, "streams": None}
+    assert counts == {"requests": 1, "unauthenticated": 2, "forbidden": 1, "streams": 0}
 
 
 def retry_info(error: grpc.aio.AioRpcError) -> error_details_pb2.RetryInfo:
@@ -333,3 +333,19 @@ async def test_a_stream_that_is_kept_is_read_on_by_its_tenant_alone(guarded: Gua
     assert mine_again.text in whole.text
     assert (stolen.status_code, stolen.json()) == (unknown.status_code, unknown.json())
     assert stolen.status_code >= 400
+
+
+async def test_figures_are_told_by_tenant_from_the_start(guarded: Guarded) -> None:
+    guarded.answer(40, 1000)
+
+    async for _ in guarded.stub.Generate(ask(), metadata=bearer(guarded.acme)):
+        pass
+
+    def tokens(tenant: str) -> float | None:
+        labels = {"phase": "thinking", "tenant": tenant}
+        return guarded.registry.get_sample_value("mull_generation_tokens_total", labels)
+
+    assert (tokens("acme"), tokens("other"), tokens(""), tokens("newcomer")) == (2, 0, None, None)
+    guarded.change_limits("newcomer")
+    await guarded.stub.ListModels(pb.ListModelsRequest(), metadata=bearer(guarded.acme))
+    assert tokens("newcomer") == 0

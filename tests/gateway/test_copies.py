@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import urllib.request
-from asyncio import to_thread
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -147,10 +145,9 @@ async def test_copies_that_come_and_go_are_found_and_forgotten(site: Site) -> No
     await newcomer.stop()
     site.addresses.remove(newcomer.address)
     await site.connected(2)
-    metrics = f"http://127.0.0.1:{site.ports.metrics}/metrics"
-    text = await to_thread(lambda: urllib.request.urlopen(metrics, timeout=5).read().decode())
-    assert f'mull_kv_blocks{{copy="{site.addresses[0]}"}} 100.0' in text
-    assert newcomer.address not in text
+    copies = site.server.copies
+    await until(lambda: copies.num_by_state == {("ready",): 2, ("not_ready",): 0}, "the newcomer to be forgotten")
+    assert newcomer.address not in copies.state.descriptions
 
 
 async def test_a_directory_that_fails_costs_no_link(site: Site) -> None:

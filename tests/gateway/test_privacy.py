@@ -11,14 +11,15 @@ from cluster.gateway.http.routes import Routes
 from mull.v1 import generation_pb2 as pb
 from tests.gateway.conftest import ask
 from tests.gateway.test_access import Guarded, bearer, guarded  # noqa: F401  # a fixture
+from workers.logs import TextLines
 
 PROMPT = "the marker of a prompt"
 ANSWER = "the marker of an answer"
 
 
 def written(caplog: pytest.LogCaptureFixture) -> str:
-    formatter = logging.Formatter("%(name)s %(levelname)s %(message)s")
-    return "\n".join(map(formatter.format, caplog.records))
+    """Fields included."""
+    return "\n".join(map(TextLines("gateway").format, caplog.records))
 
 
 async def test_neither_keys_nor_texts_are_logged(
@@ -55,7 +56,8 @@ async def test_neither_keys_nor_texts_are_logged(
     # then
     log = written(caplog)
     assert failed.status_code == 500
-    assert "of acme ended: status OK" in log
+    assert "request ended" in log
+    assert "tenant=acme status=OK" in log
     assert "grpc-17 failed: KeyError" in log
     assert "http-17 failed: KeyError" in log
     for secret in (PROMPT, ANSWER, guarded.acme, guarded.acme.split("-", 2)[2]):

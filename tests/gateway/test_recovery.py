@@ -11,6 +11,7 @@ from cluster.gateway.recovery import (
     CopyState,
     Deliver,
     Fail,
+    Loss,
     Recovery,
     ReplayPolicy,
     Resumed,
@@ -23,6 +24,7 @@ READY = CopyState(ready=True)
 AWAY = CopyState(ready=False)
 UNAVAILABLE = pb.End.REASON_UNAVAILABLE
 OVERLOADED = pb.End.REASON_OVERLOADED
+NOTHING_REPLAYED = dict.fromkeys(Loss, 0)
 POLICY = ReplayPolicy(timeout_s=100, first_pause_s=1, longest_pause_s=8)
 
 
@@ -71,7 +73,8 @@ def test_what_was_lost_goes_on_at_another_copy_behind_its_output(recovery: Recov
     actions = recovery.updated("b", update(second.key, [9], admitted=0), 5)
     assert delivered(actions) == [9]
     assert not any(a.update.HasField("admitted") for a in actions if isinstance(a, Deliver))
-    assert [a.pause_s for a in actions if isinstance(a, Resumed)] == [2]
+    assert [(a.loss, a.pause_s) for a in actions if isinstance(a, Resumed)] == [(Loss.ROUTER_LOST, 2)]
+    assert recovery.num_replayed_tokens_total[Loss.ROUTER_LOST] == 200 + 2
 
 
 def test_without_another_copy_it_waits_for_one_and_then_fails(recovery: Recovery) -> None:
@@ -138,6 +141,29 @@ def test_a_full_queue_does_not_fail_what_has_begun(recovery: Recovery) -> None:
     assert recovery.updated("a", update(submit.key, end=OVERLOADED, message="full"), 0) == []
     ((_, again),) = sent(recovery.tick(1))
     assert list(again.output_ids) == [4]
+
+
+def test_what_a_client_resumes_is_computed_again_and_no_pause_of_ours(recovery: Recovery) -> None:
+    recovery.connected("a", READY, 0)
+    _, actions = recovery.resume(ask(), 0, [4])
+    ((_, submit),) = sent(actions)
+
+    actions = recovery.updated("a", update(submit.key, [5], admitted=0), 3)
+
+    assert not any(isinstance(action, Resumed) for action in actions)
+    assert recovery.num_replayed_tokens_total == {**NOTHING_REPLAYED, Loss.CLIENT_RESUMED: 200 + 1}
+
+
+def test_what_had_not_begun_has_lost_nothing(recovery: Recovery) -> None:
+    recovery.connected("a", READY, 0)
+    recovery.open(ask(), 0)
+    recovery.lost("a", "it died", 1)
+    ((_, submit),) = sent(recovery.connected("b", READY, 2))
+
+    actions = recovery.updated("b", update(submit.key, [5], admitted=0), 3)
+
+    assert not any(isinstance(action, Resumed) for action in actions)
+    assert recovery.num_replayed_tokens_total == NOTHING_REPLAYED
 
 
 def test_a_fault_is_never_replayed(recovery: Recovery) -> None:

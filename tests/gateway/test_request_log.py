@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from typing import Any
 
 import grpc
 import pytest
@@ -11,12 +13,20 @@ from mull.v1 import generation_pb2 as pb
 from mull.v1 import router_pb2
 from tests.gateway.conftest import RunningGateway, ask, until
 from tests.gateway.scripted_router import update
+from workers.logs import JsonLines, TextLines
 
 SECRET = "the launch code"
 
 
 def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name == "cluster.gateway.request_log"]
+    """As an operator sees them."""
+    form = TextLines("gateway")
+    return [form.format(record) for record in caplog.records if record.name == "cluster.gateway.request_log"]
+
+
+def told(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
+    form = JsonLines("gateway")
+    return [json.loads(form.format(it)) for it in caplog.records if it.name == "cluster.gateway.request_log"]
 
 
 async def test_a_request_leaves_one_line_with_its_notes_and_counts(
@@ -32,11 +42,36 @@ async def test_a_request_leaves_one_line_with_its_notes_and_counts(
 
     await gateway.stub.Complete(request)
 
-    (line,) = lines(caplog)
-    assert line == (
-        "request mine ended: status OK, finish length, prompt tokens 4, cached 3, thinking 0, answer 3, "
-        'metadata {"a": "b", "job": "7\\nrequest"}'
+    (line,) = told(caplog)
+    times = [line.pop(name) for name in ("time_to_first_token_s", "time_to_first_answer_s", "total_s")]
+    assert 0 < times[0] <= times[1] <= times[2]
+    assert {name: line[name] for name in list(line)[list(line).index("message") :]} == {
+        "message": "request ended",
+        "request_id": "mine",
+        "status": "OK",
+        "finish": "length",
+        "prompt_tokens": 4,
+        "cached_tokens": 3,
+        "thinking_tokens": 0,
+        "answer_tokens": 3,
+        "metadata": {"job": "7\nrequest", "a": "b"},
+    }
+
+
+async def test_a_request_that_was_cut_in_its_thoughts_has_no_time_to_an_answer(
+    gateway: RunningGateway, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    gateway.router.on_submit = lambda submit: gateway.router.send(
+        update(submit.key, [40, 41], admitted=0, end=router_pb2.End.REASON_LENGTH)
     )
+
+    await gateway.stub.Complete(ask())
+
+    (line,) = told(caplog)
+    assert line["thinking_tokens"] == 2
+    assert "time_to_first_token_s" in line
+    assert "time_to_first_answer_s" not in line
 
 
 async def test_a_request_that_fails_or_is_cancelled_leaves_its_line_too(
@@ -50,9 +85,10 @@ async def test_a_request_that_fails_or_is_cancelled_leaves_its_line_too(
     call.cancel()
     await until(lambda: len(lines(caplog)) == 2, "the second line")
 
-    wrong, left = lines(caplog)
-    assert wrong.startswith("request wrong ended: status INVALID_ARGUMENT, finish none, prompt tokens 0")
-    assert left.startswith("request left ended: status CANCELLED, finish none")
+    wrong, left = told(caplog)
+    assert (wrong["request_id"], wrong["status"], wrong["prompt_tokens"]) == ("wrong", "INVALID_ARGUMENT", 0)
+    assert "finish" not in wrong
+    assert (left["request_id"], left["status"], left["finish"]) == ("left", "CANCELLED", "none")
 
 
 async def test_a_request_that_is_refused_cannot_fill_the_log(
@@ -80,4 +116,4 @@ async def test_no_line_of_a_whole_exchange_has_text_in_it(
 
     assert SECRET in reply.completions[0].thinking + reply.completions[0].answer
     assert lines(caplog)
-    assert SECRET not in caplog.text
+    assert SECRET not in caplog.text + "".join(lines(caplog))

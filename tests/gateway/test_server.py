@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import urllib.request
 
 import grpc
 import pytest
@@ -120,43 +119,6 @@ async def test_server_info_has_the_routers_own_words(gateway: RunningGateway) ->
     assert info.ready
     assert info.version
     assert info.routers[0].num_running == 9
-
-
-async def test_metrics_count_tokens_by_phase_and_finishes_by_reason(
-    gateway: RunningGateway, model: ServedModel
-) -> None:
-    # given: a finished request with 3 thinking and 2 answer tokens
-    ids = [40, 41, model.tags.close_id, 42, 1000]
-    said = gateway.router.description
-    said.num_thinking, said.num_answering, said.num_steps_total, said.num_preempted_total = 2, 1, 70, 6
-    said.num_restarts_total, said.prefix_query_tokens_total, said.prefix_hit_tokens_total = 1, 500, 300
-    stop = router_pb2.End.REASON_STOP
-    gateway.router.on_submit = lambda submit: gateway.router.send(update(submit.key, ids, admitted=4, end=stop))
-    assert kinds([event async for event in gateway.stub.Generate(ask())])[-1] == "finished"
-    await until(lambda: gateway.server.num_streams == 0, "the stream's end")
-    await until(lambda: said in gateway.server.copies.state.descriptions.values(), "the Router's figures")
-    await asyncio.sleep(0)
-    # when
-    url = f"http://127.0.0.1:{gateway.ports.metrics}/metrics"
-    text = await asyncio.to_thread(lambda: urllib.request.urlopen(url, timeout=5).read().decode())
-    # then
-    copy = f'{{copy="{gateway.router.address}"}}'
-    assert 'mull_generation_tokens_total{phase="thinking"} 3.0' in text
-    assert 'mull_generation_tokens_total{phase="answer"} 2.0' in text
-    assert 'mull_requests_finished_total{finish_reason="stop",phase="answer"} 1.0' in text
-    assert 'mull_thinking_ended_total{reason="natural"} 1.0' in text
-    assert "mull_cached_prompt_tokens_total 4.0" in text
-    assert "mull_time_to_first_answer_token_seconds_count 1.0" in text
-    assert f"mull_requests_running{copy} 3.0" in text
-    assert f"mull_requests_thinking{copy} 2.0" in text
-    assert f"mull_requests_answering{copy} 1.0" in text
-    assert f"mull_kv_free_blocks{copy} 40.0" in text
-    assert f"mull_engine_steps_total{copy} 70.0" in text
-    assert f"mull_engine_restarts_total{copy} 1.0" in text
-    assert f"mull_preemptions_total{copy} 6.0" in text
-    assert f"mull_prefix_query_tokens_total{copy} 500.0" in text
-    assert f"mull_prefix_hit_tokens_total{copy} 300.0" in text
-    assert "mull_streams_open 0.0" in text
 
 
 @pytest.mark.parametrize("field", ["grpc_port", "http_port", "metrics_port"])

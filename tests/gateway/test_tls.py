@@ -24,6 +24,7 @@ from mull.v1.generation_pb2_grpc import GenerationServiceStub
 from tests.certificates import Authority
 from tests.gateway.conftest import FAST, until
 from tests.gateway.scripted_router import ScriptedRouter
+from tests.scraping import scraped
 
 
 @pytest.fixture
@@ -182,3 +183,15 @@ async def test_the_link_to_a_router_needs_certificates_at_both_ends(
         assert router.num_sessions == num_sessions == 1
     finally:
         await router.stop()
+
+
+async def test_the_ports_tell_when_their_certificate_ends(
+    authority: Authority, router: ScriptedRouter, model: ServedModel, gateway_config: GatewayConfig
+) -> None:
+    files = authority.issue("server")
+    ends_s = x509.load_pem_x509_certificate(files.cert.read_bytes()).not_valid_after_utc.timestamp()
+
+    async with gateway_of(security_of(files), router, model, gateway_config) as (_, ports):
+        said = await scraped(f"127.0.0.1:{ports.metrics}")
+
+    assert said.all("mull_certificate_not_after_timestamp_seconds") == {("ports",): ends_s}

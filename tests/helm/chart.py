@@ -55,6 +55,11 @@ class Rendered:
         args: dict[str, Any] = self.serve_config["applications"][0]["args"]
         return args
 
+    @property
+    def replicas(self) -> dict[str, int]:
+        """How many there are of each deployment of the application."""
+        return {it["name"]: it["num_replicas"] for it in self.serve_config["applications"][0]["deployments"]}
+
     def group(self, name: str) -> Manifest:
         """A worker group of Ray."""
         found: list[Manifest] = self.service["rayClusterConfig"]["workerGroupSpecs"]

@@ -112,6 +112,15 @@ def test_nothing_reaches_a_pod_but_what_is_opened(helm: Helm) -> None:
     assert policies["-operator"]["podSelector"]["matchLabels"]["ray.io/node-type"] == "head"
 
 
+def test_spans_may_go_to_their_collector_and_nowhere_else(helm: Helm) -> None:
+    rendered = helm.template("config.tracing.otlp_endpoint=http://collector.observe:4317")
+
+    (policy,) = (it for it in rendered.of("NetworkPolicy") if it["metadata"]["name"].endswith("-collector"))
+    (out,) = policy["spec"]["egress"]
+    assert out == {"to": [{"namespaceSelector": {}}], "ports": [{"protocol": "TCP", "port": 4317}]}
+    assert rendered.cluster_config["tracing"] == {"otlp_endpoint": "http://collector.observe:4317"}
+
+
 def test_routes_lead_to_the_service(helm: Helm) -> None:
     rendered = helm.template(
         "routes.enabled=true",
@@ -140,6 +149,20 @@ def test_prometheus_finds_the_ports_with_metrics(helm: Helm) -> None:
     for monitor in monitors:
         assert monitor["metadata"]["labels"]["release"] == "prometheus"
         assert monitor["spec"]["podMetricsEndpoints"][0]["port"] in named
+
+
+def test_prometheus_may_read_what_it_finds(helm: Helm) -> None:
+    rendered = helm.template("ranks.ports.metrics=9999")
+
+    ports = {
+        container["name"]: {port["name"]: port["containerPort"] for port in container["ports"]}
+        for group in rendered.ray_groups
+        for container in group["template"]["spec"]["containers"]
+    }
+    (policy,) = (it for it in rendered.of("NetworkPolicy") if it["metadata"]["name"].endswith("-metrics"))
+    open_ports = [port["port"] for port in policy["spec"]["ingress"][0]["ports"]]
+    assert open_ports == [ports["gateway"]["mull-metrics"], ports["ranks"]["mull-metrics"], ports["ranks"]["metrics"]]
+    assert ports["ranks"]["mull-metrics"] == rendered.cluster_config["router"]["metrics_port"] == 9999
 
 
 def test_the_test_pod_shows_what_is_asked_for(helm: Helm) -> None:

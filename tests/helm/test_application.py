@@ -37,9 +37,11 @@ def test_a_presets_serve_config_fits_serves_schema(helm: Helm, preset: str) -> N
 
 @pytest.fixture
 def pocket(helm: Helm) -> Rendered:
+    *gateway_ports, router_port = _free_ports(4)
     ports = [
-        f"gateway.ports.{name}={port}" for name, port in zip(("grpc", "http", "metrics"), _free_ports(3), strict=True)
+        f"gateway.ports.{name}={port}" for name, port in zip(("grpc", "http", "metrics"), gateway_ports, strict=True)
     ]
+    ports.append(f"ranks.ports.metrics={router_port}")
     return helm.template(*ports, "config.engine.kv_memory_bytes=16777216", "layout.tp=1")
 
 

@@ -46,7 +46,16 @@ def test_a_copy_that_is_smaller_than_a_node_gets_a_pod_of_its_size(helm: Helm) -
     rendered = helm.template(*values, preset="values-235b-8xh200.yaml")
 
     assert ranks(rendered) == (3, {"CPU": "3", "GPU": "2"})
-    assert rendered.cluster_config["router"]["copies"] == 3
+    assert rendered.replicas["Router"] == 3
+
+
+def test_more_copies_or_gateways_leave_those_that_run_as_they_are(helm: Helm) -> None:
+    """Serve replaces whatever is built from other arguments."""
+    few, many = helm.template(), helm.template("layout.copies=3", "gateway.replicas=2")
+
+    assert many.replicas == {"Gateway": 2, "Router": 3}
+    assert many.cluster_config == few.cluster_config
+    assert many.one("ConfigMap", "try-mull") == few.one("ConfigMap", "try-mull")
 
 
 def test_memory_is_the_ranks_share_and_shared_memory(helm: Helm) -> None:

@@ -15,6 +15,7 @@ EVERYTHING = (
     "routes.parentRefs[0].name=edge",
     "routes.httpHostnames[0]=api.example.org",
     "monitoring.podMonitors=true",
+    "monitoring.rules=true",
     "security.tls.mode=certManager",
 )
 CUSTOM = {"RayService", "Certificate", "Issuer", "PodMonitor", "PrometheusRule", "GRPCRoute", "HTTPRoute"}

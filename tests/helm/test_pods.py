@@ -84,9 +84,8 @@ def test_gateways_and_ranks_get_the_resources_that_place_them(helm: Helm) -> Non
     rendered = helm.template("gateway.replicas=3")
 
     group = rendered.group("gateway")
-    config = rendered.cluster_config["gateway"]
-    assert (group["replicas"], config["replicas"]) == (3, 3)
-    assert group["resources"] == {"CPU": "0", config["node_resource"]: "1"}
+    assert (group["replicas"], rendered.replicas["Gateway"]) == (3, 3)
+    assert group["resources"] == {"CPU": "0", rendered.cluster_config["gateway"]["node_resource"]: "1"}
     assert rendered.ray_groups[0]["resources"] == {"CPU": "0"}
 
 
@@ -136,3 +135,12 @@ def test_another_source_is_another_download(helm: Helm) -> None:
     other = helm.template("model.download.revision=v2", preset=BIG).one("Job")["metadata"]["name"]
 
     assert one != other
+
+
+def test_log_lines_of_mulls_processes_are_json_in_the_pods_own_log(helm: Helm) -> None:
+    rendered = helm.template()
+
+    assert rendered.cluster_config["logs"] == {"format": "json"}
+    for name in ("gateway", "ranks"):
+        container = rendered.group(name)["template"]["spec"]["containers"][0]
+        assert {"name": "RAY_LOG_TO_STDERR", "value": "1"} in container["env"]

@@ -24,10 +24,13 @@ AnyScheduler = TypeVar("AnyScheduler", bound=Scheduler | CopyScheduler)
 class Driven(ABC, Generic[Step, AnyScheduler]):
     """Checks after every move what must always hold."""
 
-    def __init__(self, config: SchedulerConfig, scheduler: AnyScheduler, vocab_size: int) -> None:
+    def __init__(
+        self, config: SchedulerConfig, scheduler: AnyScheduler, vocab_size: int, reach: int | None = None
+    ) -> None:
         self.config = config
         self.scheduler = scheduler
         self.vocab_size = vocab_size
+        self.reach = reach
         self.in_flight: deque[Step] = deque()
         self.steps: list[Step] = []
         self.requests: dict[Hashable, SequenceRequest] = {}
@@ -108,7 +111,7 @@ class Driven(ABC, Generic[Step, AnyScheduler]):
     def alone(self, key: Hashable) -> tuple[list[int], FinishReason]:
         """What the request gives when nothing else runs."""
         limit = self.scheduler.context_limit
-        return generate_alone(self.requests[key], context_limit=limit, vocab_size=self.vocab_size)
+        return generate_alone(self.requests[key], context_limit=limit, vocab_size=self.vocab_size, reach=self.reach)
 
     def _take(self, update: SequenceUpdate) -> None:
         key = update.key

@@ -44,7 +44,11 @@ class FakeCopy(Driven[StepPlan, Scheduler]):
         max_num_batched_tokens: int = 16,
         max_waiting: int = 256,
         max_in_flight: int = 2,
+        num_speculative_tokens: int = 0,
+        row_cost: float = 0.02,
+        reach: int | None = None,
     ) -> None:
+        """`reach`: of the fake model, see `next_token`. Rows cost little, so that even doubtful drafts are tried."""
         self.blocks = BlockAllocator(num_blocks, block_size, enable_prefix_cache)
         config = SchedulerConfig(
             max_model_len=max_model_len,
@@ -52,8 +56,10 @@ class FakeCopy(Driven[StepPlan, Scheduler]):
             max_num_batched_tokens=max_num_batched_tokens,
             max_waiting=max_waiting,
             max_in_flight=max_in_flight,
+            num_speculative_tokens=num_speculative_tokens,
+            row_cost=row_cost,
         )
-        super().__init__(config, Scheduler(config, self.blocks), vocab_size)
+        super().__init__(config, Scheduler(config, self.blocks), vocab_size, reach)
         self.ranks = self._new_ranks()
 
     @property
@@ -74,6 +80,7 @@ class FakeCopy(Driven[StepPlan, Scheduler]):
             max_num_seqs=self.config.max_num_seqs,
             max_num_batched_tokens=self.config.max_num_batched_tokens,
             vocab_size=self.vocab_size,
+            reach=self.reach,
         )
 
     def lose_ranks(self) -> None:

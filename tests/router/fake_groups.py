@@ -27,7 +27,10 @@ class FakeGroups(Driven[list[StepPlan], CopyScheduler]):
         max_num_batched_tokens: int = 16,
         max_waiting: int = 256,
         max_in_flight: int = 2,
+        num_speculative_tokens: int = 0,
+        reach: int | None = None,
     ) -> None:
+        """`reach`: of the fake model, see `next_token`. Rows cost little, so that even doubtful drafts are tried."""
         self.pools = [BlockAllocator(num_blocks, block_size, enable_prefix_cache) for _ in range(num_groups)]
         config = SchedulerConfig(
             max_model_len=max_model_len,
@@ -35,8 +38,10 @@ class FakeGroups(Driven[list[StepPlan], CopyScheduler]):
             max_num_batched_tokens=max_num_batched_tokens,
             max_waiting=max_waiting,
             max_in_flight=max_in_flight,
+            num_speculative_tokens=num_speculative_tokens,
+            row_cost=0.02,
         )
-        super().__init__(config, CopyScheduler(config, self.pools), vocab_size)
+        super().__init__(config, CopyScheduler(config, self.pools), vocab_size, reach)
         self.ranks = [
             FakeRanks(
                 num_blocks=num_blocks,
@@ -45,6 +50,7 @@ class FakeGroups(Driven[list[StepPlan], CopyScheduler]):
                 max_num_batched_tokens=max_num_batched_tokens,
                 vocab_size=vocab_size,
                 group=group,
+                reach=reach,
             )
             for group in range(num_groups)
         ]

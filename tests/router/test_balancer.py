@@ -12,6 +12,7 @@ from cluster.router.balancer import (
     Placement,
     RebalancePolicy,
     copy_imbalance,
+    layer_parts,
     make_balancer,
 )
 from workers.layout import ParallelLayout
@@ -69,6 +70,27 @@ def test_level_loads_move_nothing() -> None:
 
     assert report(subject, 10, LEVEL) is None
     assert subject.imbalance < 1.2
+
+
+def test_the_imbalance_is_known_for_a_few_parts_of_the_layers() -> None:
+    subject = balancer(num_layers=6)
+    assert subject.imbalances == {}
+    asks(subject, 10)
+
+    by_rank = [[HOT[rank], *[LEVEL[rank]] * 5] for rank in range(4)]
+    subject.take([StepResult(10, rank, expert_loads=loads) for rank, loads in enumerate(by_rank)])
+
+    assert list(subject.imbalances) == ["0-1", "2-2", "3-3", "4-5"]
+    assert subject.imbalances["0-1"] > subject.imbalance > subject.imbalances["4-5"] == 1
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "parts"),
+    [(1, [(0, 0)]), (3, [(0, 0), (1, 1), (2, 2)]), (94, [(0, 23), (24, 46), (47, 69), (70, 93)])],
+)
+def test_every_layer_is_in_one_part(num_layers: int, parts: list[tuple[int, int]]) -> None:
+    assert [(part[0], part[-1]) for part in layer_parts(num_layers)] == parts
+    assert [layer for part in layer_parts(num_layers) for layer in part] == list(range(num_layers))
 
 
 def test_a_hot_expert_gets_replicas_and_the_update_names_all_slots() -> None:

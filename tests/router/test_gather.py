@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.errors import EngineError
+from cluster.errors import EngineError, RankLossCause
 from cluster.router.gather import Casualties, Pulses, RankEnd, StepGather
 from workers.layout import ParallelLayout
 from workers.step import RankPulse, StepResult
@@ -71,6 +71,7 @@ def test_a_rank_that_vanished_is_blamed_for_the_errors_of_the_others() -> None:
 
     assert str(casualties.verdict()) == "rank 1 was killed by SIGKILL"
     assert casualties.verdict().was_killed
+    assert casualties.verdict().cause is RankLossCause.EXITED
 
 
 def test_how_a_rank_ended_says_more_than_that_it_cannot_be_reached() -> None:
@@ -91,6 +92,7 @@ def test_a_rank_that_said_why_it_fails_is_quoted() -> None:
 
     assert str(casualties.verdict()) == "rank 1 failed: out of memory"
     assert not casualties.verdict().was_killed
+    assert casualties.verdict().cause is RankLossCause.FAILED
 
 
 def test_of_late_ranks_the_one_that_is_behind_with_its_exchanges_is_blamed() -> None:

@@ -58,6 +58,8 @@ def tight_copies(draw: st.DrawFn) -> dict[str, Any]:
         "max_num_batched_tokens": max_num_seqs + draw(st.integers(0, 10)),
         "max_waiting": draw(st.integers(0, 20)),
         "max_in_flight": draw(st.integers(1, 3)),
+        "num_speculative_tokens": draw(st.sampled_from([0, 1, 5])),
+        "reach": draw(st.sampled_from([None, 1, 2])),
     }
 
 
@@ -179,6 +181,7 @@ def test_every_sequence_gets_what_it_would_get_alone_and_all_blocks_come_back(
     assert copy.blocks.num_free == copy.blocks.num_blocks
     assert copy.blocks.num_cached <= num_prompt_prefixes(copy), "something else than prompts is left in the cache"
     event("thoughts closed" if copy.forced else "no thoughts closed")
+    event("drafts accepted" if copy.scheduler.stats.accepted_tokens_total else "no drafts accepted")
     event("preempted" if copy.scheduler.num_preempted_total else "not preempted")
     event("prefix hit" if copy.scheduler.stats.prefix_hit_tokens_total else "no prefix hit")
 

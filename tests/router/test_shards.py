@@ -17,7 +17,7 @@ import psutil
 import pytest
 from torch.distributed import TCPStore
 
-from cluster.errors import RankLost
+from cluster.errors import RankLossCause, RankLost
 from cluster.router.in_process import InProcessGroup
 from cluster.router.launchers import ProcessLauncher
 from cluster.router.rank_socket import RankSocket
@@ -215,9 +215,10 @@ async def test_a_rank_that_cannot_load_is_named_and_nothing_is_left(make: Make, 
 
 
 async def test_a_rank_that_loads_too_long_is_named_and_nothing_is_left(make: Make) -> None:
-    with pytest.raises(RankLost, match=r"ranks? .*1 .*not ready within 3 s; raise router\.start_timeout_s"):
+    with pytest.raises(RankLost, match=r"ranks? .*1 .*not ready within 3 s; raise router\.start_timeout_s") as lost:
         await make("loads-forever:1", bounds=GroupBounds(start_timeout_s=3))
 
+    assert lost.value.cause is RankLossCause.LATE
     assert ranks_alive() == []
 
 
@@ -247,8 +248,9 @@ async def test_a_stopped_rank_is_noticed_while_idle(make: Make) -> None:
 
     os.kill(started.info.ranks[1].pid, signal.SIGSTOP)
 
-    with pytest.raises(RankLost, match=r"rank 1 was not heard of for 2\.5 s"):
+    with pytest.raises(RankLost, match=r"rank 1 was not heard of for 2\.5 s") as lost:
         await asyncio.wait_for(started.group.receive(), WAIT_S)
+    assert lost.value.cause is RankLossCause.SILENT
 
 
 async def test_a_stopped_rank_is_blamed_and_not_the_one_that_waits_for_it(make: Make) -> None:
@@ -258,7 +260,7 @@ async def test_a_stopped_rank_is_blamed_and_not_the_one_that_waits_for_it(make: 
 
     with pytest.raises(RankLost, match=r"rank 1 was late.* \(rank 0 was waiting for it\)") as lost:
         await started.step()
-    assert lost.value.rank == 1
+    assert (lost.value.rank, lost.value.cause) == (1, RankLossCause.LATE)
 
 
 async def test_ctrl_c_in_the_terminal_does_not_reach_the_ranks(make: Make) -> None:

@@ -18,6 +18,7 @@ from workers.config import ModelConfig, ParallelLayout, ShardSpec
 from workers.experts.choice import DispatcherChoice, RowFormat
 from workers.experts.dispatch import AllToAllDispatcher, Dispatcher, GatherScatterDispatcher, LocalDispatcher
 from workers.experts.rows import RoutedRows
+from workers.experts.traffic import DispatchTraffic
 from workers.kernels import reference
 from workers.kernels.moe import apply_experts
 from workers.parallel import ParallelState
@@ -167,6 +168,42 @@ def test_all_dispatchers_agree_in_every_bit(world_size: int, name: str, worlds: 
         assert outs.keys() == {GatherScatterDispatcher.__name__, AllToAllDispatcher.__name__}
         for dispatcher, out in outs.items():
             assert torch.equal(out, want[rank]), dispatcher
+
+
+def bytes_of_a_sum(parallel: ParallelState, num_tokens: int) -> list[tuple[float, int]]:
+    """What the traffic of a local dispatcher's sum over ranks was, and what is left of it then."""
+    traffic = DispatchTraffic(parallel)
+    dispatcher = traffic.metered(LocalDispatcher(parallel.world))
+    parallel.tp.all_gather(torch.zeros(100))  # somebody else's
+    x_TH = torch.ones(num_tokens, HIDDEN)
+    rows, handle = dispatcher.dispatch(RoutedRows(x_TH, torch.zeros(num_tokens, 1), torch.ones(num_tokens, 1)))
+    dispatcher.combine(rows.x_RH, handle)
+    return [traffic.take(), traffic.take()]
+
+
+def bytes_of_a_dispatch(parallel: ParallelState, traffic: Traffic) -> tuple[int, int]:
+    """Bytes that this rank sent with an uneven exchange, and of those the rows."""
+    parallel = parallel.regrouped(ParallelLayout(dp=parallel.world_size), TIMEOUT_S)
+    choice = DispatcherChoice(MODEL, ShardSpec(parallel.layout, parallel.rank), parallel, torch.float32, "exact")
+    metered, counted = choice.all_to_all(), DispatchTraffic(parallel)
+    rows, journey = counted.metered(metered).dispatch(traffic.of(parallel.rank))
+    del rows
+    num_leaving = sum(journey.send_counts) - journey.send_counts[parallel.rank]
+    return counted.take()[1], num_leaving * metered.packer.pack(traffic.of(parallel.rank)).shape[1]
+
+
+def test_what_dispatchers_send_is_counted_and_nothing_else(two_ranks: RankProcesses) -> None:
+    for counted, rest in two_ranks.run(bytes_of_a_sum, 10):
+        assert counted[1] == 10 * HIDDEN * 4
+        assert counted[0] > 0
+        assert rest == (0.0, 0)
+
+
+@pytest.mark.parametrize("name", cases(1))
+def test_only_rows_that_leave_a_rank_are_counted(name: str, four_ranks: RankProcesses) -> None:
+    """Beside the counts: eight bytes to each other rank."""
+    for num_bytes, row_bytes in four_ranks.run(bytes_of_a_dispatch, cases(4)[name]):
+        assert num_bytes == row_bytes + 3 * 8
 
 
 def test_rows_may_travel_as_fp8(four_ranks: RankProcesses) -> None:

@@ -80,72 +80,60 @@ def _responses(content: dict[str, Json]) -> Json:
 def _schemas() -> Json:
     text, flag = {"type": "string"}, {"type": "boolean"}
     token_ids = {"type": "array", "items": _integer(0, _MAX_UINT32)}
-    function = {
-        "type": "object",
-        "required": ["name"],
-        "properties": {
-            "name": {"type": "string", "minLength": 1, "maxLength": MAX_NAME_CHARS},
-            "description": text,
-            "parameters": {"type": "object"},
-        },
+    messages = {"type": "array", "minItems": 1, "maxItems": MAX_MESSAGES, "items": _message()}
+    prompt = {"oneOf": [text, token_ids, {"type": "array", "items": text}]}
+    options = _options()
+    chat = {
+        **options,
+        **_tools(),
+        "messages": messages,
+        "max_completion_tokens": _integer(1),
+        "logprobs": flag,
+        "top_logprobs": _integer(0),
     }
-    tool = {
-        "type": "object",
-        "required": ["type", "function"],
-        "properties": {"type": {"enum": ["function"]}, "function": function},
+    response = {
+        **options,
+        "input": {"oneOf": [text, messages]},
+        "instructions": text,
+        "max_output_tokens": _integer(1),
     }
-    part = {
-        "type": "object",
-        "required": ["type", "text"],
-        "properties": {"type": {"enum": ["text", "input_text", "output_text"]}, "text": text},
+    tokenize = {"model": text, "prompt": text, "messages": messages, "return_token_strs": flag}
+    return {
+        "ChatRequest": _object(["messages"], chat),
+        "CompletionRequest": _object(["prompt"], {**options, "prompt": prompt, "logprobs": _integer(0, MAX_LOGPROBS)}),
+        "ResponseRequest": _object(["input"], response),
+        "TokenizeRequest": _object([], tokenize),
+        "DetokenizeRequest": _object([], {"model": text, "tokens": token_ids}),
+        "Error": _object(["error"], {"error": _object(["message", "type"], {"message": text, "type": text})}),
     }
-    content = {"oneOf": [text, {"type": "array", "items": part}]}
-    call = {
-        "type": "object",
-        "required": ["function"],
-        "properties": {
-            "id": text,
-            "type": {"enum": ["function"]},
-            "function": {
-                "type": "object",
-                "required": ["name"],
-                "properties": {"name": {"type": "string", "minLength": 1}, "arguments": text},
-            },
-        },
-    }
-    message = {
-        "type": "object",
-        "required": ["role", "content"],
-        "properties": {
+
+
+def _message() -> Json:
+    text = {"type": "string"}
+    part = _object(["type", "text"], {"type": {"enum": ["text", "input_text", "output_text"]}, "text": text})
+    called = _object(["name"], {"name": {"type": "string", "minLength": 1}, "arguments": text})
+    call = _object(["function"], {"id": text, "type": {"enum": ["function"]}, "function": called})
+    return _object(
+        ["role", "content"],
+        {
             "role": {"enum": ["system", "developer", "user", "assistant", "tool"]},
-            "content": content,
+            "content": {"oneOf": [text, {"type": "array", "items": part}]},
             "reasoning_content": text,
             "tool_calls": {"type": "array", "items": call},
             "tool_call_id": text,
         },
-    }
-    messages = {"type": "array", "minItems": 1, "maxItems": MAX_MESSAGES, "items": message}
-    tools = {"type": "array", "maxItems": MAX_TOOLS, "items": tool}
-    choice = {"oneOf": [{"enum": ["auto", "none", "required"]}, tool]}
-    options = _options()
-    chat = {"messages": messages, "tools": tools, "tool_choice": choice, "parallel_tool_calls": flag}
-    prompt = {"oneOf": [text, token_ids, {"type": "array", "items": text}]}
-    error = {"type": "object", "required": ["message", "type"], "properties": {"message": text, "type": text}}
+    )
+
+
+def _tools() -> Json:
+    """What a chat may call, and whether it must."""
+    name = {"type": "string", "minLength": 1, "maxLength": MAX_NAME_CHARS}
+    properties = {"name": name, "description": {"type": "string"}, "parameters": {"type": "object"}}
+    tool = _object(["type", "function"], {"type": {"enum": ["function"]}, "function": _object(["name"], properties)})
     return {
-        "ChatRequest": _object(
-            ["messages"],
-            {**options, **chat, "max_completion_tokens": _integer(1), "logprobs": flag, "top_logprobs": _integer(0)},
-        ),
-        "CompletionRequest": _object(["prompt"], {**options, "prompt": prompt, "logprobs": _integer(0, MAX_LOGPROBS)}),
-        "ResponseRequest": _object(
-            ["input"],
-            {**options, "input": {"oneOf": [text, messages]}, "instructions": text, "max_output_tokens": _integer(1)},
-        ),
-        "TokenizeRequest": _object(
-            [], {"model": text, "prompt": text, "messages": messages, "return_token_strs": flag}
-        ),
-        "DetokenizeRequest": _object([], {"model": text, "tokens": token_ids}),
-        "Error": _object(["error"], {"error": error}),
+        "tools": {"type": "array", "maxItems": MAX_TOOLS, "items": tool},
+        "tool_choice": {"oneOf": [{"enum": ["auto", "none", "required"]}, tool]},
+        "parallel_tool_calls": {"type": "boolean"},
     }
 
 

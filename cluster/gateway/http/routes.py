@@ -41,6 +41,7 @@ from cluster.gateway.http.prompts import side_by_side
 from cluster.gateway.http.response_form import ResponseForm
 from cluster.gateway.http.responses import read_response
 from cluster.gateway.requests import is_request_id, new_request_id
+from cluster.tracing import HEADER
 from mull.v1 import generation_pb2 as pb
 
 WhyNotReady = Callable[[], str | None]
@@ -143,10 +144,9 @@ class Routes:
         )
         if len(prompts) == 1:
             return self._answer(request, body, first, form, raw=True)
-        caller = caller_of(request)
 
         def batches() -> Batches:
-            streams = [_raw_batches(self._core.stream(asked, caller)) for asked in prompts]
+            streams = [_raw_batches(self._stream(request, asked)) for asked in prompts]
             return side_by_side(streams, choices_per_prompt)
 
         return self._answer_from(request, batches, body, form, request_id)
@@ -249,10 +249,13 @@ class Routes:
 
     def _answer(self, request: Request, body: Fields, asked: pb.GenerateRequest, form: Form, *, raw: bool) -> Response:
         def batches() -> Batches:
-            stream = self._core.stream(asked, caller_of(request))
+            stream = self._stream(request, asked)
             return _raw_batches(stream) if raw else stream
 
         return self._answer_from(request, batches, body, form, asked.request_id)
+
+    def _stream(self, request: Request, asked: pb.GenerateRequest) -> Batches:
+        return self._core.stream(asked, caller_of(request), trace_parent=request.headers.get(HEADER))
 
     def _answer_from(
         self, request: Request, batches: Callable[[], Batches], body: Fields, form: Form, request_id: str

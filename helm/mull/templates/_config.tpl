@@ -1,4 +1,5 @@
-{{/* mull.config: the ClusterConfig of this installation, as YAML: what Serve passes to cluster.app:build. */}}
+{{/* mull.config: the ClusterConfig of this installation, as YAML: what Serve passes to cluster.app:build.
+     How many copies and gateways there are is said beside it (mull.serveConfig): a change here replaces them all. */}}
 {{- define "mull.config" -}}
 {{- $layout := .Values.layout -}}
 {{- $engine := dict
@@ -7,14 +8,16 @@
       "threads_per_rank" (int $layout.cpusPerRank) -}}
 {{- $ports := .Values.gateway.ports -}}
 {{- $gateway := dict
-      "host" "0.0.0.0" "replicas" (int .Values.gateway.replicas) "node_resource" "mull-gateway"
+      "host" "0.0.0.0" "node_resource" "mull-gateway"
       "grpc_port" (int $ports.grpc) "http_port" (int $ports.http) "metrics_port" (int $ports.metrics) -}}
 {{- $config := dict
       "model" (include "mull.modelConfig" . | fromYaml)
       "engine" (merge $engine .Values.config.engine)
-      "router" (merge (dict "copies" (int $layout.copies)) .Values.config.router)
+      "router" (merge (dict "metrics_port" (int .Values.ranks.ports.metrics)) .Values.config.router)
       "gateway" (merge $gateway .Values.config.gateway)
-      "security" (include "mull.securityConfig" . | fromYaml) -}}
+      "security" (include "mull.securityConfig" . | fromYaml)
+      "logs" .Values.config.logs
+      "tracing" .Values.config.tracing -}}
 {{- toYaml $config -}}
 {{- end }}
 

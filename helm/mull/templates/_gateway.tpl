@@ -23,7 +23,9 @@ template:
     containers:
       - name: gateway
         {{- include "mull.imageFields" . | nindent 8 }}
-        env: {{- include "mull.rayEnv" . | nindent 10 }}
+        env:
+          {{- include "mull.rayEnv" . | nindent 10 }}
+          {{- include "mull.logEnv" . | nindent 10 }}
         ports:
           - {name: grpc, containerPort: {{ .Values.gateway.ports.grpc }}}
           - {name: http, containerPort: {{ .Values.gateway.ports.http }}}

@@ -68,6 +68,13 @@ topologySpreadConstraints:
 - {name: HOME, value: /tmp}
 {{- end }}
 
+{{/* Where mull's processes run: their lines go to the pod's own log, rather than to files that end with it; of Ray's
+     own daemons only what is wrong. The head has none of mull's, and talks too much. */}}
+{{- define "mull.logEnv" -}}
+- {name: RAY_LOG_TO_STDERR, value: "1"}
+- {name: RAY_BACKEND_LOG_LEVEL, value: warning}
+{{- end }}
+
 {{/* Ray's own health: the liveness of every pod, and the readiness of those without a gateway, which KubeRay would
      otherwise ask for a Serve proxy that is not there. */}}
 {{- define "mull.rayHealth" -}}

@@ -27,10 +27,12 @@ template:
         {{- include "mull.imageFields" . | nindent 8 }}
         env:
           {{- include "mull.rayEnv" . | nindent 10 }}
+          {{- include "mull.logEnv" . | nindent 10 }}
           {{- range $name, $value := .Values.ranks.env }}
           - {name: {{ $name }}, value: {{ $value | quote }}}
           {{- end }}
         ports:
+          - {name: mull-metrics, containerPort: {{ .Values.ranks.ports.metrics }}}
           - {name: metrics, containerPort: 8080}
         resources: {{- include "mull.rankResources" . | nindent 10 }}
         securityContext: {{- include "mull.rankSecurity" . | nindent 10 }}

@@ -6,6 +6,9 @@ applications:
   - name: mull
     import_path: cluster.app:build
     route_prefix: null
+    deployments:
+      - {name: Gateway, num_replicas: {{ int .Values.gateway.replicas }}}
+      - {name: Router, num_replicas: {{ int .Values.layout.copies }}}
     args: {{- include "mull.config" . | nindent 6 }}
 {{- end }}
 

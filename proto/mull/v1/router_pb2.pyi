@@ -199,7 +199,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribeResponse(_message.Message):
-    __slots__ = ("model", "ready", "reason", "max_model_len", "tensor_parallel_size", "num_blocks", "num_free_blocks", "block_size", "num_running", "num_waiting", "ranks", "loaded_bytes", "total_bytes", "failed", "num_thinking", "num_answering", "num_steps_total", "num_restarts_total", "num_preempted_total", "prefix_query_tokens_total", "prefix_hit_tokens_total", "data_parallel_size", "expert_parallel_size", "expert_tensor_parallel_size", "redundant_experts", "expert_imbalance", "num_rebalances_total", "heartbeat_age_seconds", "num_replayed_tokens_total", "num_quarantined_total")
+    __slots__ = ("model", "ready", "reason", "max_model_len", "tensor_parallel_size", "num_blocks", "num_free_blocks", "block_size", "num_running", "num_waiting", "ranks", "loaded_bytes", "total_bytes", "failed", "num_thinking", "num_answering", "num_steps_total", "num_restarts_total", "num_preempted_total", "prefix_query_tokens_total", "prefix_hit_tokens_total", "data_parallel_size", "expert_parallel_size", "expert_tensor_parallel_size", "redundant_experts", "expert_imbalance", "num_rebalances_total", "heartbeat_age_seconds", "num_replayed_tokens_total", "num_quarantined_total", "metrics_address")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
@@ -230,6 +230,7 @@ class DescribeResponse(_message.Message):
     HEARTBEAT_AGE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     NUM_REPLAYED_TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     NUM_QUARANTINED_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     model: str
     ready: bool
     reason: str
@@ -260,7 +261,8 @@ class DescribeResponse(_message.Message):
     heartbeat_age_seconds: float
     num_replayed_tokens_total: int
     num_quarantined_total: int
-    def __init__(self, model: _Optional[str] = ..., ready: _Optional[bool] = ..., reason: _Optional[str] = ..., max_model_len: _Optional[int] = ..., tensor_parallel_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., ranks: _Optional[_Iterable[_Union[RankInfo, _Mapping]]] = ..., loaded_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., failed: _Optional[bool] = ..., num_thinking: _Optional[int] = ..., num_answering: _Optional[int] = ..., num_steps_total: _Optional[int] = ..., num_restarts_total: _Optional[int] = ..., num_preempted_total: _Optional[int] = ..., prefix_query_tokens_total: _Optional[int] = ..., prefix_hit_tokens_total: _Optional[int] = ..., data_parallel_size: _Optional[int] = ..., expert_parallel_size: _Optional[int] = ..., expert_tensor_parallel_size: _Optional[int] = ..., redundant_experts: _Optional[int] = ..., expert_imbalance: _Optional[float] = ..., num_rebalances_total: _Optional[int] = ..., heartbeat_age_seconds: _Optional[float] = ..., num_replayed_tokens_total: _Optional[int] = ..., num_quarantined_total: _Optional[int] = ...) -> None: ...
+    metrics_address: str
+    def __init__(self, model: _Optional[str] = ..., ready: _Optional[bool] = ..., reason: _Optional[str] = ..., max_model_len: _Optional[int] = ..., tensor_parallel_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., ranks: _Optional[_Iterable[_Union[RankInfo, _Mapping]]] = ..., loaded_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., failed: _Optional[bool] = ..., num_thinking: _Optional[int] = ..., num_answering: _Optional[int] = ..., num_steps_total: _Optional[int] = ..., num_restarts_total: _Optional[int] = ..., num_preempted_total: _Optional[int] = ..., prefix_query_tokens_total: _Optional[int] = ..., prefix_hit_tokens_total: _Optional[int] = ..., data_parallel_size: _Optional[int] = ..., expert_parallel_size: _Optional[int] = ..., expert_tensor_parallel_size: _Optional[int] = ..., redundant_experts: _Optional[int] = ..., expert_imbalance: _Optional[float] = ..., num_rebalances_total: _Optional[int] = ..., heartbeat_age_seconds: _Optional[float] = ..., num_replayed_tokens_total: _Optional[int] = ..., num_quarantined_total: _Optional[int] = ..., metrics_address: _Optional[str] = ...) -> None: ...
 
 class RankInfo(_message.Message):
     __slots__ = ("rank", "host", "pid", "device", "weight_bytes", "kv_bytes", "load_seconds", "group", "num_heads", "num_kv_heads", "num_experts", "kv_tokens")

@@ -21,14 +21,20 @@ from cluster.config import is_loopback_host
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
+STOP_POLL_S = 0.05
+"""How often it looks whether it is to stop."""
+
 
 class Exposition:
     """One port, with a thread for each request: a reader that stalls delays nobody."""
 
     def __init__(
-        self, registry: CollectorRegistry, why_not_ready: Callable[[], str | None], begin_drain: Callable[[], None]
+        self,
+        registry: CollectorRegistry,
+        why_not_ready: Callable[[], str | None],
+        begin_drain: Callable[[], None] | None = None,
     ) -> None:
-        """Both are called from other threads."""
+        """Both are called from other threads. Without `begin_drain` there is nothing here to drain."""
         self._metrics: WSGIApplication = make_wsgi_app(registry)
         self._why_not_ready = why_not_ready
         self._begin_drain = begin_drain
@@ -37,7 +43,7 @@ class Exposition:
     def start(self, host: str, port: int) -> int:
         """Listen. Returns the port. Raises OSError."""
         server = make_server(host, port, self._answer, _server_class(host), handler_class=_Handler)
-        thread = Thread(target=server.serve_forever, name="metrics port", daemon=True)
+        thread = Thread(target=server.serve_forever, args=(STOP_POLL_S,), name="metrics port", daemon=True)
         thread.start()
         self._running = server, thread
         return server.server_port
@@ -58,19 +64,20 @@ class Exposition:
                 reason = self._why_not_ready()
                 status = "200 OK" if reason is None else "503 Service Unavailable"
                 return _json(start_response, status, {"ready": reason is None, "reason": reason})
-            case "/drain":
-                return self._drain(environ, start_response)
+            case "/drain" if self._begin_drain is not None:
+                return _drain(self._begin_drain, environ, start_response)
             case _:
                 return self._metrics(environ, start_response)
 
-    def _drain(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        """POST /drain: take no new work, let streams end, close all ports. Answers at once."""
-        if environ["REQUEST_METHOD"] != "POST":
-            return _json(start_response, "405 Method Not Allowed", {"error": "POST it"})
-        if not is_loopback_host(environ["REMOTE_ADDR"]):
-            return _json(start_response, "403 Forbidden", {"error": "only from this machine"})
-        self._begin_drain()
-        return _json(start_response, "202 Accepted", {"draining": True})
+
+def _drain(begin_drain: Callable[[], None], environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+    """POST /drain: take no new work, let streams end, close all ports. Answers at once."""
+    if environ["REQUEST_METHOD"] != "POST":
+        return _json(start_response, "405 Method Not Allowed", {"error": "POST it"})
+    if not is_loopback_host(environ["REMOTE_ADDR"]):
+        return _json(start_response, "403 Forbidden", {"error": "only from this machine"})
+    begin_drain()
+    return _json(start_response, "202 Accepted", {"draining": True})
 
 
 def _json(start_response: StartResponse, status: str, value: dict[str, object]) -> Iterable[bytes]:

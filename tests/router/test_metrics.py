@@ -1,0 +1,194 @@
+"""What a Router tells on its metrics port, of itself and for its ranks."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from cluster.errors import EngineError, RankLossCause
+from cluster.metrics.router import SPECS
+from cluster.router.router import Router
+from mull.v1 import router_pb2 as pb
+from tests.certificates import Authority
+from tests.gateway.conftest import fixed_port
+from tests.router.router_site import CONFIG, MODEL, Connect, Groups, until
+from tests.scraping import Scrape, check_against_table, check_as_prometheus_does, scraped
+
+HOST = "127.0.0.1"
+
+
+async def scrape_of(router: Router) -> Scrape:
+    return await scraped(router.describe().metrics_address)
+
+
+async def test_steps_and_requests_are_counted_and_timed(router: Router, connect: Connect) -> None:
+    router.open_metrics(HOST, [0])
+    gateway = await connect()
+    for key in (1, 2):
+        await gateway.submit(key, prompt_ids=[key, 2, 3], max_tokens=10)
+    for key in (1, 2):
+        await gateway.end_of(key)
+
+    said = await scrape_of(router)
+
+    assert said.one("mull_step_tokens_total", kind="prefill") == 6
+    # One sampled token of each is never put through the model; one plan is sent ahead and may be in vain.
+    assert said.one("mull_step_tokens_total", kind="decode") >= 2 * 9
+    num_steps = said.one("mull_engine_steps_total")
+    for part in ("compute", "collect"):
+        assert said.one("mull_step_seconds_count", part=part) == num_steps
+    assert said.one("mull_step_sequences_sum") >= 2 * 10
+    assert [said.one(f"mull_request_{part}_time_seconds_count") for part in ("queue", "prefill", "decode")] == [2, 2, 2]
+    assert said.one("mull_prefix_query_tokens_total") == 6
+
+
+async def test_the_copy_and_each_of_its_ranks_is_described(router: Router, connect: Connect) -> None:
+    router.open_metrics(HOST, [0])
+    await connect()
+
+    said = await scrape_of(router)
+
+    assert (said.one("mull_engine_ready"), said.one("mull_ranks"), said.one("mull_ranks_ready")) == (1, 2, 2)
+    assert said.all("mull_weight_bytes") == {("0",): 1, ("1",): 1}
+    assert said.all("mull_load_seconds") == {("0",): 0.5, ("1",): 0.5}
+    assert said.one("mull_kv_blocks") == said.one("mull_kv_free_blocks") > 0
+    assert said.one("mull_kv_usage_ratio") == 0
+    assert [labels[0] for labels in said.all("mull_build_info")] == [MODEL.name]
+
+
+async def test_running_requests_hold_slots_and_blocks(router: Router, groups: Groups, connect: Connect) -> None:
+    router.open_metrics(HOST, [0])
+    gateway = await connect()
+    await gateway.submit(1, starts_thinking=True, max_tokens=390)
+    await gateway.submit(2, max_tokens=390)
+    await until(lambda: router.describe().num_running == 2, "both to run")
+    groups.made[0].hold()
+
+    said = await scrape_of(router)
+
+    assert said.one("mull_requests_running") == 2
+    assert (said.one("mull_requests_thinking"), said.one("mull_requests_answering")) == (1, 1)
+    used = 1 - said.one("mull_kv_free_blocks") / said.one("mull_kv_blocks")
+    assert said.one("mull_kv_usage_ratio") == pytest.approx(used)
+    assert used > 0
+    groups.made[0].release()
+
+
+async def test_a_lost_rank_is_counted_by_its_cause_with_what_it_cost(
+    router: Router, groups: Groups, connect: Connect
+) -> None:
+    router.open_metrics(HOST, [0])
+    gateway = await connect()
+    await gateway.submit(1, max_tokens=390)
+    while len(gateway.tokens(1)) < 10:
+        await gateway.read()
+    groups.made[0].hold()
+    assert router.describe().num_running == 1
+
+    groups.made[0].lose_rank()
+    await gateway.end_of(1)
+
+    said = await scrape_of(router)
+    assert said.all("mull_ranks_lost_total") == {
+        (cause.value,): float(cause is RankLossCause.FAILED) for cause in RankLossCause
+    }
+    assert said.one("mull_engine_restarts_total") == 1
+    assert said.one("mull_recovery_pause_seconds_count", cause="rank_lost") == 1
+    assert said.one("mull_replayed_tokens_total", cause="rank_lost") >= 10
+
+
+async def test_before_its_first_start_it_is_not_ready_and_says_why(groups: Groups) -> None:
+    groups.may_start.clear()
+    router = Router(MODEL, CONFIG, groups)
+    await router.start()
+    router.open_metrics(HOST, [0])
+    try:
+        said = await scrape_of(router)
+        status, body = await asyncio.to_thread(get, f"http://{router.describe().metrics_address}/ready")
+    finally:
+        groups.may_start.set()
+        await router.stop()
+
+    assert (said.one("mull_engine_ready"), said.one("mull_kv_blocks"), said.one("mull_ranks_ready")) == (0, 0, 0)
+    assert (status, body) == (503, {"ready": False, "reason": "the ranks are loading"})
+
+
+async def test_further_routers_take_the_next_ports(groups: Groups) -> None:
+    routers = [Router(MODEL, CONFIG, groups) for _ in range(2)]
+    first = fixed_port()
+    for router in routers:
+        await router.start()
+        router.open_metrics(HOST, range(first, first + 20))
+    addresses = [router.describe().metrics_address for router in routers]
+    try:
+        assert addresses[0] == f"{HOST}:{first}"
+        assert addresses[1] != addresses[0]
+        assert (await scraped(addresses[1])).one("mull_ranks_lost_total", cause="late") == 0
+    finally:
+        for router in routers:
+            await router.stop()
+
+
+@pytest.mark.parametrize(("host", "told"), [("0.0.0.0", HOST), ("::1", "[::1]"), ("localhost", "localhost")])
+async def test_its_address_leads_to_it_wherever_it_listens(router: Router, host: str, told: str) -> None:
+    router.open_metrics(host, [0])
+
+    address = router.describe().metrics_address
+
+    assert address.rpartition(":")[0] == told
+    assert (await scraped(address)).one("mull_ranks_ready") >= 0
+
+
+async def test_a_host_that_is_not_here_is_one_line(router: Router) -> None:
+    with pytest.raises(EngineError, match=r"metrics on 192\.0\.2\.1, ports 9465 to 9465 \(Cannot assign") as refused:
+        router.open_metrics("192.0.2.1", [9465])
+
+    assert "\n" not in str(refused.value)
+
+
+async def test_a_router_works_while_its_port_is_taken_and_gets_it_when_it_is_free(
+    router: Router, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.router.metrics_port.RETRY_S", 0.01)
+    with socket.create_server((HOST, fixed_port())) as taken:
+        port = taken.getsockname()[1]
+        router.open_metrics(HOST, [port])
+        gateway = await connect()
+        await gateway.submit(1)
+        assert (await gateway.end_of(1)).reason == pb.End.REASON_LENGTH
+        assert router.describe().metrics_address == ""
+
+    await until(lambda: router.describe().metrics_address == f"{HOST}:{port}", "the port")
+
+    assert (await scrape_of(router)).one("mull_engine_steps_total") > 0
+
+
+async def test_the_port_serves_what_its_table_says(router: Router, connect: Connect, tmp_path: Path) -> None:
+    """With a certificate between gateways and Routers, and with ranks."""
+    await connect()
+    router.open_metrics(HOST, [0], Authority(tmp_path).issue("link"))
+
+    check_against_table(await scrape_of(router), SPECS)
+
+
+async def test_prometheus_has_no_complaint(router: Router, connect: Connect) -> None:
+    router.open_metrics(HOST, [0])
+    gateway = await connect()
+    await gateway.submit(1)
+    await gateway.end_of(1)
+
+    check_as_prometheus_does(await scrape_of(router))
+
+
+def get(url: str) -> tuple[int, dict[str, object]]:
+    try:
+        with urllib.request.urlopen(url, timeout=10) as reply:
+            return reply.status, json.loads(reply.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
