@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import socket
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from cluster.config import ClusterConfig
 from cluster.errors import ConfigError, EngineError
 from cluster.interrupts import Interrupts
 from cluster.log_follower import LogFollower
-from cluster.ray_cluster import check_nodes, last_line, start_ray
+from cluster.ray_cluster import check_nodes, last_line, start_ray, start_serve
 from mull.v1 import generation_pb2 as pb
 
 logger = logging.getLogger(__name__)
@@ -54,7 +53,6 @@ class LocalCluster:
         self._interrupts = interrupts
         self._config = _with_fixed_ports(config)
         self._gateway: Any = None
-        self._guard: subprocess.Popen[bytes] | None = None
         self._logs: LogFollower | None = None
         self._ray_was_started = False
         self._app_was_started = False
@@ -76,11 +74,10 @@ class LocalCluster:
         self._ray_was_started = True
         log_directory = start_ray(self._config)
         self._interrupts.install()
+        start_serve()
         if self._config.logs.format is not None and self._config.router.ray_address is None:
             self._logs = LogFollower(log_directory, self._config.logs.format)
             self._logs.start()
-        if self._config.router.ray_address is None:
-            self._guard = _guard_children()
         check_nodes(self._config)
         self._interrupts.check()
         self._app_was_started = True
@@ -182,9 +179,6 @@ class LocalCluster:
 
     def stop(self) -> None:
         """Stop the app and Ray, with all their processes."""
-        if self._guard is not None:
-            self._guard.kill()
-            self._guard.communicate()
         if self._ray_was_started:
             import ray
 
@@ -195,7 +189,7 @@ class LocalCluster:
             _end_children()
         if self._logs is not None:
             self._logs.stop()
-        self._gateway = self._guard = self._logs = None
+        self._gateway = self._logs = None
         self._ray_was_started = self._app_was_started = False
 
 
@@ -286,14 +280,3 @@ def _replicas_words() -> str:
     application = serve.status().applications.get(APP_NAME)
     deployments = application.deployments.values() if application is not None else ()
     return next((last_line(said.message) for said in deployments if "Error" in said.message), "")
-
-
-def _guard_children() -> subprocess.Popen[bytes]:
-    """A process that waits for our end and then kills Ray's daemons.
-
-    After a `kill -9` of ours, ranks and replicas end within seconds, but Ray's agents try for a minute to report it.
-    """
-    pids = [str(child.pid) for child in psutil.Process().children(recursive=True)]
-    # The shell reads a pipe whose other end is ours alone: it closes when we end, however that happens.
-    script = "cat >/dev/null; kill -9 " + " ".join(pids) + " 2>/dev/null"
-    return subprocess.Popen(["/bin/sh", "-c", script], stdin=subprocess.PIPE, start_new_session=True)

@@ -40,13 +40,17 @@ def start_ray(config: ClusterConfig) -> Path:
         raise
     except Exception as error:  # Ray raises plain ones, such as when the machine is too busy for its start in time
         raise EngineError(f"Ray did not start ({last_line(str(error))}); is /tmp/ray writable?") from error
+    return Path(context.address_info["session_dir"]) / "logs"
+
+
+def start_serve() -> None:
+    """Its controller, in the Ray that has been started."""
     from ray import serve
     from ray.serve.config import ProxyLocation
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     serve.start(proxy_location=ProxyLocation.Disabled, logging_config={"log_level": "WARNING"})
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    return Path(context.address_info["session_dir"]) / "logs"
 
 
 def _init_ray(config: ClusterConfig) -> Any:

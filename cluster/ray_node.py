@@ -8,8 +8,10 @@ constraints.txt pins.
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
+import psutil
 from ray._private.accelerators import NvidiaGPUAcceleratorManager
 from ray._private.node import Node
 from ray._private.parameter import RayParams
@@ -32,6 +34,13 @@ class LeanNode(Node):
             dashboard_agent_listen_port=0,
         )
         super().__init__(params, head=True, shutdown_at_exit=False)
+        self._guard = _guard_children()
+
+    def stop(self) -> None:
+        """For who goes on after it; who ends need not call it."""
+        self._guard.kill()
+        self._guard.communicate()
+        self.kill_all_processes(check_alive=False, allow_graceful=True)
 
     def start_ray_processes(self) -> None:
         super().start_ray_processes()  # type: ignore[no-untyped-call]  # Ray has no types there
@@ -47,3 +56,15 @@ def local_gpus() -> int:
     count: int = NvidiaGPUAcceleratorManager.get_current_node_num_accelerators()
     visible = NvidiaGPUAcceleratorManager.get_current_process_visible_accelerator_ids()
     return count if visible is None else min(count, len(visible))
+
+
+def _guard_children() -> subprocess.Popen[bytes]:
+    """A process that waits for our end and then kills Ray's daemons.
+
+    After a `kill -9` of ours, or a SIGTERM that Ray has taken for itself, ranks and replicas end within seconds, but
+    Ray's agents try for a minute to report it.
+    """
+    pids = [str(child.pid) for child in psutil.Process().children(recursive=True)]
+    # The shell reads a pipe whose other end is ours alone: it closes when we end, however that happens.
+    script = "cat >/dev/null; kill -9 " + " ".join(pids) + " 2>/dev/null"
+    return subprocess.Popen(["/bin/sh", "-c", script], stdin=subprocess.PIPE, start_new_session=True)

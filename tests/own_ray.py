@@ -21,4 +21,4 @@ def own_ray(num_cpus: int, resources: dict[str, float] | None = None) -> Iterato
         yield
     finally:
         ray.shutdown()
-        node.kill_all_processes(check_alive=False, allow_graceful=True)
+        node.stop()
