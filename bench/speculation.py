@@ -18,6 +18,7 @@ from typing import Any
 
 from bench.report import Spread, machine, versions, write
 from cluster.offline import OfflineConfig, OfflineEngine
+from cluster.router.speculation import Speculation
 from cluster.text.tokenizer import read_encoder
 from workers.step import SamplingParams
 
@@ -47,14 +48,14 @@ def loads(count: int) -> list[Load]:
     ]
 
 
-def engine(num_speculative_tokens: int) -> OfflineEngine:
+def engine(max_tokens: int) -> OfflineEngine:
     """One rank on one thread."""
     return OfflineEngine(
         OfflineConfig(
             model_dir=str(MODEL_DIR),
             num_threads=1,
             enable_prefix_cache=False,
-            num_speculative_tokens=num_speculative_tokens,
+            speculation=Speculation(max_tokens=max_tokens),
         )
     )
 

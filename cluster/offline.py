@@ -6,11 +6,12 @@ For measuring a checkpoint or the engine itself. The same scheduler and the same
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cluster.router.blocks import BlockAllocator
 from cluster.router.scheduler import Scheduler, SchedulerConfig, SchedulerStats
 from cluster.router.sequence import SequenceRequest
+from cluster.router.speculation import Speculation
 from workers.config import ParallelLayout, RunnerConfig
 from workers.parallel import ParallelState
 from workers.runner import ModelRunner
@@ -29,7 +30,7 @@ class OfflineConfig:
     block_size: int = 32
     kv_memory_bytes: int = 256 * 2**20
     enable_prefix_cache: bool = True
-    num_speculative_tokens: int = 0
+    speculation: Speculation = field(default_factory=Speculation)
 
 
 class OfflineEngine:
@@ -56,7 +57,7 @@ class OfflineEngine:
                 max_num_seqs=config.max_num_seqs,
                 max_num_batched_tokens=config.max_num_batched_tokens,
                 max_waiting=config.max_num_seqs,
-                num_speculative_tokens=config.num_speculative_tokens,
+                speculation=config.speculation,
             ),
             BlockAllocator(self._runner.num_blocks, config.block_size, config.enable_prefix_cache),
         )

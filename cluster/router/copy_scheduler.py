@@ -21,6 +21,7 @@ from cluster.router.blocks import BlockAllocator, chain_hashes, root_hash
 from cluster.router.quarantine import Quarantine
 from cluster.router.scheduler import Scheduler, SchedulerConfig, SchedulerStats
 from cluster.router.sequence import FinishReason, SequenceRequest, SequenceUpdate
+from cluster.router.speculation import Move, next_move
 from cluster.router.waiting import WaitingQueue
 from workers.step import StepPlan, StepResult
 
@@ -104,13 +105,16 @@ class CopyScheduler:
         """
         if self.num_in_flight >= self._config.max_in_flight:
             return None
+        move = next_move(self._config.speculation, [group.scheduler for group in self._groups])
+        if move is Move.WAIT:
+            return None
         self._assign()
-        drafts = [group.scheduler.schedule() for group in self._groups]
-        if all(plan is None for plan in drafts):
+        built = [group.scheduler.build(drafts=move is Move.DRAFT) for group in self._groups]
+        if all(plan is None for plan in built):
             return None
         plans = [
             group.scheduler.schedule_idle() if plan is None else plan
-            for group, plan in zip(self._groups, drafts, strict=True)
+            for group, plan in zip(self._groups, built, strict=True)
         ]
         if len(plans) == 1:
             return plans

@@ -27,6 +27,7 @@ from cluster.router.router import Router, RouterStats
 from cluster.router.scheduler import SchedulerConfig
 from cluster.router.sequence_spans import SequenceSpans
 from cluster.router.shards import GroupBounds, RankGroup
+from cluster.router.speculation import Speculation
 from cluster.router.wire import ModelInfo
 from cluster.serve_ports import listen_on_node_address
 from cluster.text.phases import THINK_END
@@ -38,9 +39,6 @@ from workers.logs import write_logs
 
 Device = Literal["cpu", "cuda"]
 
-ROW_COST: dict[Device, float] = {"cpu": 0.6, "cuda": 0.05}
-"""Of `SchedulerConfig`. The CPU's is measured with the built-in model. A GPU reads all weights for one row as for
-eight, so that more rows cost little; how little is not measured yet."""
 NAME = "Router"
 STOP_TIMEOUT_S = 25.0
 """Over `drain_s`: the bounds on stopping ranks, with room."""
@@ -118,8 +116,10 @@ def make_router(
         max_num_seqs=config.engine.max_num_seqs,
         max_num_batched_tokens=config.engine.max_num_batched_tokens,
         max_waiting=config.router.max_waiting,
-        num_speculative_tokens=config.engine.num_speculative_tokens,
-        row_cost=ROW_COST[device],
+        speculation=Speculation(
+            max_tokens=config.engine.num_speculative_tokens,
+            row_cost=row_cost(ModelConfig.from_dir(config.model.path), device),
+        ),
     )
     make_group = group_factory(config, model.max_model_len, device, launcher)
     engine, router = config.engine, config.router
@@ -215,6 +215,24 @@ def autoscaling_options(config: ClusterConfig) -> dict[str, Any]:
         policy=AutoscalingPolicy(policy_function=scale_copies),  # type: ignore[no-untyped-call]  # Ray has no types there
     )
     return {"autoscaling_config": scaling}
+
+
+def row_cost(model: ModelConfig, device: Device) -> float:
+    """Of `Speculation`. On the CPU as measured with the built-in model; a GPU's is estimated, not measured.
+
+    A GPU reads most weights once for all rows of a small step, but every row reads experts of its own.
+    """
+    if device == "cpu":
+        return 0.6
+    heads = model.head_dim * (2 * model.num_heads + 2 * model.num_kv_heads)
+    shared, own = model.vocab_size, 0
+    for layer in range(model.num_layers):
+        shared += heads
+        if model.is_moe_layer(layer):
+            own += 3 * model.moe_intermediate_size * model.num_experts_per_token
+        else:
+            shared += 3 * model.intermediate_size
+    return max(0.05, own / (own + shared))
 
 
 def router_deployment(config: ClusterConfig) -> serve.Application:

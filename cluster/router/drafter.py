@@ -13,7 +13,7 @@ from math import log
 
 SUFFIX = 3
 """Tokens that must have come in this order before."""
-MAX_SUFFIXES = 1 << 16
+MAX_SUFFIXES = 1 << 13
 """Of the latest tokens: what a sequence may keep."""
 RATE = 0.1
 """Weight of the newest token in the share of good guesses."""

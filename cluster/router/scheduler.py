@@ -13,21 +13,17 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Hashable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cluster.errors import ConfigError, EngineError, InvalidRequest, Overloaded, PromptTooLong
 from cluster.router.blocks import BlockAllocator
 from cluster.router.quarantine import Quarantine
 from cluster.router.sequence import FinishReason, Phase, Sequence, SequenceRequest, SequenceUpdate
 from cluster.router.slots import SlotTable
-from cluster.router.step_draft import StepDraft, StepInFlight
+from cluster.router.speculation import Move, Speculation, next_move
+from cluster.router.step_builder import StepBuilder, StepInFlight
 from cluster.router.waiting import WaitingQueue
 from workers.step import StepPlan, StepResult
-
-MOST_CHANCE = 0.95
-"""A guess that must be likelier than this is not looked for: what is certain keeps the step busy."""
-LEAST_GAIN = 0.25
-"""Tokens that guesses must bring each sequence in a step: meanwhile, no other step is under way."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,10 +40,7 @@ class SchedulerConfig:
     """Requests beyond all slots that may be unfinished."""
     max_in_flight: int = 2
     """Plans whose results are not back."""
-    num_speculative_tokens: int = 0
-    """Of one sequence in one step: speculative decoding; 0: none."""
-    row_cost: float = 0.6
-    """Time of one more row in a step, as a share of the time of a step with one."""
+    speculation: Speculation = field(default_factory=Speculation)
 
     def __post_init__(self) -> None:
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -228,27 +221,49 @@ class Scheduler:
 
     def schedule(self) -> StepPlan | None:
         """The next plan, with at least one token to compute. None: nothing to send now, or enough plans are out."""
+        match next_move(self._config.speculation, [self]):
+            case Move.WAIT:
+                return None
+            case move:
+                return self.build(drafts=move is Move.DRAFT)
+
+    def build(self, *, drafts: bool) -> StepPlan | None:
+        """The same where it is decided whether this step has drafts: for several groups, that is decided together."""
         if len(self._in_flight) >= self._config.max_in_flight:
             return None
-        under_way = [plan for plan in self._in_flight if plan.computed]
-        drafting_pays = self._drafting_pays()
-        if under_way and (drafting_pays or under_way[-1].drafted):
-            return None  # a guess stands behind tokens that are known
-        draft = StepDraft(self._config.max_num_batched_tokens)
-        prefilling = self._draft_decodes(draft)
-        if drafting_pays:
-            self._speculate(draft)
-        for seq in prefilling:
-            if draft.budget:
-                draft.prefill(seq)
-        self._draft_admissions(draft)
-        if draft.is_empty:
+        step = StepBuilder(self._config.max_num_batched_tokens)
+        for seq in self._add_decodes(step):
+            if step.budget:
+                step.prefill(seq)
+        self._add_admissions(step)
+        if drafts:
+            self._add_drafts(step)
+        if step.is_empty:
             return None
-        return self._send(draft, self._slots.take_closed())
+        return self._send(step, self._slots.take_closed())
+
+    @property
+    def is_computing(self) -> bool:
+        """A plan that computes something is under way."""
+        return any(plan.computed for plan in self._in_flight)
+
+    @property
+    def is_drafting(self) -> bool:
+        """One with drafts is."""
+        return any(plan.drafted for plan in self._in_flight)
+
+    def drafting_gain(self, speculation: Speculation) -> float:
+        """Tokens that drafts may be expected to bring in the next step, less what they cost."""
+        least_chance = speculation.least_chance(self.num_running)
+        return sum(
+            seq.expected_gain(speculation.max_tokens, least_chance)
+            for seq in self._slots.running
+            if not seq.is_prefilling and not seq.must_reopen
+        )
 
     def schedule_idle(self) -> StepPlan:
         """A plan that computes nothing, so that this scheduler's numbers go on as those of others that do compute."""
-        return self._send(StepDraft(budget=0), close=[])
+        return self._send(StepBuilder(budget=0), close=[])
 
     def apply(self, result: StepResult) -> list[SequenceUpdate]:
         """Take the group's result of the oldest plan in flight.
@@ -321,44 +336,32 @@ class Scheduler:
                 f"{self.num_running} requests run and {self.num_waiting} wait, the limit is {limit}; try again later"
             )
 
-    def _draft_decodes(self, draft: StepDraft) -> list[Sequence]:
+    def _add_decodes(self, step: StepBuilder) -> list[Sequence]:
         """A decode for everyone who can have one. Returns those who are still prefilling. Both in order."""
         prefilling = []
         for seq in self._slots.ranked:
             if seq.slot is None:
                 continue  # preempted for an earlier one in this very loop
-            if seq.must_reopen and not self._reopen(seq, draft):
+            if seq.must_reopen and not self._reopen(seq, step):
                 continue
             if seq.is_prefilling:
                 prefilling.append(seq)
-            elif seq.can_sample_more and self._make_room(seq, draft):
-                draft.decode(seq)
+            elif seq.can_sample_more and self._make_room(seq, step):
+                step.decode(seq)
         return prefilling
 
-    def _drafting_pays(self) -> bool:
-        """Whether guesses may be expected to bring more than it costs that no other step is under way meanwhile."""
-        most, num_running = self._config.num_speculative_tokens, self.num_running
-        if not most or not num_running or self._least_chance > MOST_CHANCE:
-            return False
-        gain = sum(seq.expected_gain(most, self._least_chance) for seq in self._slots.running)
-        return gain >= LEAST_GAIN * num_running
-
-    @property
-    def _least_chance(self) -> float:
-        """Of a guess that is worth its row: what a row costs, in tokens that as many rows would bring for certain."""
-        row, num_running = self._config.row_cost, self.num_running
-        return row / (row + (1 - row) / num_running)
-
-    def _speculate(self, draft: StepDraft) -> None:
-        """What those who decode may say next, as far as their blocks and the budget have room for it."""
-        for seq in draft.decoded:
+    def _add_drafts(self, step: StepBuilder) -> None:
+        """What those who decode may say next, as far as their blocks and the rest of the budget have room for it."""
+        speculation = self._config.speculation
+        least_chance = speculation.least_chance(self.num_running)
+        for seq in step.decoded:
             room = len(seq.block_ids) * self._blocks.block_size - seq.num_computed
-            token_ids = seq.draft(min(self._config.num_speculative_tokens, room, draft.budget), self._least_chance)
+            token_ids = seq.draft(min(speculation.max_tokens, room, step.budget), least_chance)
             if token_ids:
                 self._draft_tokens_total += len(token_ids)
-                draft.speculate(seq, token_ids)
+                step.draft(seq, token_ids)
 
-    def _make_room(self, seq: Sequence, draft: StepDraft) -> bool:
+    def _make_room(self, seq: Sequence, step: StepBuilder) -> bool:
         """A block for the next position of `seq`, if need be at the cost of later sequences.
 
         False: it is the last itself. It then keeps what it has and waits for earlier ones, who may still preempt it.
@@ -367,56 +370,56 @@ class Scheduler:
             return True
         if not self._free(1, seq):
             return False
-        draft.extend(seq, self._blocks.allocate(1))
+        step.extend(seq, self._blocks.allocate(1))
         return True
 
-    def _reopen(self, seq: Sequence, draft: StepDraft) -> bool:
+    def _reopen(self, seq: Sequence, step: StepBuilder) -> bool:
         """Tell the ranks of the tokens that were forced, with blocks for them; False: as for `_make_room`."""
         num_missing = max(0, self._blocks.num_blocks_for(seq.num_known) - len(seq.block_ids))
         if not self._free(num_missing, seq):
             return False
-        draft.reopen(seq, self._blocks.allocate(num_missing))
+        step.reopen(seq, self._blocks.allocate(num_missing))
         return True
 
     def _free(self, num_blocks: int, seq: Sequence) -> bool:
         """Have so many blocks free, if need be at the cost of sequences after `seq`; False: those are not enough."""
         while self._blocks.num_free < num_blocks:
-            # Victims come after `seq` in this step's order, so none of them is in the draft yet.
+            # Victims come after `seq` in this step's order, so none of them is in the step yet.
             victim = self._slots.last
             if victim is seq:
                 return False
             self._preempt(victim)
         return True
 
-    def _draft_admissions(self, draft: StepDraft) -> None:
+    def _add_admissions(self, step: StepBuilder) -> None:
         """Slots for those who wait, in order. Nobody overtakes a head that does not fit yet."""
-        while self._waiting and self._slots.has_free_slot and draft.budget:
+        while self._waiting and self._slots.has_free_slot and step.budget:
             seq = self._waiting.first(self._quarantine.may_run)
             # A preempted sequence whose last token is still being sampled comes back when that token is known.
             if seq is None or seq.num_pending or not self._slots.try_enter(seq):
                 return
             self._waiting.remove(seq.request.key)
             self._quarantine.runs(seq)
-            draft.open(seq)
+            step.open(seq)
             if not seq.was_admitted:
-                self._count_first_admission(seq, draft)
-            draft.prefill(seq)
+                self._count_first_admission(seq, step)
+            step.prefill(seq)
 
-    def _count_first_admission(self, seq: Sequence, draft: StepDraft) -> None:
+    def _count_first_admission(self, seq: Sequence, step: StepBuilder) -> None:
         seq.was_admitted = True
-        draft.admitted.append((seq, seq.num_computed))
+        step.admitted.append((seq, seq.num_computed))
         if self._blocks.enable_prefix_cache and not seq.needs_scores:
             self._prefix_query_tokens_total += len(seq.request.prompt_ids)
             self._prefix_hit_tokens_total += seq.num_computed
 
-    def _send(self, draft: StepDraft, close: list[int]) -> StepPlan:
-        """Number the draft and remember it until its result is back."""
-        for seq in draft.prefilled:
+    def _send(self, step: StepBuilder, close: list[int]) -> StepPlan:
+        """Number the step and remember it until its result is back."""
+        for seq in step.prefilled:
             self._slots.publish_prompt(seq)
-        step = self._next_step
+        number = self._next_step
         self._next_step += 1
-        self._in_flight.append(draft.in_flight(step))
-        return draft.plan(step, close)
+        self._in_flight.append(step.in_flight(number))
+        return step.plan(number, close)
 
     def _take_in_flight(self, result: StepResult) -> StepInFlight:
         if not self._in_flight or self._in_flight[0].step != result.step:

@@ -14,7 +14,7 @@ import msgspec
 from cluster.router.drafter import Drafter
 from workers.step import Grammar, SamplingParams, TokenLogprobs, TokenRules
 
-MAX_LOOKED_UP = 4096
+MAX_LOOKED_UP = 2048
 """Tokens before the first guess in which it is looked for: more would hold up a step."""
 
 

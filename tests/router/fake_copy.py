@@ -10,6 +10,7 @@ from typing import Any
 from cluster.router.blocks import BlockAllocator
 from cluster.router.scheduler import Scheduler, SchedulerConfig
 from cluster.router.sequence import Phase, SequenceRequest, SequenceUpdate
+from cluster.router.speculation import Speculation
 from tests.fakes import FakeRanks, next_token
 from tests.router.driven import Driven
 from workers.step import SamplingParams, StepPlan
@@ -56,8 +57,7 @@ class FakeCopy(Driven[StepPlan, Scheduler]):
             max_num_batched_tokens=max_num_batched_tokens,
             max_waiting=max_waiting,
             max_in_flight=max_in_flight,
-            num_speculative_tokens=num_speculative_tokens,
-            row_cost=row_cost,
+            speculation=Speculation(max_tokens=num_speculative_tokens, row_cost=row_cost),
         )
         super().__init__(config, Scheduler(config, self.blocks), vocab_size, reach)
         self.ranks = self._new_ranks()

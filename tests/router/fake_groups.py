@@ -6,6 +6,7 @@ from cluster.router.blocks import BlockAllocator
 from cluster.router.copy_scheduler import CopyScheduler
 from cluster.router.scheduler import SchedulerConfig
 from cluster.router.sequence import SequenceUpdate
+from cluster.router.speculation import Speculation
 from tests.fakes import FakeRanks
 from tests.router.driven import Driven
 from workers.step import StepPlan
@@ -38,8 +39,7 @@ class FakeGroups(Driven[list[StepPlan], CopyScheduler]):
             max_num_batched_tokens=max_num_batched_tokens,
             max_waiting=max_waiting,
             max_in_flight=max_in_flight,
-            num_speculative_tokens=num_speculative_tokens,
-            row_cost=0.02,
+            speculation=Speculation(max_tokens=num_speculative_tokens, row_cost=0.02),
         )
         super().__init__(config, CopyScheduler(config, self.pools), vocab_size, reach)
         self.ranks = [

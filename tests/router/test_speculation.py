@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from cluster.errors import EngineError
 from cluster.router.drafter import MAX_SUFFIXES, SUFFIX, Drafter
 from cluster.router.sequence import FinishReason
+from cluster.router.speculation import Speculation
 from tests.router.fake_copy import FakeCopy, request
+from tests.router.fake_groups import FakeGroups
 from workers.step import SamplingParams, StepResult
 
 SURE = 0.01
@@ -183,3 +185,47 @@ def test_with_drafts_everyone_gets_what_they_get_without(
     for key in copy.requests:
         assert (copy.token_ids[key], copy.finish[key]) == copy.alone(key)
     assert copy.blocks.num_free == copy.blocks.num_blocks
+
+
+def test_a_prompt_that_is_under_way_keeps_two_steps_under_way() -> None:
+    """Its last tokens have come before, but it cannot be drafted yet."""
+    copy = FakeCopy(**REPETITIVE, max_num_batched_tokens=8)
+    copy.add(request(0, [1, 2, 3, 4] * 10, max_tokens=4))
+
+    copy.send()
+    copy.send()
+
+    assert len(copy.in_flight) == 2
+
+
+def test_drafts_take_only_what_prompts_leave_of_a_step() -> None:
+    copy = FakeCopy(**REPETITIVE, max_num_batched_tokens=6)
+    copy.add(request(0, [3, 1, 4], max_tokens=100))
+    while not copy.scheduler.stats.accepted_tokens_total:
+        copy.step()
+    before = len(copy.plans)
+
+    copy.add(request(1, list(range(7)) * 5, max_tokens=1))
+    while 1 not in copy.finish:
+        copy.step()
+
+    assert len(copy.plans) - before == 35 // 5
+
+
+def test_a_group_that_drafts_keeps_step_with_one_that_does_not() -> None:
+    copy = FakeGroups(2, vocab_size=8, reach=1, num_speculative_tokens=4, num_blocks=64)
+    copy.add(request(0, [3, 1, 4], max_tokens=100))
+    copy.add(request(1, [3, 1, 4], max_tokens=100, sampling=SamplingParams(seed=7, num_logprobs=1)))
+    copy.run()
+
+    for key in (0, 1):
+        assert (copy.token_ids[key], copy.finish[key]) == copy.alone(key)
+    assert copy.scheduler.stats.accepted_tokens_total > 50
+    assert len(copy.steps) < 110, "one of them stood still while the other stepped"
+
+
+@pytest.mark.parametrize(("row_cost", "num_running", "chance"), [(0.5, 1, 0.5), (0.5, 4, 0.8), (0.05, 1, 0.05)])
+def test_a_draft_must_be_likelier_the_more_a_row_costs_and_the_more_run(
+    row_cost: float, num_running: int, chance: float
+) -> None:
+    assert Speculation(row_cost=row_cost).least_chance(num_running) == pytest.approx(chance)

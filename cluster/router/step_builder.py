@@ -31,7 +31,7 @@ class StepInFlight:
 
 
 @dataclass(slots=True)
-class StepDraft:
+class StepBuilder:
     """Collects the deltas of one step within its token budget."""
 
     budget: int
@@ -94,7 +94,7 @@ class StepDraft:
         seq.num_computed += 1
         seq.num_pending += 1
 
-    def speculate(self, seq: Sequence, token_ids: list[int]) -> None:
+    def draft(self, seq: Sequence, token_ids: list[int]) -> None:
         """Compute these behind its decode, too, as far as they are what it samples."""
         assert seq.slot is not None
         self.drafts.append(Draft(seq.slot, token_ids))
