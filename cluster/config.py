@@ -158,6 +158,8 @@ class GatewayConfig(_Part):
     grpc_port: int = Field(50051, ge=0, le=65535)
     http_port: int = Field(8000, ge=0, le=65535)
     metrics_port: int = Field(9464, ge=0, le=65535)
+    metrics_host: str = "127.0.0.1"
+    """Of the metrics ports, the Routers' too: they are plain text without keys, and tell the names of tenants."""
     max_message_bytes: int = Field(8 * 2**20, ge=1024)
     max_streams: int = Field(1024, ge=1)
     """Open Generate streams of one gateway; one more is refused with RESOURCE_EXHAUSTED."""

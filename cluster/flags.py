@@ -59,6 +59,7 @@ _CONFIG_FLAGS: dict[str, dict[str, tuple[type, str]]] = {
         "grpc_port": (int, "0 picks a free one"),
         "http_port": (int, "OpenAI's API and the chat page; 0 picks a free one"),
         "metrics_port": (int, "Prometheus; 0 picks a free one"),
+        "metrics_host": (str, "where Prometheus finds Gateways and Routers, in plain text (default 127.0.0.1)"),
         "max_streams": (int, "open streams; one more is refused"),
         "drain_s": (float, "seconds for running streams to end after Ctrl-C"),
     },

@@ -85,12 +85,11 @@ class LocalCluster:
         self._interrupts.check()
         gateway = self._config.gateway
         address = f"{gateway.host}:{gateway.grpc_port}"
-        host = f"[{gateway.host}]" if ":" in gateway.host else gateway.host
         scheme = "http" if self._config.security.tls is None else "https"
         return Addresses(
             grpc=address,
-            http=f"{scheme}://{host}:{gateway.http_port}",
-            metrics=f"http://{host}:{gateway.metrics_port}/metrics",
+            http=f"{scheme}://{_in_url(gateway.host)}:{gateway.http_port}",
+            metrics=f"http://{_in_url(gateway.metrics_host)}:{gateway.metrics_port}/metrics",
         )
 
     def info(self) -> pb.GetServerInfoResponse:
@@ -239,12 +238,17 @@ def _with_fixed_ports(config: ClusterConfig) -> ClusterConfig:
     gateway = config.gateway
     ports = {
         name: _free_port("--" + name.replace("_", "-"), gateway.host, getattr(gateway, name))
-        for name in ("grpc_port", "http_port", "metrics_port")
+        for name in ("grpc_port", "http_port")
     }
+    ports["metrics_port"] = _free_port("--metrics-port", gateway.metrics_host, gateway.metrics_port)
     if config.router.metrics_port and config.router.ray_address is None:
         for port in config.router.metrics_ports:
-            _free_port("--router-metrics-port", gateway.host, port)
+            _free_port("--router-metrics-port", gateway.metrics_host, port)
     return config.model_copy(update={"gateway": gateway.model_copy(update=ports)})
+
+
+def _in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
 
 
 def _free_port(flag: str, host: str, port: int) -> int:

@@ -26,7 +26,7 @@ PAGE = ROOT / "docs" / "values.md"
 FROM_LAYOUT = {
     "engine": ("tp", "dp", "expert_tp", "redundant_experts", "device", "threads_per_rank"),
     "router": ("copies", "max_copies", "upscale_delay_s", "downscale_delay_s", "ray_address", "metrics_port"),
-    "gateway": ("replicas", "node_resource", "host", "grpc_port", "http_port", "metrics_port"),
+    "gateway": ("replicas", "node_resource", "host", "grpc_port", "http_port", "metrics_port", "metrics_host"),
     "logs": (),
     "tracing": (),
 }

@@ -212,9 +212,9 @@ class GatewayServer:
     def _start_exposition(self) -> int:
         config = self._config
         try:
-            return self._exposition.start(config.host, config.metrics_port)
+            return self._exposition.start(config.metrics_host, config.metrics_port)
         except OSError as error:
-            raise _port_error("metrics_port", config.host, config.metrics_port, error) from error
+            raise _port_error("metrics_port", config.metrics_host, config.metrics_port, error) from error
 
     def _drain_from_thread(self) -> None:
         """Begin to drain, asked for over the metrics port."""

@@ -185,8 +185,9 @@ class RouterDeployment:
 
 
 def metrics_host(config: ClusterConfig, node_host: str) -> str:
-    """Beside the gateway's on one machine, and in Kubernetes, where that is every address of a pod; else the node's."""
-    return config.gateway.host if config.router.ray_address is None else node_host
+    """As the gateways', but that one which others can reach is the node's own where there are several."""
+    host = config.gateway.metrics_host
+    return host if config.router.ray_address is None or is_loopback_host(host) else node_host
 
 
 def link_credentials(security: SecurityConfig, host: str) -> grpc.ServerCredentials | None:

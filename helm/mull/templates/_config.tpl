@@ -8,7 +8,7 @@
       "threads_per_rank" (int $layout.cpusPerRank) -}}
 {{- $ports := .Values.gateway.ports -}}
 {{- $gateway := dict
-      "host" "0.0.0.0" "node_resource" "mull-gateway"
+      "host" "0.0.0.0" "metrics_host" "0.0.0.0" "node_resource" "mull-gateway"
       "grpc_port" (int $ports.grpc) "http_port" (int $ports.http) "metrics_port" (int $ports.metrics) -}}
 {{- $config := dict
       "model" (include "mull.modelConfig" . | fromYaml)
