@@ -20,7 +20,7 @@ from cluster.config import ClusterConfig
 from cluster.errors import ConfigError, EngineError
 from cluster.interrupts import Interrupts
 from cluster.log_follower import LogFollower
-from cluster.ray_cluster import check_nodes, last_line, start_ray, start_serve
+from cluster.ray_cluster import RunningRay, check_nodes, last_line, start_ray, start_serve
 from mull.v1 import generation_pb2 as pb
 
 logger = logging.getLogger(__name__)
@@ -54,6 +54,7 @@ class LocalCluster:
         self._config = _with_fixed_ports(config)
         self._gateway: Any = None
         self._logs: LogFollower | None = None
+        self._ray: RunningRay | None = None
         self._ray_was_started = False
         self._app_was_started = False
         self._last_answer_s = time.monotonic()
@@ -72,11 +73,11 @@ class LocalCluster:
         """Start Ray and the app. Raises ConfigError where GPUs are missing, EngineError where something fails."""
         self._interrupts.check()
         self._ray_was_started = True
-        log_directory = start_ray(self._config)
+        self._ray = start_ray(self._config)
         self._interrupts.install()
         start_serve()
         if self._config.logs.format is not None and self._config.router.ray_address is None:
-            self._logs = LogFollower(log_directory, self._config.logs.format)
+            self._logs = LogFollower(self._ray.log_directory, self._config.logs.format)
             self._logs.start()
         check_nodes(self._config)
         self._interrupts.check()
@@ -189,6 +190,7 @@ class LocalCluster:
         if self._logs is not None:
             self._logs.stop()
         self._gateway = self._logs = None
+        self._ray = None
         self._ray_was_started = self._app_was_started = False
 
 

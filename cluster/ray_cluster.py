@@ -8,20 +8,31 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.config import ClusterConfig
 from cluster.errors import ConfigError, EngineError
 
+if TYPE_CHECKING:
+    from cluster.ray_node import LeanNode
+
 _PROBE_TIMEOUT_S = 10.0
 
 
-def start_ray(config: ClusterConfig) -> Path:
-    """Returns the directory of Ray's logs on this machine.
+@dataclass(frozen=True)
+class RunningRay:
+    """What is held of Ray until the end."""
 
-    Raises ConfigError where the cluster that is named does not answer, EngineError where ours does not start.
-    """
+    log_directory: Path
+    """On this machine."""
+    node: LeanNode | None
+    """Our own; None: someone else's. Its guard ends Ray when nobody holds it any more."""
+
+
+def start_ray(config: ClusterConfig) -> RunningRay:
+    """Raises ConfigError where the cluster that is named does not answer, EngineError where ours does not start."""
     # Ray starts workers at nice 15, which would let anything else on the machine delay a step.
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -35,12 +46,11 @@ def start_ray(config: ClusterConfig) -> Path:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     try:
-        context = _init_ray(config)
+        return _init_ray(config)
     except ConfigError:
         raise
     except Exception as error:  # Ray raises plain ones, such as when the machine is too busy for its start in time
         raise EngineError(f"Ray did not start ({last_line(str(error))}); is /tmp/ray writable?") from error
-    return Path(context.address_info["session_dir"]) / "logs"
 
 
 def start_serve() -> None:
@@ -53,7 +63,7 @@ def start_serve() -> None:
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
 
 
-def _init_ray(config: ClusterConfig) -> Any:
+def _init_ray(config: ClusterConfig) -> RunningRay:
     import ray
 
     if (address := config.router.ray_address) is not None:
@@ -70,7 +80,7 @@ def _init_ray(config: ClusterConfig) -> Any:
             ) from error
         resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]  # Ray has no types there
         _check_gpus(config, int(resources.get("GPU", 0)))
-        return context
+        return RunningRay(_log_directory(context), None)
     from cluster.ray_node import LeanNode, local_gpus
 
     # Before the seconds that its start takes.
@@ -79,7 +89,12 @@ def _init_ray(config: ClusterConfig) -> Any:
     num_cpus = config.router.most_copies * (config.engine.layout.world_size + 1) + 3
     # Nothing of it is for other machines.
     node = LeanNode("127.0.0.1", num_cpus)
-    return ray.init(address=node.gcs_address, log_to_driver=False, logging_level=logging.ERROR)
+    context = ray.init(address=node.gcs_address, log_to_driver=False, logging_level=logging.ERROR)
+    return RunningRay(_log_directory(context), node)
+
+
+def _log_directory(context: Any) -> Path:
+    return Path(context.address_info["session_dir"]) / "logs"
 
 
 def is_open_to_all(address: str) -> bool:

@@ -21,6 +21,8 @@ soon. What lies between changes nothing."""
 
 def wanted_copies(fullness: Sequence[float], num_copies: int) -> int:
     """The number of copies for what is asked of those that have said how full they are; those that load have not."""
+    if not fullness:
+        return num_copies  # all of them load, or are recovering
     load = sum(fullness)
     at_least, at_most = math.ceil(load / HIGH), max(1, math.ceil(load / LOW))
     return at_least if at_least > num_copies else min(num_copies, at_most)

@@ -68,6 +68,7 @@ class FakeShardGroup:
         self.layout = ParallelLayout(tp=2, dp=len(ranks))
         self.experts = experts
         self.num_stops = 0
+        self.step_s = 0.0
         self.silence_s = 0.0
         self.deadly_token: int | None = None
         """Ranks fail that are to put it through the model."""
@@ -108,7 +109,7 @@ class FakeShardGroup:
         self._orders.append(update)
 
     async def receive(self) -> list[StepResult]:
-        await asyncio.sleep(0)  # a real step takes at least a turn of the loop
+        await asyncio.sleep(self.step_s)  # a real step takes at least a turn of the loop
         while True:
             await self._flowing.wait()
             if self._lost is not None:

@@ -24,7 +24,7 @@ from cluster.router.deployment import autoscaling_options
         pytest.param([0.5, 0.4], 2, 2, id="one would be too full"),
         pytest.param([0.2, 0.2], 2, 1, id="one is enough"),
         pytest.param([0.0, 0.0, 0.0], 3, 1, id="nothing to do"),
-        pytest.param([], 2, 1, id="nobody has said anything"),
+        pytest.param([], 2, 2, id="nobody has said anything: all load or recover"),
     ],
 )
 def test_copies_follow_how_full_they_are(fullness: list[float], num_copies: int, wanted: int) -> None:

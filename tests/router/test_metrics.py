@@ -65,6 +65,7 @@ async def test_the_copy_and_each_of_its_ranks_is_described(router: Router, conne
 async def test_running_requests_hold_slots_and_blocks(router: Router, groups: Groups, connect: Connect) -> None:
     router.open_metrics(HOST, [0])
     gateway = await connect()
+    groups.made[0].step_s = 0.01  # seconds, until they are held
     await gateway.submit(1, starts_thinking=True, max_tokens=390)
     await gateway.submit(2, max_tokens=390)
     await until(lambda: router.describe().num_running == 2, "both to run")
@@ -85,6 +86,7 @@ async def test_a_lost_rank_is_counted_by_its_cause_with_what_it_cost(
 ) -> None:
     router.open_metrics(HOST, [0])
     gateway = await connect()
+    groups.made[0].step_s = 0.01  # seconds, until they are held
     await gateway.submit(1, max_tokens=390)
     while len(gateway.tokens(1)) < 10:
         await gateway.read()
