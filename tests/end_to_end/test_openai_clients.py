@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -167,7 +168,11 @@ def test_the_parse_helper_gives_an_object_of_the_schema(client: openai.OpenAI) -
 
 
 @pytest.mark.parametrize("parses_itself", [True, False])
-def test_a_qwen_agents_answer_uses_the_result_of_its_tool(server: Server, parses_itself: bool) -> None:
+def test_a_qwen_agents_answer_uses_the_result_of_its_tool(
+    server: Server, parses_itself: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Its import takes IPv6 away from the whole process; this gives it back at the end.
+    monkeypatch.setattr(socket, "getaddrinfo", socket.getaddrinfo)
     """The agent writes tools into its own prompt and parses their markup; in one of the runs the thoughts too."""
     agents = pytest.importorskip("qwen_agent.agents")
     tools = pytest.importorskip("qwen_agent.tools.base")
