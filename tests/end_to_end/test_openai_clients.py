@@ -171,9 +171,9 @@ def test_the_parse_helper_gives_an_object_of_the_schema(client: openai.OpenAI) -
 def test_a_qwen_agents_answer_uses_the_result_of_its_tool(
     server: Server, parses_itself: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The agent writes tools into its own prompt and parses their markup; in one of the runs the thoughts too."""
     # Its import takes IPv6 away from the whole process; this gives it back at the end.
     monkeypatch.setattr(socket, "getaddrinfo", socket.getaddrinfo)
-    """The agent writes tools into its own prompt and parses their markup; in one of the runs the thoughts too."""
     agents = pytest.importorskip("qwen_agent.agents")
     tools = pytest.importorskip("qwen_agent.tools.base")
     calls = []

@@ -9,11 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.errors import EngineError
+from cluster.router.deployment import Device, row_cost
 from cluster.router.drafter import MAX_SUFFIXES, SUFFIX, Drafter
 from cluster.router.sequence import FinishReason
 from cluster.router.speculation import Speculation
+from tests.real_models import QWEN3_4B, QWEN3_235B
 from tests.router.fake_copy import FakeCopy, request
 from tests.router.fake_groups import FakeGroups
+from workers.config import ModelConfig
 from workers.step import SamplingParams, StepResult
 
 SURE = 0.01
@@ -229,3 +232,14 @@ def test_a_draft_must_be_likelier_the_more_a_row_costs_and_the_more_run(
     row_cost: float, num_running: int, chance: float
 ) -> None:
     assert Speculation(row_cost=row_cost).least_chance(num_running) == pytest.approx(chance)
+
+
+@pytest.mark.parametrize(
+    ("model", "device", "lowest", "highest"),
+    [(QWEN3_4B, "cuda", 0.04, 0.06), (QWEN3_235B, "cuda", 0.5, 0.75), (QWEN3_4B, "cpu", 0.6, 0.6)],
+    ids=["dense", "mixture of experts", "cpu"],
+)
+def test_a_row_costs_more_where_it_reads_experts_of_its_own(
+    model: ModelConfig, device: Device, lowest: float, highest: float
+) -> None:
+    assert lowest <= row_cost(model, device) <= highest
