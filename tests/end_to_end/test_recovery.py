@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
 import subprocess
 import threading
@@ -14,7 +15,7 @@ from contextlib import contextmanager, suppress
 import psutil
 import pytest
 
-from mull.client import CallFailed, Client, Result, RetryPolicy
+from mull.client import CallFailed, Choice, Client, Result, RetryPolicy, Started
 from mull.v1 import generation_pb2 as pb
 from tests.end_to_end.servers import MULL, Server, serving
 from tests.scraping import scrape
@@ -23,6 +24,10 @@ pytestmark = pytest.mark.timeout(240)
 
 WAIT_S = 60.0
 NUM_TOKENS = 500
+DRAIN_S = 0.5
+NUMBERS = '{"type": "array", "items": {"type": "integer"}, "minItems": 200}'
+STOP = ": 3"
+"""What the model says again and again after the prompt that it stops."""
 RETRY = RetryPolicy(attempts=30, resumptions=60, first_pause_s=0.1, longest_pause_s=0.5)
 # So hot that it does not come to an end by itself.
 HOT = ("--temperature", "8", "--top-p", "1", "--top-k", "0", "--seed", "3")
@@ -30,9 +35,10 @@ CHAT = ("chat", "Count slowly.", "--json", *HOT, "--max-tokens", str(3 * NUM_TOK
 
 
 def requests() -> list[pb.GenerateRequest]:
-    """Sampled, greedy and penalised ones, two generations at once, thoughts that are cut short."""
+    """Sampled, greedy and penalised ones, two generations at once, thoughts that are cut short, a schema, a stop."""
     sampling = pb.SamplingOptions
     plain = {"max_tokens": NUM_TOKENS, "ignore_eos": True}
+    numbers = pb.ResponseFormat(json_schema=NUMBERS)
     question = pb.Conversation(messages=[pb.Message(role="user", content="What is 347 + 285?")])
     return [
         pb.GenerateRequest(raw_prompt="1 2 3 4", sampling=sampling(seed=1), **plain),
@@ -43,12 +49,18 @@ def requests() -> list[pb.GenerateRequest]:
         pb.GenerateRequest(raw_prompt="ten: ", n=2, sampling=sampling(seed=3, temperature=1), **plain),
         pb.GenerateRequest(conversation=question, thinking_budget=300, sampling=sampling(seed=4), **plain),
         pb.GenerateRequest(conversation=question, sampling=sampling(seed=5, logprobs=1), min_tokens=300, **plain),
+        pb.GenerateRequest(
+            raw_prompt="Once upon a time", sampling=sampling(seed=6), response_format=numbers, max_tokens=NUM_TOKENS
+        ),
+        pb.GenerateRequest(
+            raw_prompt="1 2 3 4", sampling=sampling(seed=8, temperature=1), stop=[STOP], min_tokens=300, **plain
+        ),
     ]
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with serving("--copies", "2", "--threads-per-rank", "1") as running:
+    with serving("--copies", "2", "--threads-per-rank", "1", "--drain-s", str(DRAIN_S)) as running:
         yield running
 
 
@@ -96,7 +108,9 @@ class Streams:
 
 @pytest.fixture(scope="module")
 def undisturbed(server: Server) -> list[Result]:
-    return Streams(server.address).results()
+    results = Streams(server.address).results()
+    assert [result.choices[0].stop for result in results].count(STOP) == 1
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +160,13 @@ def assert_same(results: list[Result], undisturbed: list[Result]) -> None:
             assert choice.token_ids == wanted.token_ids, f"request {number}"
             assert (choice.thinking, choice.answer) == (wanted.thinking, wanted.answer), f"request {number}"
             assert (choice.finish_reason, choice.thinking_ended) == (wanted.finish_reason, wanted.thinking_ended)
-            assert len(choice.logprobs) == len(wanted.logprobs)
+            assert choice.stop == wanted.stop, f"request {number}"
+            # Other streams are in the batch after a loss than before it.
+            assert logprobs_of(choice) == pytest.approx(logprobs_of(wanted), abs=1e-3), f"request {number}"
+
+
+def logprobs_of(choice: Choice) -> list[float]:
+    return [entry.logprob for entry in choice.logprobs]
 
 
 def test_streams_outlive_their_routers(server: Server, undisturbed: list[Result]) -> None:
@@ -197,6 +217,23 @@ def test_streams_outlive_their_connection(server: Server, undisturbed: list[Resu
             cut()
         assert_same(streams.results(), undisturbed)
         assert num_cut > 0
+
+
+def test_streams_longer_than_the_drain_are_cut_off_and_the_exit_code_tells(server: Server) -> None:
+    """The last test of this server."""
+    long = requests()[:2]
+    for request in long:
+        request.max_tokens = 3 * NUM_TOKENS
+    with Client(server.address, retry=RetryPolicy(resumptions=0)) as client:
+        replies = [iter(client.stream(request)) for request in long]
+        assert all(isinstance(next(reply), Started) for reply in replies)
+        server.process.send_signal(signal.SIGTERM)
+        for reply in replies:
+            with pytest.raises(CallFailed, match="shutting down"):
+                list(reply)
+
+    assert server.wait() == 1
+    assert server.lines[-1] == f"mull: 2 streams were still running after {DRAIN_S:g} s and were cut off"
 
 
 @contextmanager

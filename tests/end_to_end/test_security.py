@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import ssl
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,9 +18,11 @@ from cluster.keys import Scope, add_key
 from cluster.ray_cluster import is_open_to_all
 from cluster.tls import LINK_NAME
 from tests.certificates import Authority
-from tests.end_to_end.servers import Server, mull, serving
+from tests.end_to_end.servers import Server, descendants, mull, serving
 
 pytestmark = pytest.mark.timeout(300)
+
+POCKET = Path(__file__).parents[2] / "deploy" / "models" / "pocket"
 
 
 @dataclass
@@ -34,6 +37,8 @@ class Secured:
     """Flags of a client with a certificate."""
     context: ssl.SSLContext
     """The same for HTTP."""
+    model: Path
+    """Its checkpoint, which is its own."""
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +53,11 @@ def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
     context.load_cert_chain(client.cert, client.key)
     tls = ("--tls-cert", str(server_files.cert), "--tls-key", str(server_files.key), "--tls-client-ca", ca)
     link_flags = ("--link-cert", str(link.cert), "--link-key", str(link.key), "--link-ca", ca)
-    flags = (*tls, *link_flags, "--keys-file", str(keys_file), "--threads-per-rank", "1")
+    model = shutil.copytree(POCKET, directory / "pocket")
+    flags = (*tls, *link_flags, "--keys-file", str(keys_file), "--threads-per-rank", "1", "--model", str(model))
     with serving(*flags) as server:
         files = ("--tls-ca", ca, "--tls-cert", str(client.cert), "--tls-key", str(client.key))
-        yield Secured(server, key, other_key, files, context)
+        yield Secured(server, key, other_key, files, context, model)
 
 
 def test_a_question_is_answered_with_certificate_and_key(secured: Secured, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,3 +155,16 @@ def test_neither_keys_nor_texts_are_in_what_the_server_wrote(secured: Secured) -
     assert marker not in written
     assert secured.key not in written
     assert secured.key.split("-", 2)[2] not in written
+
+
+def test_ranks_that_cannot_come_back_end_the_server_which_names_what_they_lack(secured: Secured) -> None:
+    """The last test of this server."""
+    *_, lost = sorted(secured.model.glob("*.safetensors"))
+    (rank,) = [process for process in descendants(secured.server.process) if "ShardActor" in "".join(process.cmdline())]
+    lost.unlink()
+    rank.kill()
+
+    assert secured.server.wait() == 1
+    last = secured.server.lines[-1]
+    assert last.startswith("mull: ")
+    assert str(lost) in last

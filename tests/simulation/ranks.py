@@ -40,6 +40,8 @@ class CopyShape:
     vocab_size: int
     poison_id: int
     """A prefill with this token kills the ranks that compute it."""
+    reach: int | None
+    """Of the model, see `next_token`: with a short one it repeats itself, so that drafts are right at times."""
 
     @property
     def layout(self) -> ParallelLayout:
@@ -71,6 +73,7 @@ class SimRanks:
                 vocab_size=shape.poison_id,  # nobody samples the poison
                 group=group,
                 rank=group * shape.ranks_per_group,
+                reach=shape.reach,
             )
             for group in range(pool.num_groups)
         ]

@@ -76,7 +76,12 @@ class SimRouter:
         core, stats = self._core, self._core.stats
         found = {"restarts of ranks": core.num_restarts_total, "tokens replayed": core.num_replayed_tokens_total}
         if stats is not None:
-            found |= {"preemptions": stats.num_preempted_total, "tokens cached": stats.prefix_hit_tokens_total}
+            found |= {
+                "preemptions": stats.num_preempted_total,
+                "tokens cached": stats.prefix_hit_tokens_total,
+                "drafts accepted": stats.accepted_tokens_total,
+                "drafts refused": stats.draft_tokens_total - stats.accepted_tokens_total,
+            }
         return Counter(found)
 
     def describe(self) -> CopyState:

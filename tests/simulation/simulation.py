@@ -32,6 +32,8 @@ SETTLE_S = 1.0
 SAMPLED = 8
 """Token ids that the model samples; one more is the poison."""
 THINK_END, STOP = 1, 0
+ROW_COST = 0.01
+"""So small that a draft pays wherever one can be made."""
 
 
 @dataclass
@@ -76,6 +78,8 @@ class Simulation:
             max_num_batched_tokens=self.shape.max_num_batched_tokens,
             max_waiting=dice.choice([1, 20, 20]),
             max_in_flight=dice.randint(1, 2),
+            num_speculative_tokens=dice.choice([0, 1, 5]),
+            row_cost=ROW_COST,
         )
         self.model = ModelInfo(
             name="sim",
@@ -257,6 +261,7 @@ def _shape(dice: Random) -> CopyShape:
         max_num_batched_tokens=max_num_seqs + dice.randint(0, 12),
         vocab_size=SAMPLED + 1,
         poison_id=SAMPLED,
+        reach=dice.choice([None, 1]),
     )
 
 
@@ -269,19 +274,21 @@ def _request(dice: Random, name: str, shape: CopyShape, config: SchedulerConfig,
     is_poison = dice.random() < 0.04
     if is_poison:
         prompt_ids[dice.randrange(len(prompt_ids))] = shape.poison_id
+    # Where ranks have more to remember than tokens, nothing is drafted.
+    is_plain = dice.random() < 0.4
     message = pb.Submit(
         request_id=name,
         prompt_ids=prompt_ids,
         max_tokens=dice.randint(1, 20),
         stop_token_ids=dice.choice([[], [STOP]]),
-        min_tokens=dice.choice([0, 0, 3]),
+        min_tokens=0 if is_plain else dice.choice([0, 0, 3]),
         priority=dice.choice([0, 0, 1, -1]),
         sampling=pb.RouterSampling(
             top_p=1.0,
             repetition_penalty=1.0,
             seed=dice.randrange(2**31),
-            presence_penalty=dice.choice([0.0, 0.0, 1.0]),
-            num_logprobs=dice.choice([None, 1]),
+            presence_penalty=0.0 if is_plain else dice.choice([0.0, 0.0, 1.0]),
+            num_logprobs=None if is_plain else dice.choice([None, 1]),
         ),
     )
     if dice.random() < 0.4:
@@ -289,13 +296,14 @@ def _request(dice: Random, name: str, shape: CopyShape, config: SchedulerConfig,
         message.close_thinking_ids.extend(dice.choice([[THINK_END], [6, 7, THINK_END, 5]]))
         if dice.random() < 0.7:
             message.thinking_budget = dice.randint(0, 8)
-    if dice.random() < 0.2:
+    if not is_plain and dice.random() < 0.3:
         message.bad_words.add().ids.extend(dice.randrange(SAMPLED) for _ in range(dice.randint(1, 2)))
     return Request(
         message=message,
         model=model,
         context_limit=context_limit,
         sampled_vocab_size=SAMPLED,
+        reach=shape.reach,
         stop_text_ids=tuple(dice.randrange(SAMPLED) for _ in range(2)) if dice.random() < 0.2 else (),
         is_poison=is_poison,
     )

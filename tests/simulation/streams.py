@@ -29,6 +29,7 @@ class Request:
     model: ModelInfo
     context_limit: int
     sampled_vocab_size: int
+    reach: int | None
     stop_text_ids: tuple[int, ...] = ()
     """Where the output ends with these, the gateway has seen a stop text and cancels the rest."""
     is_poison: bool = False
@@ -59,7 +60,9 @@ class Request:
     @cached_property
     def _of_the_model(self) -> tuple[list[int], FinishReason]:
         request = to_request(self.message, 0, self.model)
-        return generate_alone(request, context_limit=self.context_limit, vocab_size=self.sampled_vocab_size)
+        return generate_alone(
+            request, context_limit=self.context_limit, vocab_size=self.sampled_vocab_size, reach=self.reach
+        )
 
     def has_stop_text(self, output_ids: Sequence[int]) -> bool:
         stop = self.stop_text_ids

@@ -19,9 +19,10 @@ from cluster.gateway.recovery import Flight, Recovery, Send
 from cluster.router.blocks import BlockAllocator
 from cluster.router.engine import Engine
 from cluster.router.quarantine import Quarantine
-from cluster.router.sequence import Sequence
+from cluster.router.sequence import Sequence, SequenceUpdate
 from tests.simulation.gateway import POLICY
 from tests.simulation.simulation import Failure, Simulation, run
+from workers.step import TokenLogprobs
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -30,7 +31,7 @@ FIRST_SEED = 1_000_000
 MUST_HAPPEN = (
     "kill rank", "hang rank", "kill router", "drain router", "kill gateway", "drain gateway", "cut link", "cut client",
     "resumed calls", "replays of gateways", "restarts of ranks", "tokens replayed", "tokens cached", "preemptions",
-    "poison given up", "clients that leave",
+    "poison given up", "clients that leave", "drafts accepted", "drafts refused",
 )  # fmt: skip
 
 
@@ -90,7 +91,12 @@ def send_without_output(recovery: Recovery, flight: Flight, name: str) -> Send:
     return sent
 
 
+def take_first(sequence: Sequence, token_ids: list[int], logprobs: list[TokenLogprobs]) -> SequenceUpdate:
+    return TAKE_SAMPLED(sequence, token_ids[:1], logprobs)
+
+
 SEND = Recovery._send
+TAKE_SAMPLED = Sequence.take_sampled
 BREACHES = {
     "a replay that lacks the output so far": (Recovery, "_send", send_without_output),
     "a flight that nobody takes over": (Recovery, "_suspend", lambda *_: None),
@@ -98,6 +104,7 @@ BREACHES = {
     "plans of ranks that are gone": (Sequence, "lose_ranks", lambda _: None),
     "sequences of a gateway that is gone": (Engine, "cancel", lambda *_: None),
     "forced tokens that are told as sampled ones": (Sequence, "take_forced", lambda _: None),
+    "accepted drafts that are left out": (Sequence, "take_sampled", take_first),
     "poison that is sent around for ever": (Quarantine, "blame", lambda *_, **__: []),
 }
 

@@ -197,6 +197,12 @@ def test_a_kv_pool_too_small_for_one_block_is_refused_with_both_sizes(dense_fp8:
         load(dense_fp8, kv_memory_bytes=1000)
 
 
+def test_a_kv_pool_beyond_memory_is_refused_with_what_it_needs_and_what_is_free(dense_fp8: Path) -> None:
+    needs = rf"rank 0 needs 1.13e\+06 GB for {2**34} KV blocks, \d\S* are free; lower kv_memory_bytes"
+    with pytest.raises(KVMemoryError, match=needs):
+        load(dense_fp8, kv_memory_bytes=2**50, max_num_seqs=2**20, max_model_len=2**20)
+
+
 def test_the_pool_is_no_larger_than_all_slots_can_use(dense_fp8: Path) -> None:
     runner = load(dense_fp8, max_num_seqs=3, kv_memory_bytes=2**30)
     assert runner.num_blocks == 3 * BLOCKS_PER_SLOT
