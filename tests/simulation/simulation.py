@@ -12,6 +12,7 @@ from random import Random
 
 from cluster.router.engine_core import Pool
 from cluster.router.scheduler import SchedulerConfig
+from cluster.router.speculation import Speculation
 from cluster.router.wire import ModelInfo
 from mull.v1 import router_pb2 as pb
 from tests.simulation.client import SimClient
@@ -78,8 +79,7 @@ class Simulation:
             max_num_batched_tokens=self.shape.max_num_batched_tokens,
             max_waiting=dice.choice([1, 20, 20]),
             max_in_flight=dice.randint(1, 2),
-            num_speculative_tokens=dice.choice([0, 1, 5]),
-            row_cost=ROW_COST,
+            speculation=Speculation(max_tokens=dice.choice([0, 1, 5]), row_cost=ROW_COST),
         )
         self.model = ModelInfo(
             name="sim",

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.workers.ranks import TIMEOUT_S, RankProcesses
 from tests.real_models import QWEN3_235B
+from tests.workers.ranks import TIMEOUT_S, RankProcesses
 from workers.config import ModelConfig, ParallelLayout, ShardSpec
 from workers.experts.choice import DispatcherChoice, RowFormat
 from workers.experts.dispatch import AllToAllDispatcher, Dispatcher, GatherScatterDispatcher, LocalDispatcher
