@@ -35,6 +35,7 @@ FROM_LAYOUT = {
 Schema = dict[str, Any]
 
 _TEXTS: Schema = {"type": "object", "additionalProperties": {"type": "string"}}
+_ENVIRONMENT: Schema = {"type": "object", "additionalProperties": {"type": ["string", "integer"]}}
 _OBJECTS: Schema = {"type": "array", "items": {"type": "object"}}
 _TEXT_LIST: Schema = {"type": "array", "items": {"type": "string"}}
 _POSITIVE: Schema = {"type": "integer", "minimum": 1}
@@ -87,9 +88,10 @@ SPECIAL: dict[str, Schema] = {
     "gateway.service.type": {"enum": ["ClusterIP", "NodePort", "LoadBalancer"]},
     "gateway.service.annotations": _TEXTS,
     "gateway.pod": _POD,
+    "gateway.env": _ENVIRONMENT,
     "ranks.ports": {"type": "object", "additionalProperties": False, "properties": {"metrics": _PORT}},
     "ranks.extraResources": {"type": "object", "additionalProperties": {"type": ["integer", "string"]}},
-    "ranks.env": {"type": "object", "additionalProperties": {"type": ["string", "integer"]}},
+    "ranks.env": _ENVIRONMENT,
     "ranks.pod": _POD,
     "head.resources": _RESOURCES,
     "head.autoscalerResources": _RESOURCES,
@@ -220,6 +222,8 @@ def _config_parts() -> tuple[Schema, Schema]:
         found = whole["$defs"].pop(name or f"{part.capitalize()}Config")
         found["properties"] = {field: it for field, it in found["properties"].items() if field not in filled}
         parts[part] = _without_defaults(found)
+    # The chart's own check says more than "got string, want null".
+    parts["tracing"]["properties"]["otlp_endpoint"] = {"type": ["string", "null"]}
     used = json.dumps(parts)
     kept = {name: it for name, it in whole["$defs"].items() if f"#/definitions/{name}" in used}
     return {name: _without_defaults(it) for name, it in kept.items()}, parts

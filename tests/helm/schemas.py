@@ -7,6 +7,7 @@ With MULL_CRD_DIR naming a folder of CustomResourceDefinitions, such as KubeRay'
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -118,13 +119,24 @@ def _definitions(file: Path) -> Iterator[tuple[tuple[str, str], dict[str, Any]]]
 
 
 def _strict(schema: Any) -> Any:
-    """Unknown fields are errors, as `kubectl --validate=strict` has it."""
+    """Unknown fields are errors, as `kubectl --validate=strict` has it; patterns that only Go reads are left out."""
     if isinstance(schema, list):
         return [_strict(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    inner = {name: _strict(value) for name, value in schema.items()}
+    inner = {name: _strict(value) for name, value in schema.items() if name != "pattern" or _is_readable(value)}
     is_open = schema.get("x-kubernetes-preserve-unknown-fields") or "additionalProperties" in schema
     if isinstance(schema.get("properties"), dict) and schema.get("type") == "object" and not is_open:
         inner["additionalProperties"] = False
     return inner
+
+
+def _is_readable(pattern: Any) -> bool:
+    """Whether Python knows this regular expression; what is no text is a field with that name."""
+    if not isinstance(pattern, str):
+        return True
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True

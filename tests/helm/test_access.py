@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from cluster.config import EngineConfig
 from tests.helm.chart import Helm, Manifest, Rendered
 from tests.helm.schemas import check_builtin
 
 TLS = "values-4b-1xh200.yaml"
+S3 = ("model.source=s3", "model.path=x", "model.download.repository=bucket/x")
 EXISTING = ("security.tls.mode=existing", "security.tls.secretName=ports", "security.tls.linkSecretName=link")
 
 
@@ -51,10 +53,25 @@ def test_only_gateways_see_keys_and_the_ports_certificate(helm: Helm) -> None:
         (["routes.enabled=true"], "give routes.parentRefs"),
         (["config.engine.max_num_sequences=1"], "additional properties 'max_num_sequences' not allowed"),
         (["gateway.ports.grpc=70000"], "/gateway/ports/grpc"),
+        (["ranks.ports.metrics=9464"], "ranks.ports.metrics and gateway.ports.metrics are both 9464"),
+        (["gateway.ports.http=50051"], "gateway.ports.grpc and gateway.ports.http are both 50051"),
+        (["config.tracing.otlp_endpoint=http://collector"], "http://collector: give it as http://HOST:PORT"),
+        ([*S3, "model.download.endpointUrl=minio:9000"], "endpointUrl minio:9000: give it as http://HOST:PORT"),
     ],
 )
 def test_a_wrong_value_is_a_sentence(helm: Helm, values: list[str], sentence: str) -> None:
     assert sentence in helm.refusal(*values)
+
+
+def test_a_step_without_room_for_all_sequences_is_a_sentence(helm: Helm) -> None:
+    defaults = EngineConfig()
+    tokens, sequences = defaults.max_num_batched_tokens, defaults.max_num_seqs
+
+    many = helm.refusal(f"config.engine.max_num_seqs={tokens + 1}")
+    short = helm.refusal(f"config.engine.max_num_batched_tokens={sequences - 1}")
+    assert f"max_num_batched_tokens {tokens} is below max_num_seqs {tokens + 1}; raise the one" in many
+    assert f"max_num_batched_tokens {sequences - 1} is below max_num_seqs {sequences}; raise the one" in short
+    helm.template(f"config.engine.max_num_seqs={tokens}")
 
 
 def test_cert_manager_makes_what_the_pods_mount(helm: Helm) -> None:
@@ -128,6 +145,24 @@ def test_spans_may_go_to_their_collector_and_nowhere_else(helm: Helm) -> None:
     (out,) = policy["spec"]["egress"]
     assert out == {"to": [{"namespaceSelector": {}}], "ports": [{"protocol": "TCP", "port": 4317}]}
     assert rendered.cluster_config["tracing"] == {"otlp_endpoint": "http://collector.observe:4317"}
+
+
+@pytest.mark.parametrize(
+    ("values", "port"),
+    [
+        (["model.source=huggingface", *S3[1:]], 443),
+        (S3, 443),
+        ([*S3, "model.download.endpointUrl=http://minio:9000"], 9000),
+        ([*S3, "model.download.endpointUrl=http://minio.store.svc"], 80),
+        ([*S3, "model.download.endpointUrl=https://s3.example.org/"], 443),
+    ],
+)
+def test_a_download_may_go_where_the_checkpoint_lies(helm: Helm, values: list[str], port: int) -> None:
+    policies = helm.template(*values).of("NetworkPolicy")
+
+    (policy,) = (it for it in policies if it["metadata"]["name"].endswith("-download"))
+    assert policy["spec"]["egress"] == [{"ports": [{"protocol": "TCP", "port": port}]}]
+    check_builtin(policy)
 
 
 def test_routes_lead_to_the_service(helm: Helm) -> None:

@@ -17,6 +17,10 @@ def groups(rendered: Rendered) -> list[Manifest]:
     return [group for rule in rendered.of("PrometheusRule") for group in rule["spec"]["groups"]]
 
 
+def alerts(rendered: Rendered) -> list[Manifest]:
+    return [rule for group in groups(rendered) for rule in group["rules"] if "alert" in rule]
+
+
 def expressions(rendered: Rendered) -> dict[str, str]:
     return {rule["record"]: rule["expr"] for group in groups(rendered) for rule in group["rules"] if "record" in rule}
 
@@ -55,13 +59,21 @@ def test_a_time_between_the_bounds_of_the_histogram_is_refused(helm: Helm) -> No
 
 
 def test_an_alert_sends_its_reader_where_the_values_say(helm: Helm) -> None:
-    rendered = helm.template("monitoring.rules=true", "monitoring.runbooks=https://wiki.example.org/mull")
+    here = helm.template("monitoring.rules=true")
+    there = helm.template("monitoring.rules=true", "monitoring.runbooks=https://wiki.example.org/mull")
 
-    urls = [
-        rule["annotations"]["runbook_url"] for group in groups(rendered) for rule in group["rules"] if "alert" in rule
-    ]
+    places = [alert["annotations"]["runbook"] for alert in alerts(here)]
+    urls = [alert["annotations"]["runbook_url"] for alert in alerts(there)]
     assert len(urls) > 10
-    assert all(url.startswith("https://wiki.example.org/mull#mull") for url in urls)
+    assert [place.replace("docs/runbooks.md", "https://wiki.example.org/mull") for place in places] == urls
+    assert not any("runbook_url" in alert["annotations"] for alert in alerts(here))
+    assert not any("runbook" in alert["annotations"] for alert in alerts(there))
+
+
+def test_what_is_no_url_of_runbooks_is_a_sentence(helm: Helm) -> None:
+    words = helm.refusal("monitoring.rules=true", "monitoring.runbooks=docs/runbooks.md")
+
+    assert "monitoring.runbooks docs/runbooks.md is no URL; give the address" in words
 
 
 def test_every_dashboard_is_a_config_map_that_grafana_finds(helm: Helm) -> None:

@@ -130,11 +130,27 @@ def test_a_download_is_waited_for_and_seen_read_only(helm: Helm) -> None:
         assert mounts["model"]["readOnly"] is True
 
 
-def test_another_source_is_another_download(helm: Helm) -> None:
-    one = helm.template(preset=BIG).one("Job")["metadata"]["name"]
-    other = helm.template("model.download.revision=v2", preset=BIG).one("Job")["metadata"]["name"]
+def test_another_pod_is_another_download_as_jobs_cannot_be_changed(helm: Helm) -> None:
+    changes = (
+        "model.download.revision=v2",
+        "model.claimName=mine",
+        "image.tag=next",
+        "image.pullPolicy=Always",
+        "serviceAccount.name=mine",
+    )
 
-    assert one != other
+    names = [helm.template(*values, preset=BIG).one("Job")["metadata"]["name"] for values in [(), *zip(changes)]]
+    again = helm.template("gateway.replicas=5", preset=BIG).one("Job")["metadata"]["name"]
+    assert len(set(names)) == len(changes) + 1
+    assert again == names[0]
+
+
+def test_variables_reach_the_processes_that_they_are_for(helm: Helm) -> None:
+    rendered = helm.template("gateway.env.OTEL_EXPORTER_OTLP_HEADERS=key=a", "ranks.env.NCCL_DEBUG=INFO")
+
+    gateway, ranks = (rendered.group(name)["template"]["spec"]["containers"][0]["env"] for name in ("gateway", "ranks"))
+    header, debug = {"name": "OTEL_EXPORTER_OTLP_HEADERS", "value": "key=a"}, {"name": "NCCL_DEBUG", "value": "INFO"}
+    assert [header in gateway, debug in gateway, header in ranks, debug in ranks] == [True, False, False, True]
 
 
 def test_log_lines_of_mulls_processes_are_json_in_the_pods_own_log(helm: Helm) -> None:

@@ -109,7 +109,7 @@ def test_a_lost_rank_is_an_alert_that_arrives(watch: Watch) -> None:
         "cause": "exited",
     }
     assert alert["annotations"]["summary"] == "laptop lost ranks"
-    assert alert["annotations"]["runbook_url"].endswith("#mullrankslost")
+    assert alert["annotations"]["runbook"].endswith("#mullrankslost")
 
 
 def test_a_server_that_is_well_again_wakes_nobody(watch: Watch) -> None:

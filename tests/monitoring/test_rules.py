@@ -77,8 +77,8 @@ def test_an_alert_says_what_it_is_how_bad_and_what_to_do(rule: Rule) -> None:
     headings = {heading.lower() for heading in re.findall(r"^## (\w+)$", page, re.MULTILINE)}
 
     assert rule["labels"]["severity"] in ("critical", "warning")
-    assert set(rule["annotations"]) == {"summary", "description", "runbook_url"}
-    assert rule["annotations"]["runbook_url"] == f"docs/runbooks.md#{rule['alert'].lower()}"
+    assert set(rule["annotations"]) == {"summary", "description", "runbook"}
+    assert rule["annotations"]["runbook"] == f"docs/runbooks.md#{rule['alert'].lower()}"
     assert rule["alert"].lower() in headings
 
 

@@ -1,6 +1,7 @@
 {{/* mull.config: the ClusterConfig of this installation, as YAML: what Serve passes to cluster.app:build.
      How many copies and gateways there are is said beside it (mull.serveConfig): a change here replaces them all. */}}
 {{- define "mull.config" -}}
+{{- include "mull.checkConfig" . -}}
 {{- $layout := .Values.layout -}}
 {{- $engine := dict
       "tp" (int $layout.tp) "dp" (int $layout.dp) "expert_tp" (int $layout.expertTp)
@@ -19,6 +20,32 @@
       "logs" .Values.config.logs
       "tracing" .Values.config.tracing -}}
 {{- toYaml $config -}}
+{{- end }}
+
+{{/* What mull itself would refuse, but only in a pod. */}}
+{{- define "mull.checkConfig" -}}
+{{- $ranksPort := int .Values.ranks.ports.metrics -}}
+{{- $names := dict -}}
+{{- range $name, $port := .Values.gateway.ports -}}
+{{- if eq (int $port) $ranksPort -}}
+{{- fail (printf "ranks.ports.metrics and gateway.ports.%s are both %d; choose another port for one of them" $name $ranksPort) -}}
+{{- end -}}
+{{- with get $names (int $port | toString) -}}
+{{- fail (printf "gateway.ports.%s and gateway.ports.%s are both %d; choose another port for one of them" . $name (int $port)) -}}
+{{- end -}}
+{{- $_ := set $names (int $port | toString) $name -}}
+{{- end -}}
+{{- /* 512 and 64 are the defaults of mull's own configuration. */ -}}
+{{- $tokens := .Values.config.engine.max_num_batched_tokens | default 512 | int -}}
+{{- $sequences := .Values.config.engine.max_num_seqs | default 64 | int -}}
+{{- if lt $tokens $sequences -}}
+{{- fail (printf "config.engine.max_num_batched_tokens %d is below max_num_seqs %d; raise the one or lower the other" $tokens $sequences) -}}
+{{- end -}}
+{{- with .Values.config.tracing.otlp_endpoint -}}
+{{- if not (regexMatch "^https?://[^/[:space:]]+:[0-9]+$" .) -}}
+{{- fail (printf "config.tracing.otlp_endpoint %s: give it as http://HOST:PORT or https://HOST:PORT; collectors mostly listen on 4317" .) -}}
+{{- end -}}
+{{- end -}}
 {{- end }}
 
 {{- define "mull.modelConfig" -}}

@@ -26,6 +26,9 @@ template:
         env:
           {{- include "mull.rayEnv" . | nindent 10 }}
           {{- include "mull.logEnv" . | nindent 10 }}
+          {{- range $name, $value := .Values.gateway.env }}
+          - {name: {{ $name }}, value: {{ $value | quote }}}
+          {{- end }}
         ports:
           - {name: grpc, containerPort: {{ .Values.gateway.ports.grpc }}}
           - {name: http, containerPort: {{ .Values.gateway.ports.http }}}

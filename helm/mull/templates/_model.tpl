@@ -24,6 +24,11 @@
 {{- if not $model.download.repository -}}
 {{- fail (printf "model.source is %s: give model.download.repository" $model.source) -}}
 {{- end -}}
+{{- with $model.download.endpointUrl -}}
+{{- if not (regexMatch "^https?://[^/:[:space:]]+(:[0-9]+)?(/.*)?$" .) -}}
+{{- fail (printf "model.download.endpointUrl %s: give it as http://HOST:PORT or https://HOST:PORT" .) -}}
+{{- end -}}
+{{- end -}}
 {{- end -}}
 {{- if or (hasPrefix "/" $model.path) (contains ".." $model.path) -}}
 {{- fail (printf "model.path %s: give a directory inside the volume, without a leading / and without .." $model.path) -}}
