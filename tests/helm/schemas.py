@@ -47,10 +47,22 @@ _WORKERS = _closed(
     rayStartParams=_TEXTS,
     template=_OBJECT,
 )
+_AUTOSCALER = _closed(
+    "version idleTimeoutSeconds",
+    version={"enum": ["v1", "v2"]},
+    idleTimeoutSeconds=_COUNT,
+    imagePullPolicy=_TEXT,
+    env={"type": "array"},
+    resources=_OBJECT,
+    securityContext=_OBJECT,
+    volumeMounts={"type": "array"},
+)
 _RAY_CLUSTER = _closed(
     "rayVersion headGroupSpec workerGroupSpecs",
     rayVersion=_TEXT,
     authOptions=_closed("mode", mode={"enum": ["disabled", "token"]}),
+    enableInTreeAutoscaling={"type": "boolean"},
+    autoscalerOptions=_AUTOSCALER,
     headGroupSpec=_HEAD,
     workerGroupSpecs={"type": "array", "items": _WORKERS},
 )

@@ -118,6 +118,15 @@ def test_services_and_budgets_find_the_pods(helm: Helm) -> None:
         assert budget["spec"]["selector"]["matchLabels"].items() <= labels[group].items()
 
 
+def test_all_but_a_few_pods_must_stay_while_nodes_are_emptied(helm: Helm) -> None:
+    """A share, or maxUnavailable, would need a RayCluster's scale, which it does not have: then none may go."""
+    rendered = helm.template("gateway.replicas=3", "gateway.maxUnavailable=2", "layout.copies=4", "layout.maxCopies=6")
+
+    specs = {it["metadata"]["name"]: it["spec"] for it in rendered.of("PodDisruptionBudget")}
+    assert {name: spec["minAvailable"] for name, spec in specs.items()} == {"try-mull-gateway": 1, "try-mull-ranks": 3}
+    assert not any("maxUnavailable" in spec for spec in specs.values())
+
+
 def test_nothing_reaches_a_pod_but_what_is_opened(helm: Helm) -> None:
     rendered = helm.template("networkPolicy.clients[0].ipBlock.cidr=10.0.0.0/8")
 

@@ -42,7 +42,7 @@ def pocket(helm: Helm) -> Rendered:
         f"gateway.ports.{name}={port}" for name, port in zip(("grpc", "http", "metrics"), gateway_ports, strict=True)
     ]
     ports.append(f"ranks.ports.metrics={router_port}")
-    return helm.template(*ports, "config.engine.kv_memory_bytes=16777216", "layout.tp=1")
+    return helm.template(*ports, "config.engine.kv_memory_bytes=16777216", "layout.tp=1", "layout.maxCopies=2")
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ template:
     {{- end }}
   spec:
     {{- include "mull.podSecurity" . | nindent 4 }}
-    {{- include "mull.scheduling" (list . .Values.head.pod) | nindent 4 }}
+    {{- $pod := merge (dict "serviceAccount" (include "mull.headAccount" .)) .Values.head.pod }}
+    {{- include "mull.scheduling" (list . $pod) | nindent 4 }}
     containers:
       - name: ray-head
         {{- include "mull.imageFields" . | nindent 8 }}
@@ -33,4 +34,7 @@ template:
     volumes:
       - {name: tmp, emptyDir: {}}
       - {name: shm, emptyDir: {medium: Memory, sizeLimit: 512Mi}}
+      {{- if include "mull.isScaled" . }}
+      {{- include "mull.autoscalerVolume" . | nindent 6 }}
+      {{- end }}
 {{- end }}

@@ -1,5 +1,5 @@
 {{/*
-mull.layout: what follows from .Values.layout, as YAML: world, ranksPerPod, podsPerCopy, pods.
+mull.layout: what follows from .Values.layout, as YAML: world, ranksPerPod, podsPerCopy, pods and maxPods.
 A contradiction ends the rendering with a sentence.
 */}}
 {{- define "mull.layout" -}}
@@ -9,7 +9,13 @@ A contradiction ends the rendering with a sentence.
 {{- $perNode := int $layout.ranksPerNode -}}
 {{- $world := mul $tp $dp | int -}}
 {{- $ranksPerPod := min $world $perNode | int -}}
-{{- $total := mul $world (int $layout.copies) | int -}}
+{{- $copies := int $layout.copies -}}
+{{- $maxCopies := $layout.maxCopies | default $copies | int -}}
+{{- $copiesName := kindIs "invalid" $layout.maxCopies | ternary "copies" "maxCopies" -}}
+{{- $total := mul $world $maxCopies | int -}}
+{{- if lt $maxCopies $copies -}}
+{{- fail (printf "layout.maxCopies %d is below layout.copies %d; raise it, or leave it out for a fixed number" $maxCopies $copies) -}}
+{{- end -}}
 {{- if mod $world (int $layout.expertTp) -}}
 {{- fail (printf "layout.expertTp %d does not divide tp %d * dp %d = %d ranks" (int $layout.expertTp) $tp $dp $world) -}}
 {{- end -}}
@@ -24,13 +30,14 @@ A contradiction ends the rendering with a sentence.
 {{- fail (printf "layout.gpus is %d and layout.device is cpu; take one of them away" (int $layout.gpus)) -}}
 {{- end -}}
 {{- if ne (int $layout.gpus) $total -}}
-{{- fail (printf "layout.gpus is %d, but copies %d * tp %d * dp %d needs %d; change one of them" (int $layout.gpus) (int $layout.copies) $tp $dp $total) -}}
+{{- fail (printf "layout.gpus is %d, but %s %d * tp %d * dp %d needs %d; change one of them" (int $layout.gpus) $copiesName $maxCopies $tp $dp $total) -}}
 {{- end -}}
 {{- end -}}
 world: {{ $world }}
 ranksPerPod: {{ $ranksPerPod }}
 podsPerCopy: {{ div $world $ranksPerPod }}
-pods: {{ div $total $ranksPerPod }}
+pods: {{ div (mul $world $copies) $ranksPerPod }}
+maxPods: {{ div $total $ranksPerPod }}
 {{- end }}
 
 {{/* A rank's share of the pod, and a core and 2 GiB for the Router and Ray's own processes. */}}

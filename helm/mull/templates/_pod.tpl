@@ -27,7 +27,7 @@ imagePullPolicy: {{ .Values.image.pullPolicy }}
 {{- define "mull.scheduling" -}}
 {{- $root := index . 0 -}}
 {{- $pod := index . 1 -}}
-serviceAccountName: {{ include "mull.serviceAccount" $root }}
+serviceAccountName: {{ $pod.serviceAccount | default (include "mull.serviceAccount" $root) }}
 {{- with $root.Values.image.pullSecrets }}
 imagePullSecrets:
   {{- range . }}

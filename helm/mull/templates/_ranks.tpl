@@ -5,7 +5,7 @@
 groupName: ranks
 replicas: {{ $layout.pods }}
 minReplicas: {{ $layout.pods }}
-maxReplicas: {{ $layout.pods }}
+maxReplicas: {{ $layout.maxPods }}
 # A core of Ray's for each rank, and one for a Router.
 resources: {CPU: {{ add1 $layout.ranksPerPod | quote }}{{ if $isCuda }}, GPU: {{ $layout.ranksPerPod | quote }}{{ end }}}
 rayStartParams:
