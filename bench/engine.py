@@ -7,7 +7,6 @@ Greedy, prompts of 64 random tokens, 32 tokens out (no stop token); tokens/s cou
 
 from __future__ import annotations
 
-import argparse
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 
-from bench.report import Spread, machine, versions, write
+from bench.report import Spread, arguments, machine, versions, write
 from cluster.offline import OfflineConfig, OfflineEngine
 from workers.step import SamplingParams
 
@@ -103,14 +102,11 @@ def measure(engines: dict[str, Generate], prompts: Prompts, tokens_out: int, run
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__, streams="1,8,32")
     parser.add_argument("--model", type=Path, default=Path("deploy/models/pocket"))
-    parser.add_argument("--streams", default="1,8,32")
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)

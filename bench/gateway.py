@@ -25,7 +25,7 @@ from typing import Any
 
 import psutil
 
-from bench.report import Spread, machine, versions, write
+from bench.report import Spread, arguments, machine, versions, write
 
 MODEL_DIR = Path(__file__).parents[1] / "deploy" / "models" / "pocket"
 START_TIMEOUT_S = 60.0
@@ -250,11 +250,8 @@ def benchmark(stream_counts: list[int], protocols: list[str], runs: int, out: Pa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--streams", default="1,16,64")
+    parser = arguments(__doc__, streams="1,16,64")
     parser.add_argument("--protocols", default=",".join(PROTOCOLS))
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--out", type=Path)
     parser.add_argument("--role", choices=["router", "gateway", "grpc-client", "http-client"], help=argparse.SUPPRESS)
     parser.add_argument("--step-s", type=float, default=0.0, help=argparse.SUPPRESS)
     parser.add_argument("--router", help=argparse.SUPPRESS)

@@ -8,17 +8,15 @@ costs nothing and a message for each token. A scrape is the whole text of a port
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from prometheus_client import CollectorRegistry, generate_latest
 
 from bench.gateway import loads, measure
-from bench.report import Spread, machine, versions, write
+from bench.report import Spread, arguments, machine, versions, write
 from cluster.metrics.gateway import GatewayMetrics
 from cluster.metrics.request_timer import RequestTimer
 from cluster.metrics.request_times import RequestTimes
@@ -98,11 +96,7 @@ def measure_all(stream_counts: list[int], runs: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--streams", default="1,16,64")
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+    args = arguments(__doc__, streams="1,16,64").parse_args()
     about = {**machine(), **versions("prometheus_client", "grpcio", "uvloop")}
     print(json.dumps(about))
     rows = measure_all([int(count) for count in args.streams.split(",")], args.runs)

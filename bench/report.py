@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import os
@@ -29,6 +30,15 @@ class Spread:
 
     def __str__(self) -> str:
         return f"{self.median:.4g} ({self.min:.4g}…{self.max:.4g})"
+
+
+def arguments(about: str | None, streams: str) -> argparse.ArgumentParser:
+    """Those that benchmarks share: how many streams at a time, how often, and where the figures go."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--streams", default=streams)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    return parser
 
 
 def machine() -> dict[str, Any]:

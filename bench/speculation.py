@@ -9,14 +9,13 @@ tokens of both must be equal; the bench fails where they are not.
 
 from __future__ import annotations
 
-import argparse
 import random
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.report import Spread, machine, versions, write
+from bench.report import Spread, arguments, machine, versions, write
 from cluster.offline import OfflineConfig, OfflineEngine
 from cluster.router.speculation import Speculation
 from cluster.text.tokenizer import read_encoder
@@ -90,11 +89,7 @@ def measure(load: Load, streams: int, temperature: float, runs: int) -> dict[str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--streams", default="1,4,16")
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+    args = arguments(__doc__, streams="1,4,16").parse_args()
     about = {**machine(), **versions("torch"), "num_speculative_tokens": NUM_DRAFTED}
     rows = []
     for streams in map(int, args.streams.split(",")):

@@ -21,6 +21,8 @@ RULES = sorted((ROOT / "helm" / "mull" / "rules").glob("*.yaml"))
 PROGRAMS = ("prometheus", "prometheus-alertmanager")
 
 INTERVAL = "500ms"
+SCRAPE_INTERVAL = "1s"
+"""The time for an answer, too: the cores are busy with those who ask and are asked."""
 START_S = 30.0
 STOP_S = 20.0
 ANSWER_S = 30.0
@@ -97,7 +99,11 @@ def free_ports(count: int) -> list[int]:
 def _config(targets: Sequence[str], alertmanager: str, directory: Path) -> Path:
     """The compose file's, with other addresses and with less patience: so have its rules."""
     config = yaml.safe_load((MONITORING / "prometheus.yaml").read_text())
-    config["global"] = {"scrape_interval": INTERVAL, "scrape_timeout": INTERVAL, "evaluation_interval": INTERVAL}
+    config["global"] = {
+        "scrape_interval": SCRAPE_INTERVAL,
+        "scrape_timeout": SCRAPE_INTERVAL,
+        "evaluation_interval": INTERVAL,
+    }
     config["scrape_configs"][0]["static_configs"][0]["targets"] = list(targets)
     config["alerting"]["alertmanagers"][0]["static_configs"][0]["targets"] = [alertmanager]
     config["rule_files"] = [str(directory / file.name) for file in RULES]
