@@ -6,6 +6,7 @@ The files stay the whole truth: this reads them, so that nobody who writes a lin
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -19,6 +20,10 @@ POLL_S = 0.25
 STOP_TIMEOUT_S = 5.0
 _MARKS = (":job_id:", ":actor_name:", ":task_name:")
 """Ray's own notes in the files, each a line."""
+
+
+class _Unshown(Exception):
+    """Where lines are shown takes no more."""
 
 
 class LogFollower:
@@ -43,23 +48,31 @@ class LogFollower:
         self._thread.join(STOP_TIMEOUT_S)
 
     def _run(self) -> None:
-        while not self._is_stopping.wait(POLL_S):
+        try:
+            while not self._is_stopping.wait(POLL_S):
+                self._show_new()
             self._show_new()
-        self._show_new()
+        except _Unshown:
+            return  # nobody reads it any more, and there is nowhere left to say so; the files have it all
 
     def _show_new(self) -> None:
-        for file in sorted(self._directory.glob("worker-*.err")):
-            for line in self._new_lines(file):
-                self._out.write(line + "\n")
-        self._out.flush()
+        shown = [line for file in sorted(self._directory.glob("worker-*.err")) for line in self._new_lines(file)]
+        try:
+            self._out.writelines(line + "\n" for line in shown)
+            self._out.flush()
+        except (OSError, ValueError) as error:  # ValueError: it is closed
+            raise _Unshown from error
 
     def _new_lines(self, file: Path) -> Iterator[str]:
         offset = self._offsets.get(file, 0)
-        if file.stat().st_size < offset:
-            offset = 0  # Ray has begun a new file of this name
-        with file.open("rb") as opened:
-            opened.seek(offset)
-            new, newline, _ = opened.read().rpartition(b"\n")
+        try:
+            with file.open("rb") as opened:
+                if os.fstat(opened.fileno()).st_size < offset:
+                    offset = 0  # Ray has begun a new file of this name
+                opened.seek(offset)
+                new, newline, _ = opened.read().rpartition(b"\n")
+        except OSError:
+            return  # gone since it was listed, or not to be read now; the next look is soon
         self._offsets[file] = offset + len(new) + len(newline)
         for line in new.decode("utf-8", "replace").splitlines():
             if line and not line.startswith(_MARKS):

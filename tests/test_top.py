@@ -84,6 +84,36 @@ def test_rates_are_of_the_last_seconds_and_unknown_after_one_look() -> None:
     assert Figures(looks).rates("mull_generation_tokens_total") == [20, 20]
 
 
+def test_a_port_that_begins_again_does_not_hide_or_make_up_what_the_others_did() -> None:
+    name = "mull_generation_tokens_total"
+    figures = Figures([(0.0, [gateway(1000), gateway(500)]), (10.0, [gateway(1010), gateway(5)])])
+
+    assert figures.grown(name, {"phase": "thinking"}) == 2 * (10 + 5)
+    # Of answers both have what they had: nothing says that one of them began again.
+    assert figures.rates(name) == [(2 * 10 + 2 * 5 + 10) / 10]
+
+
+def test_quantiles_of_several_ports_outlive_the_restart_of_one() -> None:
+    slow, quick = (
+        Samples(f'd_bucket{{le="1"}} {low}\nd_bucket{{le="+Inf"}} {all_}') for low, all_ in ((0, 90), (4, 4))
+    )
+    restarted = Samples('d_bucket{le="1"} 0\nd_bucket{le="+Inf"} 0')
+
+    figures = Figures([(0.0, [slow, slow]), (10.0, [slow, restarted]), (20.0, [slow, quick])])
+
+    assert figures.quantile(0.5, "d") == 0.5
+
+
+@pytest.mark.parametrize("interval_s", [1.0, 11.0, 130.0])
+def test_rates_and_growth_are_known_however_far_apart_the_looks_are(interval_s: float) -> None:
+    history = History()
+    for number in range(4):
+        history.add(Snapshot(number * interval_s, {"here": gateway(number * interval_s)}))
+
+    assert history.gateways().rate("mull_generation_tokens_total") == pytest.approx(2)
+    assert history.gateways().grown("mull_generation_tokens_total") > 0
+
+
 def test_a_port_that_had_not_answered_does_not_seem_to_grow() -> None:
     history = History()
     history.add(Snapshot(0, {"router": router()}, {"gateway": "timed out"}))

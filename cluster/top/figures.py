@@ -8,14 +8,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 
-from cluster.top.samples import Buckets, Samples, bucket_growth, growth, quantile, sum_of
+from cluster.top.samples import Samples, bucket_growth, growth, quantile, sum_of
 
 SHORT_S, LONG_S = 10.0, 120.0
 """Of rates; of quantiles, which need more to be true, and of the line of tokens."""
 
 _ALL: Mapping[str, str] = {}
+_NOTHING = Samples()
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Figures:
     def grown(self, name: str, labels: Mapping[str, str] = _ALL, within_s: float = LONG_S) -> float:
         """How much a counter has grown within the last seconds, as far as they are known."""
         _, before = self._before(within_s)
-        return growth(*(sum(port.total(name, **labels) for port in ports) for ports in (self._now, before)))
+        return _growth_of_all(name, labels, self._now, before)
 
     def grown_by(self, name: str, label: str) -> dict[str, float]:
         """The same for each value of a label; those that did not grow are left out."""
@@ -104,17 +105,19 @@ class Figures:
 
     def rates(self, name: str) -> list[float]:
         """Growth a second between each two times."""
-        totals = [(time_s, sum(port.total(name) for port in ports)) for time_s, ports in self._history]
-        looks = pairwise(totals)
-        return [growth(now, before) / (time_s - before_s) for (before_s, before), (time_s, now) in looks]
+        looks = pairwise(self._history)
+        return [
+            _growth_of_all(name, _ALL, now, before) / (time_s - before_s) for (before_s, before), (time_s, now) in looks
+        ]
 
     def quantile(self, share: float, name: str, **labels: str) -> float | None:
         """Over the last LONG_S; over all that was ever observed where that is nothing."""
         _, before = self._before(LONG_S)
-        now, then = (sum_of(port.buckets(name, **labels) for port in ports) for ports in (self._now, before))
-        grown: Buckets = bucket_growth(now, then)
-        lately = quantile(share, grown)
-        return quantile(share, now) if lately is None else lately
+        now = [port.buckets(name, **labels) for port in self._now]
+        then = [port.buckets(name, **labels) for port in before]
+        pairs = zip_longest(now, then, fillvalue=_NOTHING.buckets(name))
+        lately = quantile(share, sum_of(bucket_growth(port, earlier) for port, earlier in pairs))
+        return quantile(share, sum_of(now)) if lately is None else lately
 
     def mean(self, name: str, **labels: str) -> float | None:
         """Of a histogram's observations, over the same time."""
@@ -132,5 +135,12 @@ class Figures:
         return (self.value(part) or 0) / all_of_it if all_of_it else None
 
     def _before(self, within_s: float) -> tuple[float, Sequence[Samples]]:
-        """The oldest look that is not older than that."""
-        return next(look for look in self._history if self._now_s - look[0] <= within_s)
+        """The oldest look that is not older than that; where they are further apart, the one before the newest."""
+        lately = [look for look in self._history[:-1] if self._now_s - look[0] <= within_s]
+        return (lately or self._history[-2:])[0]
+
+
+def _growth_of_all(name: str, labels: Mapping[str, str], now: Sequence[Samples], before: Sequence[Samples]) -> float:
+    """Each port by itself: the others still count when one begins again."""
+    pairs = zip_longest(now, before, fillvalue=_NOTHING)
+    return sum(growth(port.total(name, **labels), then.total(name, **labels)) for port, then in pairs)
