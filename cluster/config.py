@@ -273,7 +273,7 @@ class LogsConfig(_Part):
 class TracingConfig(_Part):
     """Spans of requests, for an OpenTelemetry collector."""
 
-    otlp_endpoint: str | None = Field(None, pattern=r"^https?://[^/\s]+:\d+$")
+    otlp_endpoint: str | None = Field(None, pattern=r"^https?://[^/\s@]+:\d+$")
     """http:// or https://host:port of its OTLP receiver over gRPC; None: nothing is traced."""
     sample_ratio: float = Field(1.0, ge=0, le=1)
     """Of the requests that come without a trace; for those that come with one, their client has decided."""
@@ -303,7 +303,7 @@ class ClusterConfig(_Part):
 
     @model_validator(mode="after")
     def _plain_text_stays_on_this_machine(self) -> Self:
-        security, address = self.security, self.router.ray_address
+        security, address, collector = self.security, self.router.ray_address, self.tracing.otlp_endpoint
         if security.insecure:
             return self
         if security.tls is None and not is_loopback_host(self.gateway.host):
@@ -316,6 +316,13 @@ class ClusterConfig(_Part):
                 f"router.ray_address {address}: prompts would go to Routers on other machines in plain text; give "
                 "security.link_cert, link_key and link_ca, or --insecure where the network is private"
             )
+        if collector is not None and collector.startswith("http://"):
+            host = collector.removeprefix("http://").rpartition(":")[0]
+            if not is_loopback_host(host):
+                raise ValueError(
+                    f"tracing.otlp_endpoint {collector}: spans would go to another machine in plain text; give an "
+                    "https:// one, or --insecure where the network is private"
+                )
         return self
 
 

@@ -63,7 +63,7 @@ def _steps() -> p.Section:
             p.quantiles("Sequences of a step", "The size of batches.", p.COUNT, "mull_step_sequences"),
             p.stacked(
                 "Tokens computed",
-                "Tokens a second: of prompts and replays, and of decoding.",
+                "Tokens a second: of prompts and replays, of decoding, and of drafts that decoding checks.",
                 p.TOKENS_PER_S,
                 p.Line("{{kind}}", rate("mull_step_tokens_total", "kind")),
             ),

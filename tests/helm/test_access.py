@@ -139,12 +139,21 @@ def test_nothing_reaches_a_pod_but_what_is_opened(helm: Helm) -> None:
 
 
 def test_spans_may_go_to_their_collector_and_nowhere_else(helm: Helm) -> None:
-    rendered = helm.template("config.tracing.otlp_endpoint=http://collector.observe:4317")
+    rendered = helm.template("config.tracing.otlp_endpoint=https://collector.observe:4317")
 
     (policy,) = (it for it in rendered.of("NetworkPolicy") if it["metadata"]["name"].endswith("-collector"))
     (out,) = policy["spec"]["egress"]
     assert out == {"to": [{"namespaceSelector": {}}], "ports": [{"protocol": "TCP", "port": 4317}]}
-    assert rendered.cluster_config["tracing"] == {"otlp_endpoint": "http://collector.observe:4317"}
+    assert rendered.cluster_config["tracing"] == {"otlp_endpoint": "https://collector.observe:4317"}
+
+
+def test_spans_in_plain_text_are_asked_for(helm: Helm) -> None:
+    plain = "config.tracing.otlp_endpoint=http://collector.observe:4317"
+
+    refusal = helm.refusal(*EXISTING, "security.insecure=false", plain)
+
+    assert "spans would cross the network in plain text" in refusal
+    assert helm.template(plain, "security.insecure=true").cluster_config["security"]["insecure"]
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@
 {{- fail (printf "config.engine.max_num_batched_tokens %d is below max_num_seqs %d; raise the one or lower the other" $tokens $sequences) -}}
 {{- end -}}
 {{- with .Values.config.tracing.otlp_endpoint -}}
-{{- if not (regexMatch "^https?://[^/[:space:]]+:[0-9]+$" .) -}}
+{{- if not (regexMatch "^https?://[^/@[:space:]]+:[0-9]+$" .) -}}
 {{- fail (printf "config.tracing.otlp_endpoint %s: give it as http://HOST:PORT or https://HOST:PORT; collectors mostly listen on 4317" .) -}}
 {{- end -}}
 {{- end -}}
@@ -79,6 +79,9 @@ keys_file: /etc/mull/keys/{{ $security.keys.secretKey }}
 {{- $tls := $security.tls -}}
 {{- if and (eq $tls.mode "none") (not $security.insecure) -}}
 {{- fail "security.tls.mode is none: prompts would cross the network in plain text; set it to certManager or existing, or security.insecure=true inside a private cluster" -}}
+{{- end -}}
+{{- if and (hasPrefix "http://" (.Values.config.tracing.otlp_endpoint | default "")) (not $security.insecure) -}}
+{{- fail "config.tracing.otlp_endpoint is http://: spans would cross the network in plain text; give an https:// one, or security.insecure=true inside a private cluster" -}}
 {{- end -}}
 {{- if and (eq $tls.mode "none") $tls.clientCaSecretName -}}
 {{- fail "security.tls.clientCaSecretName needs security.tls.mode certManager or existing: certificates are shown over TLS only" -}}
