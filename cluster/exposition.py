@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 from collections.abc import Callable, Iterable
-from socketserver import ThreadingMixIn
-from threading import Thread
-from typing import TYPE_CHECKING
+from socketserver import TCPServer, ThreadingMixIn
+from threading import BoundedSemaphore, Lock, Thread
+from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
@@ -23,6 +24,12 @@ if TYPE_CHECKING:
 
 STOP_POLL_S = 0.05
 """How often it looks whether it is to stop."""
+MIN_INTERVAL_S = 0.1
+"""Between two collections: whoever reaches the port may ask without end, and what is asked is busy with requests."""
+WAIT_S = 5.0
+"""For one's turn to collect."""
+MAX_REQUESTS = 64
+"""At a time; a further connection is closed at once."""
 
 
 class Exposition:
@@ -34,8 +41,13 @@ class Exposition:
         why_not_ready: Callable[[], str | None],
         begin_drain: Callable[[], None] | None = None,
     ) -> None:
-        """Both are called from other threads. Without `begin_drain` there is nothing here to drain."""
+        """All are called from other threads. Without `begin_drain` there is nothing here to drain.
+
+        A TimeoutError of the first two is told as 503.
+        """
         self._metrics: WSGIApplication = make_wsgi_app(registry)
+        self._turn = Lock()
+        self._free_s = 0.0
         self._why_not_ready = why_not_ready
         self._begin_drain = begin_drain
         self._running: tuple[_Server, Thread] | None = None
@@ -59,6 +71,12 @@ class Exposition:
         thread.join()
 
     def _answer(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        try:
+            return self._answer_in_time(environ, start_response)
+        except TimeoutError:
+            return _json(start_response, "503 Service Unavailable", {"error": "busy: no answer in time"})
+
+    def _answer_in_time(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         match environ["PATH_INFO"]:
             case "/ready":
                 reason = self._why_not_ready()
@@ -67,7 +85,18 @@ class Exposition:
             case "/drain" if self._begin_drain is not None:
                 return _drain(self._begin_drain, environ, start_response)
             case _:
-                return self._metrics(environ, start_response)
+                return self._collect(environ, start_response)
+
+    def _collect(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        """One at a time. Raises TimeoutError."""
+        if not self._turn.acquire(timeout=WAIT_S):
+            raise TimeoutError
+        try:
+            time.sleep(max(0.0, self._free_s - time.monotonic()))
+            return self._metrics(environ, start_response)
+        finally:
+            self._free_s = time.monotonic() + MIN_INTERVAL_S
+            self._turn.release()
 
 
 def _drain(begin_drain: Callable[[], None], environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
@@ -88,6 +117,33 @@ def _json(start_response: StartResponse, status: str, value: dict[str, object]) 
 
 class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._places = BoundedSemaphore(MAX_REQUESTS)
+        super().__init__(*args, **kwargs)
+
+    def server_bind(self) -> None:
+        """Without the library's question to DNS for our name, which nobody reads and which may take seconds."""
+        TCPServer.server_bind(self)
+        host, self.server_port = self.socket.getsockname()[:2]
+        self.server_name = host
+        self.setup_environ()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if not self._places.acquire(blocking=False):
+            self.shutdown_request(request)
+            return
+        try:
+            super().process_request(request, client_address)
+        except BaseException:  # there is no thread that would give it back
+            self._places.release()
+            raise
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._places.release()
 
 
 class _ServerV6(_Server):

@@ -7,7 +7,7 @@ import logging
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import grpc.aio
@@ -19,6 +19,7 @@ from cluster.gateway.copies import static_addresses
 from cluster.gateway.served_model import ServedModel
 from cluster.gateway.server import GatewayPorts, GatewayServer
 from cluster.router.router import Router
+from cluster.router.sequence import SequenceRequest, SequenceUpdate
 from cluster.router.sequence_spans import SequenceSpans
 from cluster.router.supervision import RestartPolicy
 from cluster.router.wire import ModelInfo
@@ -32,6 +33,7 @@ from tests.otlp import Collector, SentSpan
 from tests.router.fake_group import BLOCK_SIZE, FakeShardGroup
 from tests.router.router_site import CONFIG, NUM_BLOCKS
 from workers.logs import JsonLines
+from workers.step import SamplingParams
 
 TRACE_ID, SPAN_ID = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 TRACED = (("traceparent", f"00-{TRACE_ID}-{SPAN_ID}-01"),)
@@ -198,6 +200,42 @@ async def test_a_request_that_is_cancelled_ends_its_spans(traced: Site, collecto
 
     assert spans["generate"].attributes["mull.status"] == "CANCELLED"
     assert spans["sequence"].attributes["mull.finish"] == "cancelled"
+
+
+def test_a_span_that_begins_after_the_last_step_is_not_met_by_a_loss_before_its_time(collector: Collector) -> None:
+    span = sequence_span(collector, lambda spans: spans.on_lost(last_step_s=5.0))
+
+    (event,) = span.proto.events
+    assert (event.name, event.time_unix_nano) == ("ranks lost", span.proto.start_time_unix_nano)
+
+
+def test_a_step_is_counted_once_and_what_has_no_token_is_none(collector: Collector) -> None:
+    sampled = SequenceUpdate(1, token_ids=[2])
+    forced = SequenceUpdate(1, token_ids=[3, 4], num_forced=2)
+
+    def steps(spans: SequenceSpans) -> None:
+        spans.on_updates([SequenceUpdate(1, admitted_cached_tokens=0)], 10.0, 10.1)
+        for _ in range(3):
+            spans.on_updates([sampled, forced], 11.0, 11.1)
+
+    counted = sequence_span(collector, steps).attributes
+
+    assert (counted["mull.steps"], counted["mull.tokens"]) == (3, 9)
+
+
+def test_a_router_that_stops_does_not_call_its_engine_lost(collector: Collector) -> None:
+    assert sequence_span(collector, lambda _: None).attributes["mull.finish"] == "router ended"
+
+
+def sequence_span(collector: Collector, happens: Callable[[SequenceSpans], None]) -> SentSpan:
+    """Of a request that comes in second 10, at a Router that ends afterwards."""
+    tracing = Tracing(Exporting(collector.endpoint, delay_s=0.05), "router")
+    spans = SequenceSpans(tracing)
+    spans.on_added(SequenceRequest(key=1, prompt_ids=[1], sampling=SamplingParams(), max_tokens=9), 10.0)
+    happens(spans)
+    spans.clear()
+    tracing.close()
+    return collector.wait_for("sequence")["sequence"]
 
 
 async def test_a_collector_that_is_not_there_costs_one_line_and_no_request(

@@ -155,11 +155,6 @@ class Copies:
         return any(link.is_connected for link in self._links.values())
 
     @property
-    def num_replays_total(self) -> int:
-        """How often sequences were sent to a copy again."""
-        return self._recovery.num_replays_total
-
-    @property
     def num_replayed_tokens_total(self) -> Mapping[tuple[str, ...], float]:
         """Tokens behind which sequences went on at a copy, by what made it needed."""
         return {(loss.value,): num_tokens for loss, num_tokens in self._recovery.num_replayed_tokens_total.items()}

@@ -31,7 +31,8 @@ from cluster.gateway.recovery import ReplayPolicy
 from cluster.gateway.router_link import LinkTimes
 from cluster.gateway.served_model import ServedModel
 from cluster.gateway.servicer import GenerationServicer
-from cluster.metrics.gateway import CERTIFICATES, COPIES, READY, REPLAYED, STREAMS, GatewayMetrics
+from cluster.metrics.gateway import COPIES, READY, REPLAYED, STREAMS, GatewayMetrics
+from cluster.metrics.process import CERTIFICATES
 from cluster.tls import ServerCertificates, certificate_ends
 from mull.v1 import admin_pb2, generation_pb2
 from mull.v1.admin_pb2_grpc import add_AdminServiceServicer_to_server

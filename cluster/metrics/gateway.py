@@ -15,7 +15,7 @@ from prometheus_client.registry import Collector
 
 from cluster.metrics.buckets import LONG_S, SHORT_S, TOKENS
 from cluster.metrics.plain import Counter, Histogram, Labels, MetricSpec, Reading, counter, gauge, histogram
-from cluster.metrics.process import BUILD_INFO, register_process
+from cluster.metrics.process import BUILD_INFO, CERTIFICATES, register_process
 
 _C = TypeVar("_C", bound=Collector)
 
@@ -113,11 +113,6 @@ REPLAYED = counter(
     "Prompt and output tokens sent to a Router again, behind which a request went on, by what made it needed. Some may "
     "be in its prefix cache.",
     ("cause",),
-)
-CERTIFICATES = gauge(
-    "mull_certificate_not_after_timestamp_seconds",
-    "When a certificate in use ends: ports is the one that clients see, link that between gateways and Routers.",
-    ("certificate",),
 )
 
 SPECS: tuple[MetricSpec, ...] = (

@@ -15,18 +15,12 @@ from prometheus_client.registry import Collector
 from cluster.errors import RankLossCause
 from cluster.metrics.buckets import LONG_S, SEQUENCES, STEP_S
 from cluster.metrics.plain import Labels, MetricSpec, counter, family, gauge, histogram
-from cluster.metrics.process import BUILD_INFO
+from cluster.metrics.process import BUILD_INFO, CERTIFICATES
 
 if TYPE_CHECKING:
     from cluster.router.router import RouterStats
     from cluster.router.scheduler import SchedulerStats
     from workers.step import RankReady
-
-CERTIFICATES = gauge(
-    "mull_certificate_not_after_timestamp_seconds",
-    "When a certificate in use ends: link is the one between gateways and Routers.",
-    ("certificate",),
-)
 
 QUEUE_TIME = histogram(
     "mull_request_queue_time_seconds",

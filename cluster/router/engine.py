@@ -184,12 +184,12 @@ class Engine:
         loss = self.core.on_lost(error)
         log.error("engine %s: %s", self.core.state.value, self.core.reason)
         self._forget_ranks()
-        if loss.wait_s is None:
-            self._tell_all_ended()
-            self._on_ended(self.core.reason)
         for watch in self._watches:
             watch.on_updates(loss.given_up, self._alive_s, time.monotonic())
             watch.on_lost(self._alive_s)
+        if loss.wait_s is None:
+            self._tell_all_ended()
+            self._on_ended(self.core.reason)
         self._on_updates(loss.given_up)
         return loss.wait_s
 

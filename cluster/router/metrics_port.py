@@ -19,8 +19,7 @@ from cluster.config import TlsFiles
 from cluster.errors import EngineError
 from cluster.exposition import Exposition
 from cluster.metrics.plain import Reading
-from cluster.metrics.process import register_process
-from cluster.metrics.router import CERTIFICATES
+from cluster.metrics.process import CERTIFICATES, register_process
 from cluster.tls import certificate_ends
 
 log = logging.getLogger(__name__)
@@ -77,9 +76,12 @@ class MetricsPort:
         self.address = ""
 
     async def _keep_trying(self, host: str, ports: Sequence[int]) -> None:
-        # There is no event for a port that becomes free.
-        while not self._try(host, ports):  # noqa: ASYNC110
-            await asyncio.sleep(RETRY_S)
+        try:
+            # There is no event for a port that becomes free.
+            while not self._try(host, ports):  # noqa: ASYNC110
+                await asyncio.sleep(RETRY_S)
+        except OSError as error:
+            log.error("metrics: ports %d to %d of %s cannot be had (%s); none here", ports[0], ports[-1], host, error)
 
     def _try(self, host: str, ports: Sequence[int]) -> bool:
         for port in ports:
@@ -108,11 +110,19 @@ class _InLoop(Collector):
 
 
 def _in_loop(function: Callable[[], _T], loop: asyncio.AbstractEventLoop) -> Callable[[], _T]:
-    """For other threads. A loop that does not come to it in time is an error, and a scrape fails: that is what `up`
-    is for.
+    """For other threads. A loop that does not come to it in time is a TimeoutError, and a scrape fails: that is what
+    `up` is for.
     """
 
     async def call() -> _T:
         return function()
 
-    return lambda: asyncio.run_coroutine_threadsafe(call(), loop).result(ANSWER_TIMEOUT_S)
+    def ask() -> _T:
+        asked = asyncio.run_coroutine_threadsafe(call(), loop)
+        try:
+            return asked.result(ANSWER_TIMEOUT_S)
+        except TimeoutError:
+            asked.cancel()
+            raise
+
+    return ask

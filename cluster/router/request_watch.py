@@ -23,7 +23,7 @@ class RequestWatch(Protocol):
         ...
 
     def on_ended(self, key: Hashable, now_s: float) -> None:
-        """A request was cancelled."""
+        """Its gateway wants no more of a request: it was cancelled, or its gateway has gone."""
         ...
 
     def on_lost(self, last_step_s: float) -> None:
@@ -31,5 +31,5 @@ class RequestWatch(Protocol):
         ...
 
     def clear(self) -> None:
-        """All requests have ended."""
+        """The engine has ended, stopped or lost for good, and all requests with it."""
         ...

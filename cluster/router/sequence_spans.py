@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 @dataclass(slots=True)
 class _Live:
     span: Span
+    zero_ns: int
+    """Of the monotonic clock, when it came: the clocks may drift apart later."""
     added_s: float
     admitted_s: float | None = None
     has_token: bool = False
@@ -31,6 +33,9 @@ class _Live:
     num_preemptions: int = 0
     is_replaying: bool = False
 
+    def at(self, time_s: float) -> int:
+        return self.zero_ns + int(time_s * 1e9)
+
 
 class SequenceSpans:
     """A RequestWatch."""
@@ -38,8 +43,6 @@ class SequenceSpans:
     def __init__(self, tracing: Tracing) -> None:
         self._tracing = tracing
         self._live: dict[Hashable, _Live] = {}
-        self._zero_ns = time.time_ns() - time.monotonic_ns()
-        """Of the monotonic clock."""
 
     def on_added(self, request: SequenceRequest, now_s: float) -> None:
         about: dict[str, str | int] = {
@@ -48,16 +51,20 @@ class SequenceSpans:
             "mull.held_tokens": len(request.output_ids),
             "mull.priority": request.priority,
         }
-        span = self._tracing.begin("sequence", TraceParent.parse(request.trace_parent), self._at(now_s), about)
+        zero_ns = time.time_ns() - time.monotonic_ns()
+        begun_ns = zero_ns + int(now_s * 1e9)
+        span = self._tracing.begin("sequence", TraceParent.parse(request.trace_parent), begun_ns, about)
         if span.is_recording():
-            self._live[request.key] = _Live(span, now_s)
+            self._live[request.key] = _Live(span, zero_ns, now_s)
 
     def on_updates(self, updates: Sequence[SequenceUpdate], sent_s: float, now_s: float) -> None:
+        # What a step sampled and what it put in the model's mouth are two updates; one without tokens is no step.
+        for key in {update.key for update in updates if update.token_ids} & self._live.keys():
+            self._live[key].num_steps += 1
         for update in updates:
             live = self._live.get(update.key)
             if live is None:
                 continue
-            live.num_steps += 1
             live.num_tokens += len(update.token_ids)
             if update.admitted_cached_tokens is not None:
                 self._admit(live, update.admitted_cached_tokens, sent_s)
@@ -75,28 +82,28 @@ class SequenceSpans:
     def on_lost(self, last_step_s: float) -> None:
         for live in self._live.values():
             live.is_replaying = live.admitted_s is not None
-            self._tell(live, "ranks lost", last_step_s)
+            self._tell(live, "ranks lost", max(last_step_s, live.added_s))
 
     def clear(self) -> None:
         now_s = time.monotonic()
         for key in list(self._live):
-            self._end(key, "engine lost", now_s)
+            self._end(key, "router ended", now_s)
 
     def _admit(self, live: _Live, cached_tokens: int, sent_s: float) -> None:
         live.admitted_s = sent_s
         live.span.set_attribute("mull.cached_tokens", cached_tokens)
-        self._tracing.add_part(live.span, "queue", self._at(live.added_s), self._at(sent_s), {})
+        self._tracing.add_part(live.span, "queue", live.at(live.added_s), live.at(sent_s), {})
 
     def _tell_token(self, live: _Live, now_s: float) -> None:
         if live.is_replaying:
             self._tell(live, "first token behind the loss", now_s)
         elif live.admitted_s is not None:
-            self._tracing.add_part(live.span, "prefill", self._at(live.admitted_s), self._at(now_s), {})
+            self._tracing.add_part(live.span, "prefill", live.at(live.admitted_s), live.at(now_s), {})
             self._tell(live, "first token", now_s)
         live.is_replaying, live.has_token = False, True
 
     def _tell(self, live: _Live, what: str, now_s: float) -> None:
-        live.span.add_event(what, {"mull.tokens": live.num_tokens}, self._at(now_s))
+        live.span.add_event(what, {"mull.tokens": live.num_tokens}, live.at(now_s))
 
     def _end(self, key: Hashable, finish: str, now_s: float) -> None:
         live = self._live.pop(key, None)
@@ -110,7 +117,4 @@ class SequenceSpans:
                 "mull.preemptions": live.num_preemptions,
             }
         )
-        live.span.end(self._at(now_s))
-
-    def _at(self, time_s: float) -> int:
-        return self._zero_ns + int(time_s * 1e9)
+        live.span.end(live.at(now_s))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import socket
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -169,6 +171,62 @@ async def test_a_router_works_while_its_port_is_taken_and_gets_it_when_it_is_fre
     await until(lambda: router.describe().metrics_address == f"{HOST}:{port}", "the port")
 
     assert (await scrape_of(router)).one("mull_engine_steps_total") > 0
+
+
+async def test_a_loop_that_is_busy_for_too_long_is_a_scrape_that_fails_in_one_line(
+    router: Router, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("cluster.router.metrics_port.ANSWER_TIMEOUT_S", 0.01)
+    router.open_metrics(HOST, [0])
+    address = router.describe().metrics_address
+    # A thread of its own: `to_thread` would need the loop to hand the answer on.
+    with ThreadPoolExecutor(1) as threads:
+        asked = [threads.submit(get, f"http://{address}/{path}") for path in ("metrics", "ready")]
+        answers = [it.result(10) for it in asked]
+
+    assert answers == [(503, {"error": "busy: no answer in time"})] * 2
+    assert capfd.readouterr().err == ""
+    monkeypatch.undo()
+    assert (await scrape_of(router)).one("mull_ranks_ready") >= 0
+
+
+async def test_connections_beyond_a_bound_are_closed_and_the_others_answered(
+    router: Router, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.exposition.MAX_REQUESTS", 2)
+    router.open_metrics(HOST, [0])
+    host, _, port = router.describe().metrics_address.rpartition(":")
+
+    def connect() -> socket.socket:
+        return socket.create_connection((host, int(port)), timeout=10)
+
+    with connect(), connect(), connect() as third:
+        assert await asyncio.to_thread(third.recv, 1) == b""
+
+    async def is_answered() -> bool:
+        try:
+            return (await scrape_of(router)).one("mull_ranks_ready") >= 0
+        except OSError:
+            return False
+
+    async with asyncio.timeout(10):
+        # There is no event for threads that end.
+        while not await is_answered():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+async def test_a_port_that_can_never_be_had_is_said(
+    router: Router, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("cluster.router.metrics_port.RETRY_S", 0.01)
+    with socket.create_server((HOST, 0)) as taken:
+        router.open_metrics(HOST, [taken.getsockname()[1]])
+        monkeypatch.setattr("cluster.router.metrics_port.Exposition.start", refuse)
+        await until(lambda: "cannot be had ([Errno 13] no)" in caplog.text, "the error")
+
+
+def refuse(*_: object) -> int:
+    raise PermissionError(errno.EACCES, "no")
 
 
 async def test_the_port_serves_what_its_table_says(router: Router, connect: Connect, tmp_path: Path) -> None:
