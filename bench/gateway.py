@@ -57,7 +57,7 @@ def loads(streams: int) -> list[Load]:
 async def serve_router(step_s: float) -> None:
     """The real Router over a group without ranks; prints its address."""
     from cluster.router.router import Router
-    from cluster.router.scheduler import SchedulerConfig
+    from cluster.router.scheduler_config import SchedulerConfig
     from cluster.router.wire import ModelInfo
 
     config = SchedulerConfig(max_model_len=4096, max_num_seqs=MAX_STREAMS, max_num_batched_tokens=1024)

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from cluster.router.blocks import BlockAllocator
-from cluster.router.scheduler import Scheduler, SchedulerConfig, SchedulerStats
+from cluster.router.scheduler import Scheduler
+from cluster.router.scheduler_config import SchedulerConfig, SchedulerStats
 from cluster.router.sequence import SequenceRequest
 from cluster.router.speculation import Speculation
 from workers.config import ParallelLayout, RunnerConfig

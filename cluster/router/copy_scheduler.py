@@ -19,7 +19,8 @@ from msgspec.structs import replace
 from cluster.errors import InvalidRequest, Overloaded
 from cluster.router.blocks import BlockAllocator, chain_hashes, root_hash
 from cluster.router.quarantine import Quarantine
-from cluster.router.scheduler import Scheduler, SchedulerConfig, SchedulerStats
+from cluster.router.scheduler import Scheduler
+from cluster.router.scheduler_config import SchedulerConfig, SchedulerStats
 from cluster.router.sequence import FinishReason, SequenceRequest, SequenceUpdate
 from cluster.router.speculation import Move, next_move
 from cluster.router.waiting import WaitingQueue

@@ -24,7 +24,7 @@ from cluster.router.launchers import NORMAL_PRIORITY, Launcher, RayLauncher, ran
 from cluster.router.layout_table import rank_roles
 from cluster.router.request_watch import RequestWatch
 from cluster.router.router import Router, RouterStats
-from cluster.router.scheduler import SchedulerConfig
+from cluster.router.scheduler_config import SchedulerConfig
 from cluster.router.sequence_spans import SequenceSpans
 from cluster.router.shards import GroupBounds, RankGroup
 from cluster.router.speculation import Speculation

@@ -19,7 +19,7 @@ from cluster.router.balanced_steps import BalancedSteps
 from cluster.router.balancer import ExpertBalancer
 from cluster.router.engine_core import EngineCore, Pool
 from cluster.router.request_watch import RequestWatch
-from cluster.router.scheduler import SchedulerConfig
+from cluster.router.scheduler_config import SchedulerConfig
 from cluster.router.sequence import SequenceRequest, SequenceUpdate
 from cluster.router.shards import GroupInfo, OnProgress, ShardGroup, Steps, Survivors
 from cluster.router.supervision import RestartPolicy

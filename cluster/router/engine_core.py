@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from cluster.errors import EngineError, MullError, NotReady, RankLossCause, RankLost
 from cluster.router.blocks import BlockAllocator
 from cluster.router.copy_scheduler import CopyScheduler
-from cluster.router.scheduler import SchedulerConfig, SchedulerStats
+from cluster.router.scheduler_config import SchedulerConfig, SchedulerStats
 from cluster.router.sequence import SequenceRequest, SequenceUpdate
 from cluster.router.supervision import EngineState, RestartPolicy, Supervisor
 from workers.step import StepPlan, StepResult

@@ -14,7 +14,7 @@ from cluster.offline import OfflineConfig, OfflineEngine
 from cluster.router.balancer import ExpertBalancer, RebalancePolicy, make_balancer
 from cluster.router.deployment import group_factory, model_info
 from cluster.router.engine import Engine
-from cluster.router.scheduler import SchedulerConfig
+from cluster.router.scheduler_config import SchedulerConfig
 from cluster.router.sequence import SequenceRequest, SequenceUpdate
 from cluster.router.shards import GroupInfo
 from tests.processes import ForkLauncher

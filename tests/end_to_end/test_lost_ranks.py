@@ -14,7 +14,7 @@ import pytest
 from cluster.config import ClusterConfig, EngineConfig, ModelSource, RouterConfig
 from cluster.router.deployment import group_factory
 from cluster.router.engine import Engine
-from cluster.router.scheduler import SchedulerConfig
+from cluster.router.scheduler_config import SchedulerConfig
 from cluster.router.sequence import FinishReason, SequenceRequest, SequenceUpdate
 from cluster.text.tokenizer import Tokenizer
 from tests.processes import ForkLauncher

@@ -11,7 +11,8 @@ from collections.abc import Hashable
 from typing import Generic, TypeVar
 
 from cluster.router.copy_scheduler import CopyScheduler
-from cluster.router.scheduler import Scheduler, SchedulerConfig
+from cluster.router.scheduler import Scheduler
+from cluster.router.scheduler_config import SchedulerConfig
 from cluster.router.sequence import FinishReason, SequenceRequest, SequenceUpdate
 from tests.fakes import generate_alone
 from workers.step import TokenLogprobs

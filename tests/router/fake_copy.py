@@ -8,7 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from cluster.router.blocks import BlockAllocator
-from cluster.router.scheduler import Scheduler, SchedulerConfig
+from cluster.router.scheduler import Scheduler
+from cluster.router.scheduler_config import SchedulerConfig
 from cluster.router.sequence import Phase, SequenceRequest, SequenceUpdate
 from cluster.router.speculation import Speculation
 from tests.fakes import FakeRanks, next_token

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cluster.router.blocks import BlockAllocator
 from cluster.router.copy_scheduler import CopyScheduler
-from cluster.router.scheduler import SchedulerConfig
+from cluster.router.scheduler_config import SchedulerConfig
 from cluster.router.sequence import SequenceUpdate
 from cluster.router.speculation import Speculation
 from tests.fakes import FakeRanks

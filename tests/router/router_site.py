@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import grpc
 
-from cluster.router.scheduler import SchedulerConfig
+from cluster.router.scheduler_config import SchedulerConfig
 from cluster.router.sequence import SequenceRequest
 from cluster.router.shards import OnProgress, Survivors
 from cluster.router.wire import ModelInfo, to_request

@@ -6,7 +6,7 @@ import pytest
 
 from cluster.errors import EngineError, NotReady, RankLost
 from cluster.router.engine_core import YOUNG_STEPS, EngineCore, Pool
-from cluster.router.scheduler import SchedulerConfig
+from cluster.router.scheduler_config import SchedulerConfig
 from cluster.router.sequence import FinishReason, SequenceUpdate
 from cluster.router.supervision import EngineState, RestartPolicy
 from tests.fakes import FakeRanks, generate_alone

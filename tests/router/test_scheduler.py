@@ -7,7 +7,7 @@ import random
 import pytest
 
 from cluster.errors import ConfigError, EngineError
-from cluster.router.scheduler import SchedulerConfig
+from cluster.router.scheduler_config import SchedulerConfig
 from cluster.router.sequence import FinishReason
 from tests.fakes import ContractBroken
 from tests.router.fake_copy import PROMPT, FakeCopy, first_token, request

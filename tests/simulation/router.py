@@ -10,7 +10,7 @@ from cluster.errors import RankLost
 from cluster.gateway.affinity import CopyLoad
 from cluster.gateway.recovery import CopyState
 from cluster.router.router import Router
-from cluster.router.scheduler import SchedulerConfig
+from cluster.router.scheduler_config import SchedulerConfig
 from cluster.router.session import Session
 from cluster.router.supervision import EngineState, RestartPolicy
 from cluster.router.wire import ModelInfo

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from random import Random
 
 from cluster.router.engine_core import Pool
-from cluster.router.scheduler import SchedulerConfig
+from cluster.router.scheduler_config import SchedulerConfig
 from cluster.router.speculation import Speculation
 from cluster.router.wire import ModelInfo
 from mull.v1 import router_pb2 as pb

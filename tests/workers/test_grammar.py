@@ -14,7 +14,8 @@ import pytest
 
 from cluster.flags import builtin_model
 from cluster.router.blocks import BlockAllocator
-from cluster.router.scheduler import Scheduler, SchedulerConfig
+from cluster.router.scheduler import Scheduler
+from cluster.router.scheduler_config import SchedulerConfig
 from cluster.router.sequence import FinishReason, SequenceRequest
 from cluster.text.tokenizer import Tokenizer
 from tests.workers.engine import load, run, runner_config

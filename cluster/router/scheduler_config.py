@@ -1,0 +1,58 @@
+"""What a scheduler is told before it begins, and what it tells of itself.
+
+Hop 5. Plain numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from cluster.errors import ConfigError
+from cluster.router.speculation import Speculation
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SchedulerConfig:
+    """Bounds of one attention group's steps, and of its copy's queue."""
+
+    max_model_len: int
+    """Longest prompt plus output, in tokens."""
+    max_num_seqs: int
+    """Slots."""
+    max_num_batched_tokens: int
+    """The token budget of one step; at least `max_num_seqs`, so that all can decode in one step."""
+    max_waiting: int = 256
+    """Requests beyond all slots that may be unfinished."""
+    max_in_flight: int = 2
+    """Plans whose results are not back."""
+    speculation: Speculation = field(default_factory=Speculation)
+
+    def __post_init__(self) -> None:
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens is {self.max_num_batched_tokens}, below max_num_seqs {self.max_num_seqs}; "
+                "raise the one or lower the other"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SchedulerStats:
+    """A snapshot for metrics. Those named _total only grow."""
+
+    num_running: int
+    num_thinking: int
+    """Of the running ones, those in their thoughts."""
+    num_answering: int
+    """Of the running ones, the others."""
+    num_waiting: int
+    num_blocks: int
+    num_free_blocks: int
+    num_cached_blocks: int
+    num_preempted_total: int
+    prefix_query_tokens_total: int
+    """Prompt tokens looked up in the prefix cache, once per request."""
+    prefix_hit_tokens_total: int
+    draft_tokens_total: int
+    """Put through the model before they were sampled."""
+    accepted_tokens_total: int
+    """Of those, the ones that were sampled then."""
