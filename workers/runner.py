@@ -68,9 +68,9 @@ class ModelRunner:
             )
         self.config, self.parallel = config, parallel
         self.device, dtype = _device(config)
-        checkpoint = Checkpoint.open(config.model_dir)
-        self.model = checkpoint.config
+        self.model = ModelConfig.from_dir(Path(config.model_dir))
         if weights is None:
+            checkpoint = Checkpoint.open(config.model_dir)
             _check_memory(checkpoint, config.spec, self.device)
             weights = checkpoint.read(config.spec, progress, device=self.device, dtype=dtype)
         self._weights = weights
