@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from multiprocessing import forkserver
 
 import pytest
 from hypothesis import settings
@@ -25,3 +26,8 @@ def _longest_s(item: pytest.Item) -> float:
     module = item.getparent(pytest.Module)
     marker = module.get_closest_marker("timeout") if module is not None else None
     return 0.0 if marker is None else float(marker.args[0])
+
+
+def pytest_unconfigure() -> None:
+    """The fork server, where one was needed, ends before this process does: nothing is left when the tests are over."""
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]  # Python has no public way to wait for it
