@@ -92,6 +92,7 @@ class Exposition:
         if not self._turn.acquire(timeout=WAIT_S):
             raise TimeoutError
         try:
+            # The thread is this request's own, and the wait at most MIN_INTERVAL_S.
             time.sleep(max(0.0, self._free_s - time.monotonic()))
             return self._metrics(environ, start_response)
         finally:

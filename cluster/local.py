@@ -278,11 +278,16 @@ def _run_app(config: ClusterConfig) -> Any:
 
 
 def _replicas_words() -> str:
-    """What a replica that could not start said last; empty where none has said anything."""
+    """What a replica that could not start said last; empty where none has said anything, or nobody can be asked."""
     from ray import serve
+    from ray.exceptions import RayError
 
     from cluster.app import APP_NAME
 
-    application = serve.status().applications.get(APP_NAME)
+    try:
+        application = serve.status().applications.get(APP_NAME)
+    except (RuntimeError, RayError) as error:
+        logger.warning("Serve cannot be asked what went wrong: %s", last_line(str(error)))
+        return ""
     deployments = application.deployments.values() if application is not None else ()
     return next((last_line(said.message) for said in deployments if "Error" in said.message), "")

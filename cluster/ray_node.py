@@ -45,7 +45,7 @@ class LeanNode(Node):
     def start_ray_processes(self) -> None:
         super().start_ray_processes()  # type: ignore[no-untyped-call]  # Ray has no types there
         # It takes a second, and so do the processes, for which our caller waits: both at once.
-        import ray.serve  # noqa: F401
+        import ray.serve  # noqa: F401  # for whoever imports it next
 
     def start_api_server(self, *, include_dashboard: bool | None, raise_on_failure: bool) -> None:
         """Nobody looks at it."""

@@ -77,8 +77,7 @@ class MetricsPort:
 
     async def _keep_trying(self, host: str, ports: Sequence[int]) -> None:
         try:
-            # There is no event for a port that becomes free.
-            while not self._try(host, ports):  # noqa: ASYNC110
+            while not self._try(host, ports):  # noqa: ASYNC110  # there is no event for a port that becomes free
                 await asyncio.sleep(RETRY_S)
         except OSError as error:
             log.error("metrics: ports %d to %d of %s cannot be had (%s); none here", ports[0], ports[-1], host, error)

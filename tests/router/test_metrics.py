@@ -210,8 +210,7 @@ async def test_connections_beyond_a_bound_are_closed_and_the_others_answered(
             return False
 
     async with asyncio.timeout(10):
-        # There is no event for threads that end.
-        while not await is_answered():  # noqa: ASYNC110
+        while not await is_answered():  # noqa: ASYNC110  # there is no event for threads that end
             await asyncio.sleep(0.01)
 
 
