@@ -285,7 +285,8 @@ class Scheduler:
         for seq in self._slots.ranked:
             if seq.slot is None:
                 continue  # preempted for an earlier one in this very loop
-            if seq.must_reopen and not self._reopen(seq, step):
+            # Only where it is prefilled, too: a step that computes nothing is not sent, and would tell nobody.
+            if seq.must_reopen and not (step.can_prefill and self._reopen(seq, step)):
                 continue
             if seq.is_prefilling:
                 prefilling.append(seq)
