@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from workers.kernels import reference
-from workers.kernels.cpu.library import BUILDS, CHOICE_VARIABLE, native
+from workers.kernels.cpu.library import BUILDS, CHOICE_VARIABLE, native, runnable
 from workers.kernels.cpu.panels import PanelWeight, Tiling, dense
 from workers.kernels.decode_attention import PagedKeys, decode_attention
 from workers.kernels.dequant import dequantize_into
@@ -26,7 +26,7 @@ from workers.kernels.qk_norm_rope import qk_norm_rope_store
 from workers.kernels.swiglu import swiglu
 
 SEEDS = st.integers(0, 2**31)
-RUNNABLE = BUILDS.get(torch.backends.cpu.get_cpu_capability(), ())
+RUNNABLE = runnable()
 
 
 def chosen(build: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
@@ -39,13 +39,13 @@ def chosen(build: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     native.cache_clear()
 
 
-@pytest.fixture(params=["avx512", "avx2", "torch"])
+@pytest.fixture(params=[*BUILDS, "torch"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Every implementation that this machine can run."""
     yield from chosen(request.param, monkeypatch)
 
 
-@pytest.fixture(params=["avx512", "avx2"])
+@pytest.fixture(params=BUILDS)
 def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The compiled ones, for what only they read."""
     yield from chosen(request.param, monkeypatch)
