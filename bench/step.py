@@ -1,4 +1,4 @@
-"""Where a step's time goes, and how far it is from what the machine can do: read bandwidth in decode, fp32 products in prefill.
+"""Where a step's time goes, and how far it is from the machine's limits: reading in decode, fp32 products in prefill.
 
     python -m bench.step [--model DIR] [--streams 1,8,32] [--out bench/results/step.json]
 

@@ -42,6 +42,10 @@ SIGNATURES = {
         *(_pointer, _int, _int, _int, _int, _int),
         *(_pointer, _int, _int, _pointer, _int, _pointer, _pointer),
     ),
+    "mull_prefill_attention": (
+        *(_pointer, _int, _int, _pointer, _pointer, _int, _int, _int),
+        *(_pointer, _int, _int, _pointer, _int, _pointer),
+    ),
     "mull_host_all_reduce": (_pointer, _pointer, _int),
     "mull_host_all_gather": (_pointer, _pointer, _int, _pointer),
     "mull_host_all_to_all": (_pointer, _pointer, _pointer, _pointer, _pointer),

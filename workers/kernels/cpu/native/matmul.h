@@ -53,8 +53,8 @@ void pack_chunk(int rows, std::int64_t in, const RowOf& row_of, float* to) {
     }
 }
 
-// sums[r] += scale * (x[r][0:count] @ codes[0:count]), for x of one block.
-template <int ROWS, class Code>
+// sums[r] += scale * (x[r][0:count] @ codes[0:count]), for x of one block: STRIDE values from one input to the next.
+template <int ROWS, int STRIDE, class Code>
 void multiply(const float* x, int count, const Code* codes, const float* scale, float (*sums)[PANEL]) {
     for (int column = 0; column < PANEL; column += COLUMNS) {
         Floats sum[ROWS][VECTORS];
@@ -62,7 +62,7 @@ void multiply(const float* x, int count, const Code* codes, const float* scale, 
             for (int v = 0; v < VECTORS; ++v) sum[r][v] = Floats::zero();
         const auto add = [&](int k, const Floats* weights) {
             for (int r = 0; r < ROWS; ++r) {
-                const Floats value = Floats::broadcast(x[k * ROWS + r]);
+                const Floats value = Floats::broadcast(x[k * STRIDE + r]);
                 for (int v = 0; v < VECTORS; ++v) sum[r][v] = multiply_add(value, weights[v], sum[r][v]);
             }
         };
@@ -89,7 +89,7 @@ void multiply(const float* x, int count, const Code* codes, const float* scale, 
 template <class Code, int ROWS = MAX_ROWS>
 inline void multiply_rows(int rows, const float* x, int count, const Code* codes, const float* scale,
                           float (*sums)[PANEL]) {
-    if (rows == ROWS) return multiply<ROWS>(x, count, codes, scale, sums);
+    if (rows == ROWS) return multiply<ROWS, ROWS>(x, count, codes, scale, sums);
     if constexpr (ROWS > 1) multiply_rows<Code, ROWS - 1>(rows, x, count, codes, scale, sums);
 }
 
