@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from bench.peers.protocol import RunReply
@@ -22,12 +22,27 @@ class Cell:
     bound_s: float
     """Past it an engine is reported as over it, and not asked for the cell again."""
 
+    @classmethod
+    def parse(cls, text: str) -> Cell:
+        """As `8x32+16`: streams, prompt, tokens out."""
+        streams, rest = text.split("x")
+        prompt, tokens_out = rest.split("+")
+        return cls(int(streams), int(prompt), int(tokens_out), rounds=3, bound_s=120)
+
+    def with_rounds(self, rounds: int) -> Cell:
+        return replace(self, rounds=rounds)
+
     def __str__(self) -> str:
         return f"{self.streams} × {self.prompt} + {self.tokens_out}"
 
     @property
     def length(self) -> int:
         return self.prompt + self.tokens_out
+
+    @property
+    def warm_up(self) -> Cell:
+        """As many streams, hardly any tokens."""
+        return replace(self, prompt=min(self.prompt, 8), tokens_out=min(self.tokens_out, 4))
 
     def prompts(self, ids: range, round_number: int) -> list[list[int]]:
         """Random, the same for all engines, others in each round: no engine has seen them before."""
@@ -62,7 +77,7 @@ def _tpot_s(times_s: Sequence[Sequence[float]]) -> float | None:
 
 
 def agreement(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> float:
-    """Share of streams' tokens up to and with the first that differs from ours; after it the texts are different ones."""
+    """Share of tokens that are ours, up to the first of each stream that is not; after it the texts differ anyway."""
     same = compared = 0
     for our_stream, their_stream in zip(ours, theirs, strict=True):
         for our_token, their_token in zip(our_stream, their_stream, strict=True):

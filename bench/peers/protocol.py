@@ -1,7 +1,7 @@
 """What the harness and an engine's process say to each other: a line of JSON each, on the process's stdin and stdout.
 
     {"load": {…}} → {"loaded": {"pid": 7}}          pid: the root of the processes whose memory counts
-    {"run": {"prompts": [[5, 9], …], "tokens_out": 32, "bound_s": 60}}
+    {"run": {"prompts": [[5, 9], …], "tokens_out": 32, "room": 64, "bound_s": 60}}
                   → {"ran": {"times_s": [[…], …], "tokens": [[…], …], "over": false}}
     anything      → {"failed": "why"}
 
@@ -40,6 +40,8 @@ class RunJob:
 
     prompts: list[list[int]]
     tokens_out: int
+    room: int
+    """Tokens that every stream may come to: what an engine sizes its buffers for, before the clock starts."""
     bound_s: float
 
 
@@ -58,6 +60,10 @@ class Engine(Protocol):
 
     def load(self, job: LoadJob) -> int:
         """Load; returns the pid of the root of the engine's processes."""
+        ...
+
+    def prepare(self, streams: int, room: int) -> None:
+        """Make what a server of such a load would have at hand."""
         ...
 
     def run(self, prompts: Sequence[list[int]], tokens_out: int, recorder: Recorder) -> None:
@@ -89,6 +95,7 @@ def _answer(engine: Engine, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _run(engine: Engine, job: RunJob) -> RunReply:
+    engine.prepare(len(job.prompts), job.room)
     recorder = Recorder(len(job.prompts), job.bound_s)
     over = False
     try:

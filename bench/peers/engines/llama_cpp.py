@@ -32,7 +32,7 @@ class Stream:
 
 
 class Batch:
-    """llama_batch over arrays of ours: filling it a token at a time through ctypes would cost more than pocket's step."""
+    """llama_batch over arrays of ours: to fill it a token at a time through ctypes takes longer than pocket's step."""
 
     def __init__(self) -> None:
         self.tokens = np.zeros(N_BATCH, np.int32)
@@ -77,6 +77,7 @@ class Batch:
 
 class LlamaCpp:
     _context: Any = None
+    _shape: tuple[int, int] | None = None
 
     def load(self, job: LoadJob) -> int:
         self._job = job
@@ -89,7 +90,6 @@ class LlamaCpp:
         return os.getpid()
 
     def run(self, prompts: Sequence[list[int]], tokens_out: int, recorder: Recorder) -> None:
-        self._prepare(len(prompts), len(prompts[0]) + tokens_out)
         llama.llama_memory_clear(llama.llama_get_memory(self._context), False)
         streams = [Stream(prompt) for prompt in prompts]
         while any(stream.num_generated < tokens_out for stream in streams):
@@ -99,21 +99,21 @@ class LlamaCpp:
                 streams[number].num_generated += 1
                 recorder.add(number, [token_id])
 
-    def _prepare(self, num_streams: int, length: int) -> None:
+    def prepare(self, streams: int, room: int) -> None:
         """A context for this many streams; made anew where the last run had others."""
-        shape = (num_streams, -(-length // 256) * 256)
+        shape = (streams, -(-room // 256) * 256)
         if self._context is not None and self._shape == shape:
             return
         self.close()
         params = llama.llama_context_default_params()
-        params.n_seq_max = num_streams
+        params.n_seq_max = streams
         params.n_ctx = shape[0] * shape[1]
         params.n_batch = N_BATCH
         params.n_threads = params.n_threads_batch = self._job.threads
         params.kv_unified = False
         self._context, self._shape = llama.llama_init_from_model(self._model, params), shape
         if not self._context:
-            raise EngineFailed(f"llama.cpp makes no context of {num_streams} × {shape[1]} tokens")
+            raise EngineFailed(f"llama.cpp makes no context of {streams} × {shape[1]} tokens")
 
     def _fill(self, streams: list[Stream], tokens_out: int) -> list[int]:
         """The next batch; returns the streams whose logits it asks for, in its order."""

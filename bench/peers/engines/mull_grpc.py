@@ -49,6 +49,9 @@ class MullOverGrpc:
     async def _connect(self, address: str) -> grpc.aio.Channel:
         return grpc.aio.insecure_channel(address)
 
+    def prepare(self, streams: int, room: int) -> None:
+        """Nothing: sized at its start."""
+
     def run(self, prompts: Sequence[list[int]], tokens_out: int, recorder: Recorder) -> None:
         try:
             self._loop.run_until_complete(asyncio.wait_for(self._run(prompts, tokens_out, recorder), recorder.left_s))

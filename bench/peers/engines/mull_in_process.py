@@ -26,6 +26,9 @@ class MullInProcess:
         )
         return os.getpid()
 
+    def prepare(self, streams: int, room: int) -> None:
+        """Nothing: sized at its start."""
+
     def run(self, prompts: Sequence[list[int]], tokens_out: int, recorder: Recorder) -> None:
         with closing(self._engine.updates(prompts, tokens_out, SamplingParams(temperature=0.0))) as updates:
             for update in updates:

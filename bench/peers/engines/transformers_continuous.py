@@ -20,15 +20,20 @@ POLL_S = 1.0
 
 class TransformersContinuous:
     _manager: ContinuousBatchingManager | None = None
+    _streams: int | None = None
 
     def load(self, job: LoadJob) -> int:
         self._job = job
         self._model = load_model(job)
         return os.getpid()
 
-    def _start(self, streams: int) -> Any:
+    def prepare(self, streams: int, room: int) -> None:  # noqa: ARG002 - pages are there for all
         """A manager sizes its buffers for the requests of its start, so each number of streams has its own."""
-        self.close()
+        if self._manager is None or self._streams != streams:
+            self.close()
+            self._manager, self._streams = self._start(streams), streams
+
+    def _start(self, streams: int) -> Any:
         pages = -(-self._job.kv_tokens // PAGE_SIZE) + self._job.max_streams + 1
         batching = ContinuousBatchingConfig(
             page_size=PAGE_SIZE,
@@ -44,9 +49,7 @@ class TransformersContinuous:
         return manager
 
     def run(self, prompts: Sequence[list[int]], tokens_out: int, recorder: Recorder) -> None:
-        if self._manager is None or self._streams != len(prompts):
-            self._manager = self._start(len(prompts))
-            self._streams = len(prompts)
+        assert self._manager is not None, "prepare comes first"
         ids = {
             self._manager.add_request(list(prompt), max_new_tokens=tokens_out, streaming=True): stream
             for stream, prompt in enumerate(prompts)

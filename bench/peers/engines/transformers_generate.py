@@ -20,7 +20,7 @@ def load_model(job: LoadJob) -> Any:
     return AutoModelForCausalLM.from_pretrained(job.model_dir, dtype=torch.float32)
 
 
-class Recording(BaseStreamer):  # type: ignore[misc]
+class Recording(BaseStreamer):
     """Gets the prompts first, then a token of every row after each step."""
 
     def __init__(self, recorder: Recorder) -> None:
@@ -43,6 +43,9 @@ class TransformersGenerate:
         # Nothing ends a stream before its length is reached.
         self._model.generation_config.eos_token_id = None
         return os.getpid()
+
+    def prepare(self, streams: int, room: int) -> None:
+        """Nothing: sized at its start."""
 
     def run(self, prompts: Sequence[list[int]], tokens_out: int, recorder: Recorder) -> None:
         ids_BT = torch.tensor(prompts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,12 +20,9 @@ def dtype() -> str:
 
 class VllmCpu:
     def load(self, job: LoadJob) -> int:
-        settings = Path(job.model_dir) / "config.json"
-        assert settings.is_file(), settings
         # Read at import. Its default for the threads leaves out a core.
         os.environ |= {
             "VLLM_CPU_OMP_THREADS_BIND": f"0-{job.threads - 1}",
-            "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_LOGGING_LEVEL": "WARNING",
             "VLLM_NO_USAGE_STATS": "1",
@@ -48,12 +46,13 @@ class VllmCpu:
         return os.getpid()
 
     def _kv_bytes(self, job: LoadJob) -> int:
-        import json
-
         config = json.loads((Path(job.model_dir) / "config.json").read_text())
         size = 2 if dtype() == "bfloat16" else 4
         a_token = 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"] * size
         return a_token * (job.kv_tokens + 256 * job.max_streams)
+
+    def prepare(self, streams: int, room: int) -> None:
+        """Nothing: sized at its start."""
 
     def run(self, prompts: Sequence[list[int]], tokens_out: int, recorder: Recorder) -> None:
         from vllm import SamplingParams
