@@ -86,7 +86,7 @@ class Checkpoints:
     def _make_fp8(self, directory: Path) -> None:
         assert self.shape.random is not None
         write_checkpoint(directory, self.shape.random, vocab=self.shape.vocab_size)
-        write_tokenizer(directory, ModelConfig.from_dir(directory).vocab_size)
+        write_texts(directory, ModelConfig.from_dir(directory).vocab_size)
 
     def _make_fp32(self, directory: Path) -> None:
         write_fp32(self.path(Form.FP8), directory)
@@ -107,10 +107,10 @@ def _make(path: Path, make: Callable[[Path], None]) -> None:
     unfinished.rename(path)
 
 
-def write_tokenizer(directory: Path, vocab_size: int) -> None:
-    """Pocket's tokenizer with words made up until the vocabulary is full: a server wants every id to have a text."""
+def write_texts(directory: Path, vocab_size: int) -> None:
+    """What a server wants beside weights: pocket's own, with words made up until every id has a text."""
     tokenizer: dict[str, Any] = json.loads((POCKET / "tokenizer.json").read_text())
     tokenizer["model"]["vocab"] |= {f"Ġw{token_id}": token_id for token_id in range(FIRST_FREE_ID, vocab_size)}
     (directory / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False))
-    for name in ("tokenizer_config.json", "chat_template.jinja"):
+    for name in ("tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
         (directory / name).write_bytes((POCKET / name).read_bytes())
