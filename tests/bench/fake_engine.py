@@ -20,11 +20,12 @@ class FakeEngine:
         return os.getpid()
 
     def prepare(self, streams: int, room: int) -> None:
-        self._room = room
+        self._streams, self._room = streams, room
 
     def run(self, prompts: Sequence[list[int]], tokens_out: int, recorder: Recorder) -> None:
         if self._ends:
             os._exit(3)
+        assert len(prompts) == self._streams
         assert all(len(prompt) + tokens_out <= self._room for prompt in prompts)
         for _ in range(tokens_out):
             time.sleep(self._pause_s)
