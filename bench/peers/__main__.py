@@ -3,7 +3,8 @@
     python -m bench.peers [--full] [--shapes pocket,dense-0.6b,moe-1.5b] [--engines …] [--out FILE] [--plot PNG]
 
 Each engine runs in its own process on the same weights, threads and prompts: greedy, stop tokens ignored, prompts
-random and new in each round. On each cell the engines take turns; those that are not asked are stopped (SIGSTOP).
+random and new in each round. On each cell the engines take turns; those that are not asked are stopped (SIGSTOP), and
+a peer less than half as fast as the fastest has one turn.
 Figures come from the times of tokens inside each engine's process. `make bench-peers` installs the peers first.
 """
 

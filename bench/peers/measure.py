@@ -14,7 +14,7 @@ from bench.peers.cells import Cell, Figures, agreement
 from bench.peers.checkpoints import Checkpoints
 from bench.peers.engine_process import EngineProcess
 from bench.peers.protocol import EngineFailed, LoadJob, RunJob
-from bench.peers.registry import ENGINES, MULL, EngineSpec, groups
+from bench.peers.registry import ENGINES, MULL, PEERS, EngineSpec, groups
 from bench.peers.results import CellResult, ShapeResult
 
 Tell = Callable[[str], None]
@@ -126,6 +126,9 @@ class ShapeBench:
     def _run_cell(self, name: str, engine: EngineProcess, result: CellResult, round_number: int) -> None:
         """One run; the round before the first warms the engine up and does not count."""
         if name in result.failures or name in self._result.missing:
+            return
+        # The fastest peer is what counts; ours are always asked, as each turn is held against them.
+        if round_number > 0 and name in PEERS and result.is_far_behind(name):
             return
         cell = result.cell
         asked = cell if round_number >= 0 else cell.warm_up

@@ -15,6 +15,7 @@ from bench.report import Spread
 Turn = tuple[int, int]
 """Which engines were loaded together, and the round: runs of one turn followed each other within a minute or so."""
 Value = Callable[[Figures], float | None]
+FAR_BEHIND = 2.0
 
 
 def throughput(figures: Figures) -> float:
@@ -50,6 +51,11 @@ class CellResult:
         pairs = [(value(ours[turn]), value(theirs[turn])) for turn in ours if turn in theirs]
         ratios = [a / b for a, b in pairs if a is not None and b is not None]
         return Spread.of(ratios) if ratios else None
+
+    def is_far_behind(self, engine: str) -> bool:
+        """Less than half as fast as the fastest so far: more rounds of it would change nothing."""
+        medians = {name: spread.median for name in self.figures if (spread := self.spread(name, throughput))}
+        return engine in medians and FAR_BEHIND * medians[engine] < max(medians.values())
 
     @property
     def read_gb_per_s(self) -> float:

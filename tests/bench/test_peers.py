@@ -77,6 +77,9 @@ def test_a_ratio_is_of_runs_of_the_same_turn() -> None:
     assert by_tpot is not None
     assert by_tpot.runs == 1
     assert result.ratio(MULL, Q8_0, throughput) is None
+    assert result.is_far_behind(F32)
+    assert not result.is_far_behind(MULL)
+    assert not result.is_far_behind(Q8_0)
 
 
 def test_prompts_are_the_same_for_every_engine_and_others_in_the_next_round() -> None:
