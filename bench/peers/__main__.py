@@ -23,14 +23,13 @@ from typing import Any
 from rich.console import Console
 
 from bench.peers.cells import Cell, grid
-from bench.peers.checkpoints import SHAPES, Checkpoints, Form
+from bench.peers.checkpoints import SHAPES, Checkpoints
 from bench.peers.measure import ShapeBench
 from bench.peers.plot import plot
 from bench.peers.registry import ENGINES, LLAMA
 from bench.peers.results import ShapeResult
 from bench.peers.tables import print_limits, print_shape, print_targets
 from bench.peers.targets import Target, targets
-from bench.peers.work import Work
 from bench.report import machine, write
 
 DEFAULT_SHAPES = "pocket,dense-0.6b,moe-1.5b"
@@ -41,7 +40,7 @@ VERSIONS = "import importlib.metadata as m, sys; print(*[m.version(name) for nam
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="the whole grid of loads and prompts: hours")
-    parser.add_argument("--shapes", default=DEFAULT_SHAPES, help=f"of {', '.join(SHAPES)}")
+    parser.add_argument("--shapes", default=DEFAULT_SHAPES, help=f"of {', '.join(SHAPES)}; the 4b: one stream alone")
     parser.add_argument("--engines", default=",".join(ENGINES))
     parser.add_argument("--cells", help="instead of the grid: STREAMSxPROMPT+OUT, …")
     parser.add_argument("--rounds", type=int, help="instead of the grid's own number")
@@ -88,7 +87,7 @@ def main() -> None:
         bench = ShapeBench(checkpoints, cells(args, name), args.threads, args.work / "logs", _tell)
         results.append(bench.run(names))
         print_shape(console, results[-1])
-        promises += targets(results[-1], Work.of(checkpoints.path(Form.FP8)))
+        promises += targets(results[-1], checkpoints.work)
         about["shapes"] = {result.shape: result.as_json() for result in results}
         about["targets"] = [{**asdict(target), "met": target.met} for target in promises]
         about["minutes"] = round((time.monotonic() - started_s) / 60, 1)

@@ -14,6 +14,7 @@ from typing import Any
 from bench.make_checkpoint import write_checkpoint
 from bench.peers.protocol import EngineFailed
 from bench.peers.weights import write_fp32
+from bench.peers.work import Work
 from workers.config import ModelConfig
 
 POCKET = Path(__file__).parents[2] / "deploy" / "models" / "pocket"
@@ -21,6 +22,8 @@ VOCAB_SIZE = 32768
 """Of the random checkpoints: what is measured is layers, not the embedding of a language or two."""
 FIRST_FREE_ID = 1024
 """Pocket's tokens come before it, in the random checkpoints too."""
+Q8_0_BYTES = 34 / 32
+"""A scale of two bytes for 32 values."""
 
 
 class Form(StrEnum):
@@ -78,10 +81,14 @@ class Checkpoints:
             _make(path, makers.get(form, self._make_gguf))
         return path
 
-    def bytes(self, form: Form) -> int:
-        """On disk."""
-        path = self.path(form)
-        return sum(file.stat().st_size for file in path.iterdir()) if path.is_dir() else path.stat().st_size
+    @property
+    def work(self) -> Work:
+        return Work.of(self.path(Form.FP8))
+
+    def size_bytes(self, form: Form) -> float:
+        """Of the weights in that form, by their number: the form itself need not be there."""
+        per_parameter = {Form.FP32: 4.0, Form.GGUF_F32: 4.0, Form.GGUF_Q8_0: Q8_0_BYTES}
+        return self.work.num_parameters * per_parameter[form] if form in per_parameter else self.work.weight_bytes
 
     def _make_fp8(self, directory: Path) -> None:
         assert self.shape.random is not None

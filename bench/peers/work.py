@@ -15,6 +15,7 @@ TILE = 128
 class Work:
     """Of one token at one stream."""
 
+    num_parameters: int
     weight_bytes: int
     """All stored bytes: what a process keeps resident."""
     read_bytes: int
@@ -28,18 +29,19 @@ class Work:
     def of(cls, directory: Path) -> Work:
         config = ModelConfig.from_dir(directory)
         share = config.num_experts_per_token / config.num_experts if config.num_experts else 1.0
-        weight_bytes = read_bytes = multiplied = 0.0
+        num_parameters = weight_bytes = read_bytes = multiplied = 0.0
         for part in whole_model(config):
             size = _num_elements(part.shape)
             stored = size + 2 * _num_tiles(part.shape) if part.is_linear else 2 * size
             active = share if ".experts." in part.name else 1.0
+            num_parameters += size
             weight_bytes += stored
             if _is_read(part.name, config):
                 read_bytes += active * stored
             if len(part.shape) == 2 and "layers." in part.name:
                 multiplied += active * size
         kv_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * 4
-        return cls(round(weight_bytes), round(read_bytes), round(multiplied), kv_bytes)
+        return cls(round(num_parameters), round(weight_bytes), round(read_bytes), round(multiplied), kv_bytes)
 
 
 def _is_read(name: str, config: ModelConfig) -> bool:

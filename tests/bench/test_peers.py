@@ -50,7 +50,8 @@ def test_weights_of_the_peers_are_ours() -> None:
     config = ModelConfig.from_dir(POCKET)
     work = Work.of(POCKET)
     assert 0.98 * stored_bytes < work.weight_bytes <= stored_bytes
-    elements = sum(checkpoint.read(name).size for name in checkpoint.names)
+    elements = work.num_parameters
+    assert elements == sum(checkpoint.read(name).size for name in checkpoint.names)
     active = elements - 2 * config.vocab_size * config.hidden_size
     active -= 4 * 6 * 3 * config.hidden_size * config.moe_intermediate_size  # experts that a token has not
     assert work.multiplied == pytest.approx(active, rel=0.01)
