@@ -57,7 +57,7 @@ class ShapeBench:
                 for result in batch.items:
                     result.failures[name] = why
         for group in found:
-            self._run_group(group, batch.items, room)
+            self._run_group([name for name in group if name not in self._result.missing], batch.items, room)
 
     def _run_group(self, group: Sequence[str], results: Sequence[CellResult], room: Room) -> None:
         self._num_groups += 1
