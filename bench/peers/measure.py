@@ -23,7 +23,7 @@ Tell = Callable[[str], None]
 SPARE = 0.9
 """Of the memory that is free, what engines may be loaded into."""
 IDLE_S = 2.0
-AGREEMENT = Cell(2, 48, 16, rounds=1, bound_s=60)
+AGREEMENT = Cell(2, 48, 16, rounds=1, bound_s=300)
 
 
 class ShapeBench:
@@ -113,7 +113,7 @@ class ShapeBench:
                 self._result.missing[name] = f"does not generate: {error}"
                 self._tell(f"{name} {self._result.missing[name]}")
                 del engines[name]
-        if MULL not in outputs:
+        if MULL not in outputs or outputs[MULL].over:
             return
         for name, reply in outputs.items():
             if not reply.over:
