@@ -1,4 +1,4 @@
-"""Memory for weights and KV on pages of 2 MiB, where Linux has them: a step walks all of it, and finds its pages sooner.
+"""Memory for weights and KV on pages of 2 MiB, where Linux has them: a step walks all of it, and finds it sooner.
 
 A step of one stream of the 0.6B shape reads weights up to a third faster than on pages of 4 KiB.
 """
