@@ -1,0 +1,67 @@
+"""Paged attention of decodes and of chunks, over KV in fp32, bf16 and FP8."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="the GPU kernels need triton: pip install triton")
+
+from tests.kernels_triton.values import DEVICE, accurate, normal
+from workers.kernels.triton import reference
+from workers.kernels.triton.decode_attention import decode_attention
+from workers.kernels.triton.prefill_attention import chunk_attention
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float8_e4m3fn]
+KV = pytest.mark.parametrize("kv_dtype", DTYPES, ids=["fp32", "bf16", "fp8"])
+SHAPES = [(1, 16, 4, 128), (2, 8, 16, 64), (1, 4, 16, 128), (3, 7, 1, 24), (2, 1, 8, 2)]
+"""KV heads, queries of a group, block size, head dimension."""
+
+
+def pool_of(num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype) -> Tensor:
+    return normal(3, 2 * num_kv_heads, 90, block_size, head_dim).to(dtype)
+
+
+@KV
+@pytest.mark.parametrize(("num_kv_heads", "group", "block_size", "head_dim"), SHAPES)
+def test_decode_attention_equals_its_reference(
+    num_kv_heads: int, group: int, block_size: int, head_dim: int, kv_dtype: torch.dtype
+) -> None:
+    lengths = [1, 37, min(300, 90 * block_size)]
+    tables = torch.stack([torch.randperm(90)[: -(-lengths[-1] // block_size)] for _ in lengths]).to(DEVICE)
+    pool = pool_of(num_kv_heads, block_size, head_dim, kv_dtype)
+    q, num_keys = normal(1, 3, num_kv_heads * group, head_dim), torch.tensor(lengths, device=DEVICE)
+    got = decode_attention(q, pool, tables, num_keys, lengths[-1])
+    accurate(got, reference.decode_attention(q, pool, tables, num_keys), 1e-5)
+
+
+def test_a_sequence_has_the_same_bits_whatever_stands_beside_it() -> None:
+    pool, q = pool_of(1, 16, 64, torch.float32), normal(1, 3, 4, 64)
+    tables, num_keys = torch.arange(90, device=DEVICE).expand(3, -1), torch.tensor([400, 30, 1300], device=DEVICE)
+    together = decode_attention(q, pool, tables, num_keys, 1300)
+    for row, longest in ((0, 400), (1, 30), (1, 1440)):
+        alone = decode_attention(q[row : row + 1], pool, tables[:1], num_keys[row : row + 1], longest)
+        assert torch.equal(alone[0], together[row])
+
+
+@KV
+@pytest.mark.parametrize(("num_kv_heads", "group", "block_size", "head_dim"), SHAPES)
+@pytest.mark.parametrize(("start", "size"), [(0, 5), (71, 1), (30, 40)])
+def test_chunk_attention_equals_its_reference(
+    num_kv_heads: int, group: int, block_size: int, head_dim: int, start: int, size: int, kv_dtype: torch.dtype
+) -> None:
+    pool = pool_of(num_kv_heads, block_size, head_dim, kv_dtype)
+    q = normal(1, size, num_kv_heads * group, head_dim)
+    block_ids = torch.randperm(90)[: -(-(start + size) // block_size)].to(DEVICE)
+    got = chunk_attention(q, pool, block_ids, start)
+    accurate(got, reference.chunk_attention(q, pool, block_ids, start), 1e-5)
+
+
+def test_queries_in_bf16_attend_as_their_values_do() -> None:
+    pool, q = pool_of(1, 16, 64, torch.bfloat16), normal(1, 2, 4, 64, dtype=torch.bfloat16)
+    tables, num_keys = torch.arange(6, device=DEVICE).expand(2, -1), torch.tensor([5, 90], device=DEVICE)
+    accurate(
+        decode_attention(q, pool, tables, num_keys, 90), reference.decode_attention(q, pool, tables, num_keys), 0.02
+    )
+    accurate(chunk_attention(q, pool, tables[0], 60), reference.chunk_attention(q, pool, tables[0], 60), 0.02)
