@@ -84,7 +84,9 @@ def build(launch: Callable[[], object]) -> list[Built]:
 
 def _read(compiled: Any) -> Built:
     usage = _resource_usage(compiled.asm["cubin"])
-    products = re.findall(r"(wgmma\.mma_async\S*\.(m\d+n\d+k\d+)\S*|mma\.sync\S*\.(m\d+n\d+k\d+)\S*)", compiled.asm["ptx"])
+    products = re.findall(
+        r"(wgmma\.mma_async\S*\.(m\d+n\d+k\d+)\S*|mma\.sync\S*\.(m\d+n\d+k\d+)\S*)", compiled.asm["ptx"]
+    )
     names = {re.sub(r"\.sync|\.aligned", "", match[0]) for match in products}
     return Built(
         kernel=compiled.metadata.name,

@@ -56,7 +56,7 @@ def test_routes_sort_local_pairs_by_expert(num_tokens: int, top_k: int, first: i
     routes = route(slots, first, num_local)
     flat = slots.flatten().tolist()
     want = [[pair for pair, slot in enumerate(flat) if slot == first + local] for local in range(num_local)]
-    pairs = sum(want, [])
+    pairs = [pair for pairs_of_one in want for pair in pairs_of_one]
     assert routes.counts_e.tolist() == [len(pairs_of_one) for pairs_of_one in want]
     assert routes.pair_P[: len(pairs)].tolist() == pairs
     assert routes.place_P[pairs].tolist() == list(range(len(pairs)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from workers.kernels.linear import Weight, linear, swiglu_linear
+from workers.kernels.linear import Weight, feed_forward
 
 
 class DenseMLP:
@@ -14,4 +14,4 @@ class DenseMLP:
         self.gate_up, self.down = weights[f"layers.{layer}.gate_up"], weights[f"layers.{layer}.down"]
 
     def __call__(self, x_TH: Tensor) -> Tensor:
-        return linear(swiglu_linear(x_TH, self.gate_up), self.down)
+        return feed_forward(x_TH, self.gate_up, self.down)

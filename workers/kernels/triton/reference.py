@@ -72,4 +72,5 @@ def chunk_attention(q_CND: Tensor, pool: Tensor, block_ids: Tensor, start: int) 
     scores_NCS = q_CND.float().transpose(0, 1) @ kv_XSD[:num_heads].mT / head_dim**0.5
     is_hidden_CS = torch.ones(size, start + size, dtype=torch.bool, device=q_CND.device).triu(start + 1)
     weights_NCS = scores_NCS.masked_fill(is_hidden_CS, -torch.inf).softmax(dim=-1)
-    return (weights_NCS @ kv_XSD[num_heads:]).transpose(0, 1).to(q_CND.dtype)
+    out_CND: Tensor = (weights_NCS @ kv_XSD[num_heads:]).transpose(0, 1)
+    return out_CND.to(q_CND.dtype)

@@ -1,0 +1,102 @@
+"""The whole decoder through the GPU's kernels: loading, prefill, chunks, decode and sampling, against the CPU's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the GPU kernels need triton: pip install triton")
+
+from tests.checkpoints import DENSE, MOE, write_checkpoint
+from tests.workers.engine import Ran, decode_steps, load, open_slot, random_prompts, run
+from workers.kernels.cpu.library import CHOICE_VARIABLE as CPU_CHOICE
+from workers.kernels.cpu.library import native
+from workers.kernels.tiles import TileWeight
+from workers.kernels.triton import experts, feed_forward, reference
+from workers.kernels.triton.choice import CHOICE_VARIABLE, has_triton
+from workers.runner import ModelRunner
+from workers.step import Prefill, StepPlan
+
+SMALL = {"num_hidden_layers": 1, "vocab_size": 200, "eos_token_id": 199, "mlp_only_layers": []}
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Triton's kernels compute on a CPU, too."""
+    monkeypatch.setenv(CHOICE_VARIABLE, "interpret")
+    monkeypatch.setenv(CPU_CHOICE, "torch")
+    for cached in (has_triton, native):
+        cached.cache_clear()
+    yield
+    monkeypatch.undo()
+    for cached in (has_triton, native):
+        cached.cache_clear()
+
+
+def plans() -> list[StepPlan]:
+    """Two prompts, of which one comes in two chunks, and a decode of both."""
+    first, second = random_prompts([2, 5], SMALL["vocab_size"])
+    return [
+        StepPlan(
+            step=1,
+            open=[open_slot(0), open_slot(1)],
+            prefills=[Prefill(0, 0, first, True), Prefill(1, 0, second[:3], False)],
+        ),
+        StepPlan(step=2, decodes=[0], prefills=[Prefill(1, 3, second[3:], True)]),
+        *decode_steps([0, 1], 1),
+    ]
+
+
+def started(directory: Path) -> ModelRunner:
+    """Small blocks make its warm-up short."""
+    return load(directory, block_size=4)
+
+
+def relative_error(got: Ran, want: Ran) -> float:
+    """Root mean square over all logits."""
+    assert [logits.shape for logits in got.logits] == [logits.shape for logits in want.logits]
+    difference = torch.cat([(a - b).flatten() for a, b in zip(got.logits, want.logits, strict=True)])
+    return float(difference.square().mean() / torch.cat([x.flatten() for x in want.logits]).square().mean()) ** 0.5
+
+
+def test_an_unquantised_model_gives_the_logits_of_the_cpu(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    directory = write_checkpoint(tmp_path, MOE, fp8=False, **SMALL)
+    want = run(started(directory), plans())
+    request.getfixturevalue("interpreted")
+    got = run(started(directory), plans())
+    assert relative_error(got, want) < 1e-4
+    assert got.tokens == want.tokens
+
+
+def test_an_fp8_model_differs_from_the_cpu_by_the_rounding_of_activations_alone(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    directory = write_checkpoint(tmp_path, DENSE, fp8=True, **SMALL)
+    prompts = [whole_prompts(random_prompts([2, 5], SMALL["vocab_size"]))]  # no token that was sampled goes on
+    want = run(started(directory), prompts)
+    request.getfixturevalue("interpreted")
+    got = run(started(directory), prompts)
+    assert 0.005 < relative_error(got, want) < 0.1  # 2.6 % for each of four products, one behind the other
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_an_fp8_model_gives_the_logits_of_the_reference_that_rounds_as_it_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = write_checkpoint(tmp_path, MOE, fp8=True, **SMALL)
+    runner = started(directory)
+    kinds = {name.split(".")[-1] for name, weight in runner._weights.items() if isinstance(weight, TileWeight)}
+    assert kinds == {"qkv", "o", "gate_up", "down"}
+    got = run(runner, plans())
+
+    monkeypatch.setattr(
+        feed_forward, "linear", lambda x, weight: reference.linear(reference.quantize(x), weight, x.dtype)
+    )
+    monkeypatch.setattr(experts, "apply_experts", reference.apply_experts)
+
+    want = run(runner, [StepPlan(step=9, close=[0, 1]), *plans()])
+    # Another order of fp32 sums moves a few activations to the next code.
+    assert relative_error(got, want) < 1e-3
