@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("triton", reason="the GPU kernels need triton: pip install triton")
 
 from tests.checkpoints import DENSE, MOE, write_checkpoint
-from tests.workers.engine import Ran, decode_steps, load, open_slot, random_prompts, run
+from tests.workers.engine import Ran, decode_steps, load, open_slot, random_prompts, run, whole_prompts
 from workers.kernels.cpu.library import CHOICE_VARIABLE as CPU_CHOICE
 from workers.kernels.cpu.library import native
 from workers.kernels.tiles import TileWeight
