@@ -1,15 +1,13 @@
 """One step's inputs as tensors, built from the slots' integers: prefill chunks, one token per decoding slot, guesses.
 
 Hop 7's first half: `BatchBuilder` lays out what a plan computes, with the slots' states at hand; `ForwardBatch` is
-what the layers read. Knows nothing of weights. T tokens, B decoding sequences, C tokens of a chunk, S keys, D head_dim.
+what the layers read. Knows nothing of weights. T tokens, B decoding sequences, S scored rows, D head_dim.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -19,26 +17,17 @@ from torch import Tensor
 from workers.config import ModelConfig
 from workers.errors import PlanError
 from workers.kernels.decode_attention import PagedKeys
-from workers.kernels.paged import Blocks
+from workers.kernels.prefill_attention import Chunks
 from workers.slots import Ints, SlotStates
 from workers.step import Draft, Prefill, StepPlan
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prompts:
-    """Chunks of equal size that start their sequences: nothing but their own rows is attended to."""
+class Prefills:
+    """Chunks of known tokens, each behind what earlier steps computed of its sequence."""
 
     rows: slice
-    num_seqs: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrefillChunk:
-    """One sequence's chunk behind tokens of earlier steps."""
-
-    rows: slice
-    blocks: Blocks
-    mask_CS: Tensor
+    chunks: Chunks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +38,7 @@ class Decodes:
     keys: PagedKeys
 
 
-BatchPart = Prompts | PrefillChunk | Decodes
+BatchPart = Prefills | Decodes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +83,7 @@ class BatchBuilder:
     """Turns a plan into a ForwardBatch on one device."""
 
     def __init__(self, slots: SlotStates, model: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
-        self.slots, self.device, self.dtype = slots, device, dtype
+        self.slots, self.device = slots, device
         self.vocab_size = model.vocab_size
         self.rotations_P2D = _rotations(model, slots.max_model_len).to(device, dtype)
 
@@ -110,9 +99,12 @@ class BatchBuilder:
         starts = [np.arange(p.start, p.start + len(p.token_ids)) for p in plan.prefills]
         positions = np.concatenate([*starts, singles.positions])
         rotations_T2D = self.rotations_P2D.index_select(0, self._tensor(positions))
-        parts: list[BatchPart] = list(self._prefill_parts(plan.prefills))
+        num_known = len(positions) - len(singles.slots)
+        parts: list[BatchPart] = []
+        if plan.prefills:
+            parts.append(Prefills(rows=slice(0, num_known), chunks=self._chunks(plan.prefills)))
         if len(singles.slots):
-            rows = slice(len(positions) - len(singles.slots), len(positions))
+            rows = slice(num_known, len(positions))
             parts.append(Decodes(rows=rows, keys=self._keys(singles)))
         sampled = self._sampled(plan, singles)
         return ForwardBatch(
@@ -149,11 +141,6 @@ class BatchBuilder:
     def _tensor(self, values: Ints) -> Tensor:
         return torch.from_numpy(values).to(self.device, non_blocking=True)
 
-    def _blocks(self, ids: Ints) -> Blocks:
-        if (ids[1:] - ids[:-1] == 1).all():
-            return slice(int(ids[0]), int(ids[-1]) + 1)
-        return self._tensor(ids)
-
     def _token_ids(self, plan: StepPlan, last_tokens: Tensor) -> Tensor:
         parts = []
         if plan.prefills:
@@ -172,22 +159,12 @@ class BatchBuilder:
             )
         return self._tensor(known)
 
-    def _prefill_parts(self, prefills: list[Prefill]) -> Iterator[BatchPart]:
-        first = 0
-        for (is_prompt, size), group in groupby(prefills, key=lambda p: (p.start == 0, len(p.token_ids))):
-            chunks = list(group)
-            if is_prompt:
-                yield Prompts(rows=slice(first, first + size * len(chunks)), num_seqs=len(chunks))
-            else:
-                yield from (self._chunk(p, first + size * index) for index, p in enumerate(chunks))
-            first += size * len(chunks)
-
-    def _chunk(self, prefill: Prefill, first: int) -> PrefillChunk:
-        size, start = len(prefill.token_ids), prefill.start
-        num_blocks = -(-(start + size) // self.slots.block_size)
-        blocks = self._blocks(self.slots.blocks[prefill.slot, :num_blocks])
-        mask_CS = torch.full((size, start + size), -math.inf, device=self.device, dtype=self.dtype)
-        return PrefillChunk(rows=slice(first, first + size), blocks=blocks, mask_CS=mask_CS.triu_(start + 1))
+    def _chunks(self, prefills: list[Prefill]) -> Chunks:
+        starts = np.array([prefill.start for prefill in prefills], dtype=np.int64)
+        sizes = np.array([len(prefill.token_ids) for prefill in prefills], dtype=np.int64)
+        num_blocks = -(-int((starts + sizes).max()) // self.slots.block_size)
+        tables = self.slots.blocks[[prefill.slot for prefill in prefills], :num_blocks]
+        return Chunks(tables_CM=self._tensor(tables), starts=starts, sizes=sizes)
 
     def _scored_rows(self, prefills: list[Prefill]) -> Tensor | None:
         firsts = np.cumsum([0] + [len(prefill.token_ids) for prefill in prefills])

@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from workers.batch import BatchPart, ForwardBatch, PrefillChunk, Prompts, SequenceEnds
+from workers.batch import BatchPart, ForwardBatch, Prefills, SequenceEnds
 from workers.config import ModelConfig, ShardSpec
 from workers.kernels.decode_attention import decode_attention
 from workers.kernels.linear import Weight, linear, rows_of, vector
-from workers.kernels.prefill_attention import chunk_attention, prompt_attention
+from workers.kernels.prefill_attention import prefill_attention
 from workers.kernels.qk_norm_rope import qk_norm_rope_store
 from workers.kv_pool import KVPool
 
@@ -59,10 +59,8 @@ def _attend(parts: list[BatchPart], q_TND: Tensor, kv_TXD: Tensor, pool: Tensor)
     """[T, N * D]"""
     outs = []
     for part in parts:
-        if isinstance(part, Prompts):
-            outs.append(prompt_attention(q_TND[part.rows], kv_TXD[part.rows], part.num_seqs))
-        elif isinstance(part, PrefillChunk):
-            outs.append(chunk_attention(q_TND[part.rows], pool, part.blocks, part.mask_CS))
+        if isinstance(part, Prefills):
+            outs.append(prefill_attention(q_TND[part.rows], kv_TXD[part.rows], pool, part.chunks))
         else:
             outs.append(decode_attention(q_TND[part.rows], pool, part.keys))
     return (outs[0] if len(outs) == 1 else torch.cat(outs)).flatten(1)
