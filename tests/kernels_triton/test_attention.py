@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -9,13 +10,14 @@ from torch import Tensor
 pytest.importorskip("triton", reason="the GPU kernels need triton: pip install triton")
 
 from tests.kernels_triton.values import DEVICE, accurate, normal
+from workers.kernels.prefill_attention import Chunks
 from workers.kernels.triton import reference
 from workers.kernels.triton.decode_attention import decode_attention
-from workers.kernels.triton.prefill_attention import chunk_attention
+from workers.kernels.triton.prefill_attention import prefill_attention
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float8_e4m3fn]
 KV = pytest.mark.parametrize("kv_dtype", DTYPES, ids=["fp32", "bf16", "fp8"])
-SHAPES = [(1, 16, 4, 128), (2, 8, 16, 64), (1, 4, 16, 128), (3, 7, 1, 24), (2, 1, 8, 2)]
+SHAPES = [(1, 16, 4, 128), (2, 8, 16, 64), (3, 7, 1, 24), (2, 1, 8, 2)]
 """KV heads, queries of a group, block size, head dimension."""
 
 
@@ -47,21 +49,30 @@ def test_a_sequence_has_the_same_bits_whatever_stands_beside_it() -> None:
 
 @KV
 @pytest.mark.parametrize(("num_kv_heads", "group", "block_size", "head_dim"), SHAPES)
-@pytest.mark.parametrize(("start", "size"), [(0, 5), (71, 1), (30, 40)])
-def test_chunk_attention_equals_its_reference(
-    num_kv_heads: int, group: int, block_size: int, head_dim: int, start: int, size: int, kv_dtype: torch.dtype
+def test_prefill_attention_equals_its_reference(
+    num_kv_heads: int, group: int, block_size: int, head_dim: int, kv_dtype: torch.dtype
 ) -> None:
-    pool = pool_of(num_kv_heads, block_size, head_dim, kv_dtype)
-    q = normal(1, size, num_kv_heads * group, head_dim)
-    block_ids = torch.randperm(90)[: -(-(start + size) // block_size)].to(DEVICE)
-    got = chunk_attention(q, pool, block_ids, start)
-    accurate(got, reference.chunk_attention(q, pool, block_ids, start), 1e-5)
+    pool, starts, sizes = pool_of(num_kv_heads, block_size, head_dim, kv_dtype), [30, 0, 50], [20, 1, 3]
+    q, chunks = normal(1, sum(sizes), num_kv_heads * group, head_dim), chunks_of(starts, sizes, block_size)
+    got = prefill_attention(q, pool, chunks.tables_CM, chunks.bounds_3C, sizes)
+    want = [
+        reference.chunk_attention(q_CND, pool, table_M[: -(-(start + len(q_CND)) // block_size)], start)
+        for q_CND, table_M, start in zip(q.split(sizes), chunks.tables_CM, starts, strict=True)
+    ]
+    accurate(got, torch.cat(want), 1e-5)
+
+
+def chunks_of(starts: list[int], sizes: list[int], block_size: int) -> Chunks:
+    width = -(-max(start + size for start, size in zip(starts, sizes, strict=True)) // block_size)
+    tables = torch.stack([torch.randperm(90)[:width] for _ in starts]).to(DEVICE)
+    return Chunks(tables_CM=tables, starts=np.array(starts), sizes=np.array(sizes))
 
 
 def test_queries_in_bf16_attend_as_their_values_do() -> None:
     pool, q = pool_of(1, 16, 64, torch.bfloat16), normal(1, 2, 4, 64, dtype=torch.bfloat16)
     tables, num_keys = torch.arange(6, device=DEVICE).expand(2, -1), torch.tensor([5, 90], device=DEVICE)
-    accurate(
-        decode_attention(q, pool, tables, num_keys, 90), reference.decode_attention(q, pool, tables, num_keys), 0.02
-    )
-    accurate(chunk_attention(q, pool, tables[0], 60), reference.chunk_attention(q, pool, tables[0], 60), 0.02)
+    got, want = decode_attention(q, pool, tables, num_keys, 90), reference.decode_attention(q, pool, tables, num_keys)
+    accurate(got, want, 0.02)
+    chunks = chunks_of([60], [2], 16)
+    got = prefill_attention(q, pool, chunks.tables_CM, chunks.bounds_3C, [2])
+    accurate(got, reference.chunk_attention(q, pool, chunks.tables_CM[0], 60), 0.02)

@@ -87,16 +87,16 @@ def test_an_fp8_model_gives_the_logits_of_the_reference_that_rounds_as_it_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = write_checkpoint(tmp_path, MOE, fp8=True, **SMALL)
-    runner = started(directory)
+    runner, orders = started(directory), [whole_prompts(random_prompts([1, 3], SMALL["vocab_size"]))]
     kinds = {name.split(".")[-1] for name, weight in runner._weights.items() if isinstance(weight, TileWeight)}
     assert kinds == {"qkv", "o", "gate_up", "down"}
-    got = run(runner, plans())
+    got = run(runner, orders)
 
     monkeypatch.setattr(
         feed_forward, "linear", lambda x, weight: reference.linear(reference.quantize(x), weight, x.dtype)
     )
     monkeypatch.setattr(experts, "apply_experts", reference.apply_experts)
 
-    want = run(runner, [StepPlan(step=9, close=[0, 1]), *plans()])
+    want = run(runner, [StepPlan(step=9, close=[0, 1]), *orders])
     # Another order of fp32 sums moves a few activations to the next code.
     assert relative_error(got, want) < 1e-3

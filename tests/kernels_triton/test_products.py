@@ -64,7 +64,7 @@ def test_routes_sort_local_pairs_by_expert(num_tokens: int, top_k: int, first: i
 
 @pytest.mark.parametrize(
     ("num_tokens", "hidden", "first", "num_local"),
-    [(1, 1024, 0, 5), (2, 1024, 2, 3), (19, 128, 2, 3), (60, 128, 3, 2), (90, 128, 0, 5)],
+    [(1, 1024, 0, 5), (2, 1024, 2, 3), (12, 128, 2, 3)],
 )
 def test_experts_in_tiles_equal_their_reference(num_tokens: int, hidden: int, first: int, num_local: int) -> None:
     ffn, top_k = 128, 2
@@ -77,7 +77,13 @@ def test_experts_in_tiles_equal_their_reference(num_tokens: int, hidden: int, fi
     accurate(got, want, 2e-3)
 
 
-@pytest.mark.parametrize("num_tokens", [1, 19])
+def test_experts_of_a_prefill_equal_their_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experts, "PREFILL_ROWS_PER_EXPERT", 4)
+    assert experts.expert_split(24, 3, 256, 1024) == experts.ExpertSplit(64, 1)
+    test_experts_in_tiles_equal_their_reference(12, 128, 0, 3)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 12])
 def test_experts_in_floats_equal_their_reference(num_tokens: int) -> None:
     slots = torch.rand(num_tokens, 5, generator=torch.Generator().manual_seed(0)).topk(2).indices.to(DEVICE)
     x, weights = normal(1, num_tokens, 72), normal(2, num_tokens, 2).abs()
