@@ -57,29 +57,29 @@ class _Absent:
 
 
 @contextmanager
-def _no_launches(seen: list[Any]) -> Iterator[None]:
-    run = JITFunction.run
+def compiling() -> Iterator[Callable[[], list[Built]]]:
+    """In it, launches compile for Hopper and do not run. Gives a function: what was compiled since its last call.
 
-    def build(self: JITFunction, *args: Any, **options: Any) -> Any:
-        options |= {"warmup": True}
-        compiled = run(self, *args, **options)
+    For the rest of the process: Triton has no way back to having no driver.
+    """
+    run, seen = JITFunction.run, []
+
+    def compile_only(self: Any, *args: Any, **options: Any) -> Any:
+        compiled = run(self, *args, **(options | {"warmup": True}))
         seen.append(compiled)
         return compiled
 
-    JITFunction.run = build
+    def take() -> list[Built]:
+        taken = [_read(compiled) for compiled in seen]
+        seen.clear()
+        return taken
+
+    JITFunction.run = compile_only
     driver.set_active(_Absent())
     try:
-        yield
+        yield take
     finally:
         JITFunction.run = run
-
-
-def build(launch: Callable[[], object]) -> list[Built]:
-    """Compile what a launch of CPU tensors would launch on a GPU; the tensors' values are not touched."""
-    seen: list[Any] = []
-    with _no_launches(seen):
-        launch()
-    return [_read(compiled) for compiled in seen]
 
 
 def _read(compiled: Any) -> Built:

@@ -24,7 +24,7 @@ def dot(a, b):
     if INTERPRETED:
         product = tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     else:
-        product = tl.dot(a, b)
+        product = tl.dot(a, b, input_precision="ieee")
     return product
 
 
