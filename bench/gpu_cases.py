@@ -147,7 +147,7 @@ class Inputs:
         codes |= torch.randint(0, 2, shape, device=self.device, dtype=torch.uint8) << 7
         scale_shape = (*shape[:-2], -(-shape[-2] // TILE), shape[-1] // TILE)
         scale = torch.rand(scale_shape, device=self.device) * 1e-3 + 1e-4
-        return TileWeight(codes.view(torch.float8_e4m3fn), scale)
+        return TileWeight(codes.view(torch.float8_e4m3fn), scale, shape[-2])
 
     def copies(self, num_bytes: int) -> range:
         return range(min(MAX_COPIES, max(1, -(-self.cache_bytes // num_bytes))))
@@ -306,7 +306,7 @@ def _rows(sizes: Sizes, inputs: Inputs) -> Iterator[Case]:
                 None,
             ),
             "activation and quantise": (
-                lambda w=wide: swiglu.swiglu_quantize(w),
+                lambda w=wide: swiglu.swiglu_quantize(w, inputs.dtype),
                 rows * hidden * (2 * item + 1),
                 lambda w=wide: plain.swiglu(w[0]),
             ),

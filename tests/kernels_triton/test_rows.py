@@ -68,13 +68,17 @@ def test_the_activation_adds_splits_and_equals_its_reference(num_splits: int, sh
     gate_up = normal(0, num_splits, shape[0], 2 * shape[1])
     want = reference.swiglu(gate_up, torch.float32)
     accurate(swiglu(gate_up, torch.float32), want)
-    same_rows(swiglu_quantize(gate_up), reference.quantize(want))
+    same_rows(swiglu_quantize(gate_up, torch.float32), reference.quantize(want))
 
 
 def test_the_activation_leaves_rows_behind_the_count() -> None:
     gate_up, count = normal(0, 1, 4, 256), torch.tensor([2], dtype=torch.int32, device=DEVICE)
     accurate(swiglu(gate_up, torch.float32, count)[:2], reference.swiglu(gate_up, torch.float32)[:2])
-    accurate(swiglu_quantize(gate_up, count).dense()[:2], swiglu_quantize(gate_up).dense()[:2], 0)
+    accurate(
+        swiglu_quantize(gate_up, torch.float32, count).dense()[:2],
+        swiglu_quantize(gate_up, torch.float32).dense()[:2],
+        0,
+    )
 
 
 @DTYPES

@@ -27,7 +27,7 @@ def tile_weight(seed: int, *shape: int) -> TileWeight:
     codes = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
     codes = torch.where(codes & 0x7F == 0x7F, torch.tensor(0x7E, dtype=torch.uint8), codes)
     scale = torch.rand(*shape[:-2], -(-shape[-2] // TILE), shape[-1] // TILE, generator=generator) * 1e-3 + 1e-4
-    return TileWeight(codes.to(DEVICE).view(torch.float8_e4m3fn), scale.to(DEVICE))
+    return TileWeight(codes.to(DEVICE).view(torch.float8_e4m3fn), scale.to(DEVICE), shape[-2])
 
 
 def accurate(got: Tensor, want: Tensor, tolerance: float = 3e-6) -> None:

@@ -23,6 +23,8 @@ class TileWeight:
     """float8_e4m3fn, contiguous; I is a multiple of TILE."""
     scale_ok: Tensor
     """fp32, contiguous."""
+    whole_rows: int
+    """Of the parameter that this is a part of: how a product is split follows from them, and so do its bits."""
 
     @classmethod
     def empty(cls, shape: tuple[int, ...], device: torch.device | None) -> TileWeight:
@@ -30,7 +32,7 @@ class TileWeight:
         *stack, size_out, size_in = shape
         codes_OI = torch.zeros(shape, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
         scale_ok = torch.zeros(*stack, -(-size_out // TILE), size_in // TILE, dtype=torch.float32, device=device)
-        return cls(codes_OI, scale_ok)
+        return cls(codes_OI, scale_ok, size_out)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -50,7 +52,7 @@ class TileWeight:
     def rows(self, start: int, stop: int) -> TileWeight:
         """Rows [start, stop) of a matrix, sharing its values; `start` is at a tile."""
         assert start % TILE == 0, f"row {start} is inside a tile"
-        return TileWeight(self.codes_OI[start:stop], self.scale_ok[start // TILE : -(-stop // TILE)])
+        return TileWeight(self.codes_OI[start:stop], self.scale_ok[start // TILE : -(-stop // TILE)], self.whole_rows)
 
     def store_rows(self, expert: int | None, first_row: int, codes_RI: Tensor, scale_rk: Tensor) -> None:
         """Put rows of codes (uint8) and the scales of their tiles into place; `first_row` is at a tile."""

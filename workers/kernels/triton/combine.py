@@ -24,7 +24,7 @@ def combine(
     num_local: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """[T, H]: sum over K of weight * (sum over S of y); pairs of other ranks add nothing."""
+    """[T, H]: sum over K of weight * (sum over S of y, in `dtype`); pairs of other ranks add nothing."""
     (num_tokens, top_k), (num_splits, num_places, hidden) = slots_TK.shape, y_SRH.shape
     out_TH = torch.empty(num_tokens, hidden, dtype=dtype, device=y_SRH.device)
     block = min(BLOCK, triton.next_power_of_2(hidden))
@@ -64,6 +64,6 @@ def _combine(
         for split in tl.static_range(SPLITS):
             at_H = (split * num_places + place) * hidden + column_H
             y_H += tl.load(y_ptr + at_H, mask=is_there_H & is_local, other=0.0).to(tl.float32)
-        total_H += weight * y_H
+        total_H += weight * cast(y_H, out_ptr.dtype.element_ty).to(tl.float32)
     out_H = cast(total_H, out_ptr.dtype.element_ty)
     tl.store(out_ptr + token.to(tl.int64) * hidden + column_H, out_H, mask=is_there_H)

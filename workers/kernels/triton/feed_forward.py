@@ -21,4 +21,4 @@ def linear(x_TI: Tensor, weight_OI: TileWeight) -> Tensor:
 def feed_forward(x_TH: Tensor, gate_up_XH: TileWeight, down_HF: TileWeight) -> Tensor:
     """down(silu(gate(x)) * up(x)), [T, H]: splits are summed and rows quantised where the activation is applied."""
     gate_up_STX = gemm.partial_linear(quantize(x_TH), gate_up_XH, x_TH.dtype)
-    return gemm.linear(swiglu_quantize(gate_up_STX), down_HF, x_TH.dtype)
+    return gemm.linear(swiglu_quantize(gate_up_STX, x_TH.dtype), down_HF, x_TH.dtype)

@@ -1,9 +1,10 @@
 """Products with a block-FP8 weight: e4m3 rows times e4m3 tiles on the tensor cores, sums in fp32.
 
-The weight takes the wide side of the tensor core's instruction and the rows its narrow side (a decode step has few),
-and its inputs are split where its outputs alone would leave processors idle. Blocks and splits follow from the
-weight's shape, never from the number of rows, so that a row's bits do not depend on the rows beside it.
-R rows, O outputs, I inputs, k tiles of 128 inputs, S splits.
+The weight takes the wide side of the tensor core's instruction and the rows its narrow side: a decode step has few.
+Inputs are summed in splits, each by itself and then one after another; their number follows from the weight's shape
+alone, so that a row's bits do not depend on the rows beside it. With few rows splits are computed side by side, which
+keeps all processors busy; with many, one after another where their sum is kept.
+R rows, O outputs, I inputs, k tiles of 128 inputs, S splits that are stored.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from workers.kernels import tiles
 from workers.kernels.tiles import TileWeight
 from workers.kernels.triton.numerics import TILE, cast, dot
 from workers.kernels.triton.rows import QuantizedRows
@@ -25,25 +27,34 @@ MIN_SPLIT_TILES = 4
 """Inputs of a split: less would be more adding up than multiplying."""
 MAX_SPLITS = 8
 DECODE_ROWS = 64
-"""Up to which inputs are split; more rows are work enough."""
+"""Up to which splits are computed side by side; more rows are work enough."""
 BLOCK_O = 64
+"""Of a decode."""
+SUM_BLOCK = 1024
 
 
 @dataclass(frozen=True)
-class Split:
-    """How a product is cut."""
+class Blocks:
+    """What one program takes."""
 
-    block_rows: int
-    num_splits: int
+    outputs: int
+    rows: int
+    splits: int
+    """Of the weight's; the others are other programs'."""
+    warps: int
 
 
-def split_of(num_rows: int, num_outputs: int, num_tiles: int) -> Split:
-    """Few rows: narrow blocks, and as many splits as give every processor two programs."""
+def num_splits(num_outputs: int, size_in: int) -> int:
+    """Of a weight's inputs: as many as give every processor two programs where rows are few."""
+    wanted = -(-NUM_PROGRAMS // -(-num_outputs // BLOCK_O))
+    return max(1, min(wanted, MAX_SPLITS, size_in // tiles.TILE // MIN_SPLIT_TILES))
+
+
+def blocks_of(num_rows: int, splits: int) -> Blocks:
+    """By the number of rows: which programs compute what changes no bit of it."""
     if num_rows > DECODE_ROWS:
-        return Split(128, 1)
-    wanted = triton.cdiv(NUM_PROGRAMS, triton.cdiv(num_outputs, BLOCK_O))
-    num_splits = max(1, min(wanted, MAX_SPLITS, num_tiles // MIN_SPLIT_TILES))
-    return Split(max(16, triton.next_power_of_2(num_rows)), num_splits)
+        return Blocks(outputs=128, rows=128, splits=splits, warps=8)
+    return Blocks(outputs=BLOCK_O, rows=max(16, triton.next_power_of_2(num_rows)), splits=1, warps=4)
 
 
 def linear(x: QuantizedRows, weight: TileWeight, dtype: torch.dtype) -> Tensor:
@@ -53,19 +64,19 @@ def linear(x: QuantizedRows, weight: TileWeight, dtype: torch.dtype) -> Tensor:
 
 
 def partial_linear(x: QuantizedRows, weight: TileWeight, dtype: torch.dtype) -> Tensor:
-    """x @ weight.T as [S, R, O] to be summed over S: fp32 where S is more than one."""
+    """x @ weight.T as [S, R, O] to be summed over S in order: fp32 where S is more than one."""
     (num_rows, size_in), (num_outputs, _) = x.codes_RI.shape, weight.shape
-    num_tiles = size_in // TILE.value
-    split = split_of(num_rows, num_outputs, num_tiles)
-    out_dtype = dtype if split.num_splits == 1 else torch.float32
-    out_SRO = torch.empty(split.num_splits, num_rows, num_outputs, dtype=out_dtype, device=x.codes_RI.device)
-    grid = (triton.cdiv(num_outputs, BLOCK_O), triton.cdiv(num_rows, split.block_rows), split.num_splits)
+    splits = num_splits(weight.whole_rows, size_in)
+    blocks = blocks_of(num_rows, splits)
+    stored = splits // blocks.splits
+    out_dtype = dtype if stored == 1 else torch.float32
+    out_SRO = torch.empty(stored, num_rows, num_outputs, dtype=out_dtype, device=x.codes_RI.device)
     if num_rows:
-        _fp8_gemm[grid](
+        _fp8_gemm[(triton.cdiv(num_outputs, blocks.outputs), triton.cdiv(num_rows, blocks.rows), stored)](
             *(x.codes_RI, x.codes_RI.stride(0), x.scale_Rk, x.scale_Rk.stride(1)),
-            *(weight.codes_OI, weight.scale_ok, out_SRO, num_rows, num_outputs, num_tiles),
-            *(BLOCK_O, split.block_rows, split.num_splits),
-            num_warps=4,
+            *(weight.codes_OI, weight.scale_ok, out_SRO, num_rows, num_outputs, size_in // TILE.value),
+            *(blocks.outputs, blocks.rows, splits, blocks.splits),
+            num_warps=blocks.warps,
             num_stages=4,
         )
     return out_SRO
@@ -78,9 +89,6 @@ def sum_splits(parts_SRO: Tensor, dtype: torch.dtype) -> Tensor:
     if size := out_RO.numel():
         _sum_splits[(triton.cdiv(size, SUM_BLOCK),)](parts_SRO, out_RO, size, num_splits, SUM_BLOCK)
     return out_RO
-
-
-SUM_BLOCK = 1024
 
 
 @triton.jit
@@ -98,23 +106,27 @@ def _fp8_gemm(
     BLOCK_O: tl.constexpr,
     BLOCK_R: tl.constexpr,
     SPLITS: tl.constexpr,
+    OWN_SPLITS: tl.constexpr,
 ):
     output_O = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     row_R = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    split = tl.program_id(2)
     is_output_O, is_row_R = output_O < num_outputs, row_R < num_rows
     column_C = tl.arange(0, TILE)
     weight_ptr_OC = weight_ptr + output_O.to(tl.int64)[:, None] * (num_tiles * TILE) + column_C[None, :]
     x_ptr_CR = x_ptr + row_R.to(tl.int64)[None, :] * x_stride + column_C[:, None]
     weight_scale_ptr += tl.program_id(0) * BLOCK_O // TILE * num_tiles
     sum_OR = tl.zeros((BLOCK_O, BLOCK_R), tl.float32)
-    for tile in range(split * num_tiles // SPLITS, (split + 1) * num_tiles // SPLITS):
-        weight_OC = tl.load(weight_ptr_OC + tile * TILE, mask=is_output_O[:, None], other=0.0)
-        x_CR = tl.load(x_ptr_CR + tile * TILE, mask=is_row_R[None, :], other=0.0)
-        scale_R = tl.load(x_scale_ptr + row_R + tile * x_scale_stride, mask=is_row_R, other=0.0)
-        scale_R *= tl.load(weight_scale_ptr + tile)
-        sum_OR += dot(weight_OC, x_CR) * scale_R[None, :]
-    at_OR = (split * num_rows + row_R).to(tl.int64)[None, :] * num_outputs + output_O[:, None]
+    first_split = tl.program_id(2) * OWN_SPLITS
+    for split in range(first_split, first_split + OWN_SPLITS):
+        part_OR = tl.zeros((BLOCK_O, BLOCK_R), tl.float32)
+        for tile in range(split * num_tiles // SPLITS, (split + 1) * num_tiles // SPLITS):
+            weight_OC = tl.load(weight_ptr_OC + tile * TILE, mask=is_output_O[:, None], other=0.0)
+            x_CR = tl.load(x_ptr_CR + tile * TILE, mask=is_row_R[None, :], other=0.0)
+            scale_R = tl.load(x_scale_ptr + row_R + tile * x_scale_stride, mask=is_row_R, other=0.0)
+            scale_R *= tl.load(weight_scale_ptr + tile)
+            part_OR += dot(weight_OC, x_CR) * scale_R[None, :]
+        sum_OR += part_OR
+    at_OR = (tl.program_id(2) * num_rows + row_R).to(tl.int64)[None, :] * num_outputs + output_O[:, None]
     tl.store(out_ptr + at_OR, cast(sum_OR, out_ptr.dtype.element_ty), mask=is_output_O[:, None] & is_row_R[None, :])
 
 
