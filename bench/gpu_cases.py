@@ -179,13 +179,11 @@ def _dense(sizes: Sizes, inputs: Inputs) -> Iterator[Case]:
                 rivals["torch scaled_mm"] = [lambda x=rows, w=w: scaled_mm(x, w) for w in weights]
             yield Case(
                 name=f"product {name} {size_out}x{size_in}, {num_rows} rows",
-                launches=[lambda x=rows, w=w: gemm.linear(x, w, inputs.dtype) for w in weights],
+                launches=[lambda x=rows, w=w: gemm.linear(x, w) for w in weights],
                 num_bytes=weights[0].nbytes + num_rows * (size_in + size_out * inputs.dtype.itemsize),
                 flops=2 * num_rows * size_out * size_in,
                 is_fp8=True,
-                error=lambda x=rows, w=weights[0]: error(
-                    gemm.linear(x, w, inputs.dtype), reference.linear(x, w, inputs.dtype)
-                ),
+                error=lambda x=rows, w=weights[0]: error(gemm.linear(x, w), reference.linear(x, w)),
                 rivals=rivals,
             )
 

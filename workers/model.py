@@ -18,7 +18,7 @@ from workers.experts.dispatch import Dispatcher
 from workers.experts.layer import ExpertLayer
 from workers.experts.traffic import DispatchTraffic
 from workers.kernels.linear import Weight, linear, vector
-from workers.kernels.norm import add_rms_norm, rms_norm
+from workers.kernels.norm import add_rms_norm, add_rms_norm_for, rms_norm, rms_norm_for
 from workers.kv_pool import KVPool
 from workers.layers.attention import Attention
 from workers.layers.embedding import Embedding
@@ -41,7 +41,8 @@ class DecoderLayer:
 
     def __call__(self, x_TH: Tensor, batch: ForwardBatch, kv: KVPool, dispatcher: Dispatcher[Any]) -> Tensor:
         """Returns x_TH, changed in place."""
-        attended_TH = self.attention(rms_norm(x_TH, self.input_norm, self.eps), batch, kv)
+        normed_TH = rms_norm_for(x_TH, self.input_norm, self.eps, self.attention.qkv)
+        attended_TH = self.attention(normed_TH, batch, kv)
         return self._feed_forward(x_TH, attended_TH, dispatcher)
 
     def last(self, x_TH: Tensor, batch: ForwardBatch, kv: KVPool, dispatcher: Dispatcher[Any]) -> Tensor:
@@ -78,11 +79,13 @@ class DecoderLayer:
             self.feed_forward(x_0H, dispatcher)
 
     def _feed_forward(self, x_TH: Tensor, attended_TH: Tensor, dispatcher: Dispatcher[Any]) -> Tensor:
-        normed_TH = add_rms_norm(x_TH, self.tp.all_reduce(attended_TH), self.post_norm, self.eps)
+        attended_TH = self.tp.all_reduce(attended_TH)
         if isinstance(self.feed_forward, ExpertLayer):
-            x_TH += self.feed_forward(normed_TH, dispatcher)
+            x_TH += self.feed_forward(add_rms_norm(x_TH, attended_TH, self.post_norm, self.eps), dispatcher)
         else:
-            x_TH += self.tp.all_reduce(self.feed_forward(normed_TH))
+            consumer = self.feed_forward.gate_up
+            rows = add_rms_norm_for(x_TH, attended_TH, self.post_norm, self.eps, consumer)
+            x_TH += self.tp.all_reduce(self.feed_forward(rows))
         return x_TH
 
 

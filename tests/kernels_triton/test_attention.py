@@ -15,18 +15,24 @@ from workers.kernels.triton import reference
 from workers.kernels.triton.decode_attention import decode_attention
 from workers.kernels.triton.prefill_attention import prefill_attention
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float8_e4m3fn]
-KV = pytest.mark.parametrize("kv_dtype", DTYPES, ids=["fp32", "bf16", "fp8"])
-SHAPES = [(1, 16, 4, 128), (2, 8, 16, 64), (3, 7, 1, 24), (2, 1, 8, 2)]
-"""KV heads, queries of a group, block size, head dimension."""
+CASES = pytest.mark.parametrize(
+    ("num_kv_heads", "group", "block_size", "head_dim", "kv_dtype"),
+    [
+        (1, 16, 4, 128, torch.float8_e4m3fn),
+        (2, 8, 16, 64, torch.bfloat16),
+        (1, 4, 16, 128, torch.float32),
+        (3, 7, 1, 24, torch.float32),
+        (2, 1, 8, 2, torch.bfloat16),
+    ],
+    ids=lambda value: str(value).removeprefix("torch."),
+)
 
 
 def pool_of(num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype) -> Tensor:
     return normal(3, 2 * num_kv_heads, 90, block_size, head_dim).to(dtype)
 
 
-@KV
-@pytest.mark.parametrize(("num_kv_heads", "group", "block_size", "head_dim"), SHAPES)
+@CASES
 def test_decode_attention_equals_its_reference(
     num_kv_heads: int, group: int, block_size: int, head_dim: int, kv_dtype: torch.dtype
 ) -> None:
@@ -47,8 +53,7 @@ def test_a_sequence_has_the_same_bits_whatever_stands_beside_it() -> None:
         assert torch.equal(alone[0], together[row])
 
 
-@KV
-@pytest.mark.parametrize(("num_kv_heads", "group", "block_size", "head_dim"), SHAPES)
+@CASES
 def test_prefill_attention_equals_its_reference(
     num_kv_heads: int, group: int, block_size: int, head_dim: int, kv_dtype: torch.dtype
 ) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="the GPU kernels need triton: pip install triton")
 
@@ -17,6 +20,7 @@ from workers.kernels.cpu.library import native
 from workers.kernels.tiles import TileWeight
 from workers.kernels.triton import experts, feed_forward, reference
 from workers.kernels.triton.choice import CHOICE_VARIABLE, has_triton
+from workers.kernels.triton.rows import QuantizedRows
 from workers.runner import ModelRunner
 from workers.step import Prefill, StepPlan
 
@@ -51,8 +55,8 @@ def plans() -> list[StepPlan]:
 
 
 def started(directory: Path) -> ModelRunner:
-    """Small blocks make its warm-up short."""
-    return load(directory, block_size=4)
+    """Blocks of one token leave out the warm-up."""
+    return load(directory, block_size=1)
 
 
 def relative_error(got: Ran, want: Ran) -> float:
@@ -92,11 +96,34 @@ def test_an_fp8_model_gives_the_logits_of_the_reference_that_rounds_as_it_does(
     assert kinds == {"qkv", "o", "gate_up", "down"}
     got = run(runner, orders)
 
-    monkeypatch.setattr(
-        feed_forward, "linear", lambda x, weight: reference.linear(reference.quantize(x), weight, x.dtype)
-    )
+    monkeypatch.setattr(feed_forward, "linear", plain_linear)
     monkeypatch.setattr(experts, "apply_experts", reference.apply_experts)
 
     want = run(runner, [StepPlan(step=9, close=[0, 1]), *orders])
     # Another order of fp32 sums moves a few activations to the next code.
     assert relative_error(got, want) < 1e-3
+
+
+def plain_linear(x: Tensor | QuantizedRows, weight: TileWeight) -> Tensor:
+    return reference.linear(x if isinstance(x, QuantizedRows) else reference.quantize(x), weight)
+
+
+class NoLooks(TorchDispatchMode):
+    """Fails where values of a tensor become Python's, or shapes depend on them: a captured step cannot have that."""
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        name = op.name()
+        assert not any(
+            look in name for look in ("_local_scalar_dense", "nonzero", "bincount", "unique", "masked_select")
+        )
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_a_decode_step_asks_the_device_for_nothing_until_tokens_are_chosen(tmp_path: Path) -> None:
+    runner = started(write_checkpoint(tmp_path, MOE, fp8=True, **SMALL))
+    runner.execute(whole_prompts(random_prompts([1, 2], SMALL["vocab_size"])))
+    batch = runner.batches.build(decode_steps([0, 1], 1)[0], runner.last_tokens)
+    with torch.inference_mode(), NoLooks():
+        logits = runner.decoder.logits(runner.decoder.forward(batch, runner.kv))
+        runner.sampler.exchange.likeliest(logits, 8)

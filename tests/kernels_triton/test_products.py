@@ -19,7 +19,7 @@ from workers.kernels.triton.route import route
 )
 def test_a_product_with_tiles_equals_its_reference(num_rows: int, size_in: int, size_out: int) -> None:
     x, weight = quantize(normal(0, num_rows, size_in)), tile_weight(1, size_out, size_in)
-    accurate(gemm.linear(x, weight, torch.float32), reference.linear(x, weight, torch.float32))
+    accurate(gemm.linear(x, weight), reference.linear(x, weight))
 
 
 def test_every_code_of_a_weight_is_read_as_torch_reads_it() -> None:
@@ -34,21 +34,21 @@ def test_every_code_of_a_weight_is_read_as_torch_reads_it() -> None:
     )
     x = torch.zeros(1, 128, device=DEVICE)
     x[0, 0] = 448
-    got = gemm.linear(quantize(x), weight, torch.float32)
+    got = gemm.linear(quantize(x), weight)
     assert torch.equal(got[0], 448 * codes.view(torch.float8_e4m3fn).float())
 
 
 def test_a_row_has_the_same_bits_whatever_stands_beside_it() -> None:
     x, weight = normal(0, 70, 1024), tile_weight(1, 130, 1024)
-    together = gemm.linear(quantize(x), weight, torch.float32)
+    together = gemm.linear(quantize(x), weight)
     for rows in (slice(0, 1), slice(10, 27)):
-        assert torch.equal(gemm.linear(quantize(x[rows]), weight, torch.float32), together[rows])
+        assert torch.equal(gemm.linear(quantize(x[rows]), weight), together[rows])
 
 
 def test_rows_of_a_weight_give_the_bits_of_the_whole_weight() -> None:
     x, weight = quantize(normal(0, 1, 1024)), tile_weight(1, 256, 1024)
-    part = gemm.linear(x, weight.rows(128, 256), torch.float32)
-    assert torch.equal(part, gemm.linear(x, weight, torch.float32)[:, 128:])
+    part = gemm.linear(x, weight.rows(128, 256))
+    assert torch.equal(part, gemm.linear(x, weight)[:, 128:])
 
 
 def test_splits_follow_from_the_weight_and_are_stored_where_rows_are_few() -> None:

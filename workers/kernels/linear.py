@@ -9,18 +9,22 @@ from workers.kernels.cpu.library import native
 from workers.kernels.cpu.panels import PanelWeight
 from workers.kernels.swiglu import swiglu
 from workers.kernels.tiles import TileWeight
+from workers.kernels.triton.rows import QuantizedRows
 
 Weight = Tensor | PanelWeight | TileWeight
+Rows = Tensor | QuantizedRows
+"""What is multiplied; quantised already where it is for a weight in tiles."""
 
 
-def linear(x_TI: Tensor, weight_OI: Weight) -> Tensor:
+def linear(x_TI: Rows, weight_OI: Weight) -> Tensor:
     """x_TI @ weight_OI.T, in fp32 on a CPU, in bf16 on a GPU, where rows are quantised for a weight in tiles."""
-    if isinstance(weight_OI, PanelWeight):
-        return _panel_linear(x_TI, weight_OI, weight_OI.first_row + weight_OI.num_rows)[:, weight_OI.first_row :]
     if isinstance(weight_OI, TileWeight):
         from workers.kernels.triton import feed_forward
 
         return feed_forward.linear(x_TI, weight_OI)
+    assert isinstance(x_TI, Tensor), "rows are quantised for tiles alone"
+    if isinstance(weight_OI, PanelWeight):
+        return _panel_linear(x_TI, weight_OI, weight_OI.first_row + weight_OI.num_rows)[:, weight_OI.first_row :]
     return torch.mm(x_TI, weight_OI.t())
 
 
@@ -31,12 +35,13 @@ def swiglu_linear(x_TI: Tensor, gate_up_XI: Weight) -> Tensor:
     return swiglu(linear(x_TI, gate_up_XI))
 
 
-def feed_forward(x_TH: Tensor, gate_up_XH: Weight, down_HF: Weight) -> Tensor:
+def feed_forward(x_TH: Rows, gate_up_XH: Weight, down_HF: Weight) -> Tensor:
     """down(silu(gate(x)) * up(x)), [T, H]."""
     if isinstance(gate_up_XH, TileWeight) and isinstance(down_HF, TileWeight):
         from workers.kernels.triton import feed_forward as in_tiles
 
         return in_tiles.feed_forward(x_TH, gate_up_XH, down_HF)
+    assert isinstance(x_TH, Tensor), "rows are quantised for tiles alone"
     return linear(swiglu_linear(x_TH, gate_up_XH), down_HF)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from workers.batch import BatchPart, ForwardBatch, Prefills, SequenceEnds
 from workers.config import ModelConfig, ShardSpec
 from workers.kernels.decode_attention import decode_attention
-from workers.kernels.linear import Weight, linear, rows_of, vector
+from workers.kernels.linear import Rows, Weight, linear, rows_of, vector
 from workers.kernels.prefill_attention import prefill_attention
 from workers.kernels.qk_norm_rope import qk_norm_rope_store
 from workers.kv_pool import KVPool
@@ -32,7 +32,7 @@ class Attention:
         # Each head of Q and K has its row of weights, so that one kernel takes all of them.
         self.norms_YD = torch.cat([q_norm.expand(self.num_heads, -1), k_norm.expand(num_kv_heads, -1)])
 
-    def __call__(self, x_TH: Tensor, batch: ForwardBatch, kv: KVPool) -> Tensor:
+    def __call__(self, x_TH: Rows, batch: ForwardBatch, kv: KVPool) -> Tensor:
         """Attend the batch's tokens to their sequences, and store their K and V."""
         heads_TXD, pool = self._heads(x_TH, self.qkv), kv.layers[self.layer]
         qk_norm_rope_store(heads_TXD, self.norms_YD, self.eps, batch.rotations_T2D, pool, batch.cells_T)
@@ -51,8 +51,9 @@ class Attention:
         qk_norm_rope_store(q_BND, self.norms_YD[: self.num_heads], self.eps, ends.rotations_B2D, None, None)
         return linear(decode_attention(q_BND, kv.layers[self.layer], ends.keys).flatten(1), self.o)
 
-    def _heads(self, x_TH: Tensor, weight: Weight) -> Tensor:
-        return linear(x_TH, weight).view(len(x_TH), -1, self.head_dim)
+    def _heads(self, x_TH: Rows, weight: Weight) -> Tensor:
+        heads_TX = linear(x_TH, weight)
+        return heads_TX.view(len(heads_TX), -1, self.head_dim)
 
 
 def _attend(parts: list[BatchPart], q_TND: Tensor, kv_TXD: Tensor, pool: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from workers.kernels.linear import Weight, feed_forward
+from workers.kernels.linear import Rows, Weight, feed_forward
 
 
 class DenseMLP:
@@ -13,5 +13,5 @@ class DenseMLP:
     def __init__(self, layer: int, weights: dict[str, Weight]) -> None:
         self.gate_up, self.down = weights[f"layers.{layer}.gate_up"], weights[f"layers.{layer}.down"]
 
-    def __call__(self, x_TH: Tensor) -> Tensor:
+    def __call__(self, x_TH: Rows) -> Tensor:
         return feed_forward(x_TH, self.gate_up, self.down)

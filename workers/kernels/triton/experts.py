@@ -43,17 +43,17 @@ def apply_experts(
     num_local, top_k = gate_up_eXH.shape[0], slots_TK.shape[1]
     routes = route(slots_TK, first_slot, num_local)
     if isinstance(gate_up_eXH, TileWeight):
-        gate_up_SRX = grouped_linear(quantize(x_TH), gate_up_eXH, routes, x_TH.dtype, top_k)
+        gate_up_SRX = grouped_linear(quantize(x_TH), gate_up_eXH, routes, top_k)
         hidden: Tensor | QuantizedRows = swiglu_quantize(gate_up_SRX, x_TH.dtype, routes.starts_e[-1:])
     else:
-        gate_up_SRX = grouped_linear(x_TH, gate_up_eXH, routes, x_TH.dtype, top_k)
+        gate_up_SRX = grouped_linear(x_TH, gate_up_eXH, routes, top_k)
         hidden = swiglu(gate_up_SRX, x_TH.dtype, routes.starts_e[-1:])
-    y_SRH = grouped_linear(hidden, down_eHF, routes, x_TH.dtype, None)
+    y_SRH = grouped_linear(hidden, down_eHF, routes, None)
     return combine(y_SRH, slots_TK, weights_TK, routes.place_P, first_slot, num_local, x_TH.dtype)
 
 
 def grouped_linear(
-    x: Tensor | QuantizedRows, weight_eOI: Tensor | TileWeight, routes: Routes, dtype: torch.dtype, top_k: int | None
+    x: Tensor | QuantizedRows, weight_eOI: Tensor | TileWeight, routes: Routes, top_k: int | None
 ) -> Tensor:
     """Each place's row times its expert's weight: [S, R, O], to be summed over S in order.
 
@@ -68,7 +68,7 @@ def grouped_linear(
     codes, scale_ok = (
         (weight_eOI.codes_OI, weight_eOI.scale_ok) if isinstance(weight_eOI, TileWeight) else (weight_eOI, None)
     )
-    out_dtype = dtype if stored == 1 else torch.float32
+    out_dtype = x.dtype if stored == 1 else torch.float32
     out_SRO = torch.empty(stored, num_pairs, num_outputs, dtype=out_dtype, device=values.device)
     most_blocks = min(num_pairs, triton.cdiv(num_pairs, blocks.rows) + num_local)
     most_programs = most_blocks * triton.cdiv(num_outputs, blocks.outputs) * stored

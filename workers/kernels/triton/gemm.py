@@ -57,19 +57,19 @@ def blocks_of(num_rows: int, splits: int) -> Blocks:
     return Blocks(outputs=BLOCK_O, rows=max(16, triton.next_power_of_2(num_rows)), splits=1, warps=4)
 
 
-def linear(x: QuantizedRows, weight: TileWeight, dtype: torch.dtype) -> Tensor:
+def linear(x: QuantizedRows, weight: TileWeight) -> Tensor:
     """x @ weight.T, [R, O]."""
-    parts_SRO = partial_linear(x, weight, dtype)
-    return parts_SRO[0] if len(parts_SRO) == 1 else sum_splits(parts_SRO, dtype)
+    parts_SRO = partial_linear(x, weight)
+    return parts_SRO[0] if len(parts_SRO) == 1 else sum_splits(parts_SRO, x.dtype)
 
 
-def partial_linear(x: QuantizedRows, weight: TileWeight, dtype: torch.dtype) -> Tensor:
+def partial_linear(x: QuantizedRows, weight: TileWeight) -> Tensor:
     """x @ weight.T as [S, R, O] to be summed over S in order: fp32 where S is more than one."""
     (num_rows, size_in), (num_outputs, _) = x.codes_RI.shape, weight.shape
     splits = num_splits(weight.whole_rows, size_in)
     blocks = blocks_of(num_rows, splits)
     stored = splits // blocks.splits
-    out_dtype = dtype if stored == 1 else torch.float32
+    out_dtype = x.dtype if stored == 1 else torch.float32
     out_SRO = torch.empty(stored, num_rows, num_outputs, dtype=out_dtype, device=x.codes_RI.device)
     if num_rows:
         _fp8_gemm[(triton.cdiv(num_outputs, blocks.outputs), triton.cdiv(num_rows, blocks.rows), stored)](
@@ -135,5 +135,5 @@ def _sum_splits(parts_ptr, out_ptr, size, SPLITS: tl.constexpr, BLOCK: tl.conste
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for split in tl.static_range(SPLITS):
-        total += tl.load(parts_ptr + split * size.to(tl.int64) + at, mask=at < size, other=0.0)
+        total += tl.load(parts_ptr + tl.full((), split, tl.int64) * size + at, mask=at < size, other=0.0)
     tl.store(out_ptr + at, cast(total, out_ptr.dtype.element_ty), mask=at < size)

@@ -40,7 +40,7 @@ def add_rms_norm(x_RH: Tensor, delta_RH: Tensor, weight_H: Tensor, eps: float) -
 def rms_norm_quantize(x_RH: Tensor, weight_H: Tensor, eps: float) -> QuantizedRows:
     """`rms_norm` as the FP8 products read it. H must be a multiple of 128."""
     num_rows, size = x_RH.shape
-    out = QuantizedRows.empty(num_rows, size, x_RH.device)
+    out = QuantizedRows.empty(num_rows, size, x_RH.dtype, x_RH.device)
     if num_rows:
         _norm_quantize[(num_rows,)](
             *(x_RH, x_RH.stride(0), None, 0, weight_H, out.codes_RI, out.scale_Rk, out.scale_Rk.stride(1)),
@@ -52,7 +52,7 @@ def rms_norm_quantize(x_RH: Tensor, weight_H: Tensor, eps: float) -> QuantizedRo
 def add_rms_norm_quantize(x_RH: Tensor, delta_RH: Tensor, weight_H: Tensor, eps: float) -> QuantizedRows:
     """`add_rms_norm` as the FP8 products read it. H must be a multiple of 128."""
     num_rows, size = x_RH.shape
-    out = QuantizedRows.empty(num_rows, size, x_RH.device)
+    out = QuantizedRows.empty(num_rows, size, x_RH.dtype, x_RH.device)
     if num_rows:
         _norm_quantize[(num_rows,)](
             *(x_RH, x_RH.stride(0), delta_RH, delta_RH.stride(0), weight_H),

@@ -15,7 +15,7 @@ TILES_PER_PROGRAM = 8
 def quantize(x_RI: Tensor) -> QuantizedRows:
     """Largest value of a tile becomes 448. I must be a multiple of 128."""
     num_rows, size = x_RI.shape
-    out = QuantizedRows.empty(num_rows, size, x_RI.device)
+    out = QuantizedRows.empty(num_rows, size, x_RI.dtype, x_RI.device)
     num_tiles = size // TILE.value
     if num_rows:
         _quantize[(num_rows, triton.cdiv(num_tiles, TILES_PER_PROGRAM))](

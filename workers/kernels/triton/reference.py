@@ -21,11 +21,11 @@ def quantize(x_RI: Tensor) -> QuantizedRows:
     blocks_RkC = x_RI.float().unflatten(1, (-1, TILE))
     scale_Rk = blocks_RkC.abs().amax(dim=2).clamp(min=LEAST_LARGEST) / E4M3_MAX
     codes_RkC = (blocks_RkC / scale_Rk.unsqueeze(2)).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-    return QuantizedRows(codes_RkC.flatten(1), scale_Rk)
+    return QuantizedRows(codes_RkC.flatten(1), scale_Rk, x_RI.dtype)
 
 
-def linear(x: QuantizedRows, weight: TileWeight, dtype: torch.dtype) -> Tensor:
-    return (x.dense() @ weight.dense().t()).to(dtype)
+def linear(x: QuantizedRows, weight: TileWeight) -> Tensor:
+    return (x.dense() @ weight.dense().t()).to(x.dtype)
 
 
 def swiglu(gate_up_SRX: Tensor, dtype: torch.dtype) -> Tensor:

@@ -19,13 +19,15 @@ class QuantizedRows:
 
     codes_RI: Tensor
     scale_Rk: Tensor
+    dtype: torch.dtype
+    """Of what was quantised, and so of products with it."""
 
     @classmethod
-    def empty(cls, num_rows: int, size: int, device: torch.device) -> QuantizedRows:
+    def empty(cls, num_rows: int, size: int, dtype: torch.dtype, device: torch.device) -> QuantizedRows:
         codes_RI = torch.empty(num_rows, size, dtype=torch.float8_e4m3fn, device=device)
         padded = -(-num_rows // SCALE_ROWS) * SCALE_ROWS
         scale_kR = torch.empty(size // TILE, padded, dtype=torch.float32, device=device)
-        return cls(codes_RI, scale_kR.t()[:num_rows])
+        return cls(codes_RI, scale_kR.t()[:num_rows], dtype)
 
     def dense(self) -> Tensor:
         """What the codes stand for, in fp32: for tests."""

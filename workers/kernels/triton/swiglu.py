@@ -30,7 +30,7 @@ def swiglu(gate_up_SRX: Tensor, dtype: torch.dtype, num_rows: Tensor | None = No
 def swiglu_quantize(gate_up_SRX: Tensor, dtype: torch.dtype, num_rows: Tensor | None = None) -> QuantizedRows:
     """`swiglu` of gate and up in `dtype`, as the FP8 products read it. F must be a multiple of 128."""
     splits, rows, size = gate_up_SRX.shape[0], gate_up_SRX.shape[1], gate_up_SRX.shape[2] // 2
-    out = QuantizedRows.empty(rows, size, gate_up_SRX.device)
+    out = QuantizedRows.empty(rows, size, dtype, gate_up_SRX.device)
     num_tiles = size // TILE.value
     if rows:
         _swiglu_quantize[(rows, triton.cdiv(num_tiles, TILES_PER_PROGRAM))](
