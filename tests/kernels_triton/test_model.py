@@ -15,6 +15,8 @@ pytest.importorskip("triton", reason="the GPU kernels need triton: pip install t
 
 from tests.checkpoints import DENSE, MOE, write_checkpoint
 from tests.workers.engine import Ran, decode_steps, load, open_slot, random_prompts, run, whole_prompts
+from workers.checkpoint import Checkpoint
+from workers.config import ParallelLayout, ShardSpec
 from workers.kernels.cpu.library import CHOICE_VARIABLE as CPU_CHOICE
 from workers.kernels.cpu.library import native
 from workers.kernels.tiles import TileWeight
@@ -127,3 +129,21 @@ def test_a_decode_step_asks_the_device_for_nothing_until_tokens_are_chosen(tmp_p
     with torch.inference_mode(), NoLooks():
         logits = runner.decoder.logits(runner.decoder.forward(batch, runner.kv))
         runner.sampler.exchange.likeliest(logits, 8)
+
+
+@pytest.mark.parametrize(("tp", "rank"), [(1, 0), (2, 0), (2, 1)])
+def test_the_tiles_of_a_rank_stand_for_its_slice(
+    tp: int, rank: int, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = Checkpoint.open(write_checkpoint(tmp_path, MOE, fp8=True))
+    spec = ShardSpec(ParallelLayout(tp=tp), rank)
+    request.getfixturevalue("interpreted")
+    tiles = checkpoint.read(spec)
+    monkeypatch.setenv(CHOICE_VARIABLE, "torch")
+    has_triton.cache_clear()
+    floats = checkpoint.read(spec)
+    assert any(isinstance(weight, TileWeight) for weight in tiles.values())
+    for name, weight in tiles.items():
+        values, want = weight.dense() if isinstance(weight, TileWeight) else weight, floats[name]
+        held = slice(len(spec.experts(checkpoint.config)) if ".experts." in name else None)  # a slot may stay empty
+        assert torch.equal(values[held], want[held]), name
