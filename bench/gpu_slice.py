@@ -104,6 +104,7 @@ class RankSlice:
                 rotations_T2D=self.inputs.normal(load.num_seqs, 2, self.model.head_dim),
                 cells_T=tables[:, last // self.block_size] * self.block_size + last % self.block_size,
                 parts=[Decodes(rows=slice(0, load.num_seqs), keys=keys)],
+                step_rows=None,
                 scored_rows_S=None,
                 ends=None,
                 sample_slots=np.arange(load.num_seqs),

@@ -27,6 +27,7 @@ from cluster.router.scheduler_config import SchedulerConfig
 from cluster.router.sequence import SequenceRequest
 from workers.config import ParallelLayout, RunnerConfig
 from workers.experts.layer import ExpertLayer
+from workers.kernels.cpu.halves import AttentionHalf, FeedForwardHalf
 from workers.kernels.cpu.library import SIGNATURES, native
 from workers.layers.attention import Attention
 from workers.layers.mlp import DenseMLP
@@ -62,6 +63,9 @@ class Engine:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.watch = Stopwatch()
+        library = native()
+        for name in SIGNATURES if library is not None else ():
+            self._watch(library, name, "kernels")
         self.runner = ModelRunner(
             RunnerConfig(
                 model_dir=str(args.model),
@@ -93,11 +97,10 @@ class Engine:
         self._watch(Attention, "__call__", "attention")
         self._watch(Attention, "store", "attention")
         self._watch(Attention, "attend_ends", "attention")
+        self._watch(AttentionHalf, "__call__", "attention")
+        self._watch(FeedForwardHalf, "__call__", "feed forward")
         self._watch(DenseMLP, "__call__", "feed forward")
         self._watch(ExpertLayer, "__call__", "feed forward")
-        library = native()
-        for name in SIGNATURES if library is not None else ():
-            self._watch(library, name, "kernels")
 
     def _watch(self, owner: object, attribute: str, name: str) -> None:
         setattr(owner, attribute, self.watch.timed(name, getattr(owner, attribute)))

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from workers.config import ModelConfig
 from workers.errors import PlanError
+from workers.kernels.cpu.halves import StepRows
+from workers.kernels.cpu.library import native
 from workers.kernels.decode_attention import PagedKeys
 from workers.kernels.prefill_attention import Chunks
 from workers.slots import Ints, SlotStates
@@ -60,6 +62,8 @@ class ForwardBatch:
     cells_T: Tensor
     parts: list[BatchPart]
     """In the order of their rows."""
+    step_rows: StepRows | None
+    """The same for half a layer in one call; None where there is no such call."""
     scored_rows_S: Tensor | None
     """Rows whose logits tell the logprobs of prompt tokens, chunk by chunk; None where nobody asks."""
     ends: SequenceEnds | None
@@ -70,6 +74,11 @@ class ForwardBatch:
     """Of the tokens to be sampled."""
     group_tokens: list[int]
     """Rows of every attention group in this step, this one's among them."""
+
+    @property
+    def is_every_row_sampled(self) -> bool:
+        """A step of decodes alone."""
+        return self.ends is None and self.scored_rows_S is None and len(self.sample_slots) > 0
 
 
 class _Rows(NamedTuple):
@@ -99,19 +108,22 @@ class BatchBuilder:
         starts = [np.arange(p.start, p.start + len(p.token_ids)) for p in plan.prefills]
         positions = np.concatenate([*starts, singles.positions])
         rotations_T2D = self.rotations_P2D.index_select(0, self._tensor(positions))
+        cells_T = self._tensor(self.slots.cells(slots, positions))
+        chunks = self._chunks(plan.prefills) if plan.prefills else None
+        keys = self._keys(singles) if len(singles.slots) else None
         num_known = len(positions) - len(singles.slots)
         parts: list[BatchPart] = []
-        if plan.prefills:
-            parts.append(Prefills(rows=slice(0, num_known), chunks=self._chunks(plan.prefills)))
-        if len(singles.slots):
-            rows = slice(num_known, len(positions))
-            parts.append(Decodes(rows=rows, keys=self._keys(singles)))
+        if chunks is not None:
+            parts.append(Prefills(rows=slice(0, num_known), chunks=chunks))
+        if keys is not None:
+            parts.append(Decodes(rows=slice(num_known, len(positions)), keys=keys))
         sampled = self._sampled(plan, singles)
         return ForwardBatch(
             token_ids_T=self._token_ids(plan, last_tokens),
             rotations_T2D=rotations_T2D,
-            cells_T=self._tensor(self.slots.cells(slots, positions)),
+            cells_T=cells_T,
             parts=parts,
+            step_rows=self._step_rows(rotations_T2D, cells_T, chunks, keys),
             scored_rows_S=self._scored_rows(plan.prefills),
             ends=self._ends(plan, sampled, rotations_T2D) if plan.prefills else None,
             sample_slots=sampled.slots,
@@ -165,6 +177,14 @@ class BatchBuilder:
         num_blocks = -(-int((starts + sizes).max()) // self.slots.block_size)
         tables = self.slots.blocks[[prefill.slot for prefill in prefills], :num_blocks]
         return Chunks(tables_CM=self._tensor(tables), starts=starts, sizes=sizes)
+
+    def _step_rows(
+        self, rotations_T2D: Tensor, cells_T: Tensor, chunks: Chunks | None, keys: PagedKeys | None
+    ) -> StepRows | None:
+        if self.device.type != "cpu" or native() is None:
+            return None
+        num_blocks, block_size = self.slots.num_blocks, self.slots.block_size
+        return StepRows(rotations_T2D, cells_T, chunks, keys, num_blocks=num_blocks, block_size=block_size)
 
     def _scored_rows(self, prefills: list[Prefill]) -> Tensor | None:
         firsts = np.cumsum([0] + [len(prefill.token_ids) for prefill in prefills])

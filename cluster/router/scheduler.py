@@ -11,17 +11,18 @@ last in order goes back to its place in the queue. Nobody starves: the first in 
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Collection, Hashable, Iterable
 
-from cluster.errors import EngineError, InvalidRequest, Overloaded, PromptTooLong
+from cluster.errors import InvalidRequest, Overloaded
+from cluster.router.admission import Admission
 from cluster.router.blocks import BlockAllocator
+from cluster.router.in_flight import StepsInFlight
 from cluster.router.quarantine import Quarantine
 from cluster.router.scheduler_config import SchedulerConfig, SchedulerStats
 from cluster.router.sequence import FinishReason, Phase, Sequence, SequenceRequest, SequenceUpdate
 from cluster.router.slots import SlotTable
 from cluster.router.speculation import Move, Speculation, next_move
-from cluster.router.step_builder import StepBuilder, StepInFlight
+from cluster.router.step_builder import StepBuilder
 from cluster.router.waiting import WaitingQueue
 from workers.step import StepPlan, StepResult
 
@@ -33,12 +34,13 @@ class Scheduler:
         """`quarantine`: of the whole copy, where this is one of its groups."""
         self._config = config
         self._blocks = blocks
+        self._admission = Admission(config.max_model_len, blocks)
         self._quarantine = quarantine or Quarantine()
         self._sequences: dict[Hashable, Sequence] = {}
         self._waiting: WaitingQueue[Sequence] = WaitingQueue()
         self._num_added_total = 0
         self._slots = SlotTable(config.max_num_seqs, blocks)
-        self._in_flight: deque[StepInFlight] = deque()
+        self._in_flight = StepsInFlight()
         self._next_step = 0
         self._num_preempted_total = 0
         self._prefix_query_tokens_total = 0
@@ -48,8 +50,8 @@ class Scheduler:
 
     @property
     def context_limit(self) -> int:
-        """Longest prompt plus output that can run: `max_model_len`, or the whole KV pool where that is smaller."""
-        return min(self._config.max_model_len, self._blocks.num_blocks * self._blocks.block_size)
+        """Longest prompt plus output that can run, in tokens."""
+        return self._admission.context_limit
 
     @property
     def sequences(self) -> Collection[Sequence]:
@@ -83,6 +85,11 @@ class Scheduler:
         return prefilling + sum(seq.num_known for seq in self._waiting)
 
     @property
+    def num_prefilling(self) -> int:
+        """Running sequences some of whose known tokens are in no plan yet."""
+        return sum(seq.is_prefilling for seq in self._slots.running)
+
+    @property
     def num_in_flight(self) -> int:
         return len(self._in_flight)
 
@@ -113,7 +120,7 @@ class Scheduler:
         """
         self.check(request)
         self._check_room()
-        seq = self._start(request)
+        seq = self._admission.start(request, self._num_added_total)
         self._num_added_total += 1
         seq.block_hashes += block_hashes
         self._sequences[request.key] = seq
@@ -123,28 +130,7 @@ class Scheduler:
         """Raises InvalidRequest or PromptTooLong where the request can never run here."""
         if request.key in self._sequences:
             raise InvalidRequest(f"key {request.key!r} belongs to an unfinished request; choose another", field="key")
-        if not request.prompt_ids:
-            raise InvalidRequest("the prompt has 0 tokens; it needs at least 1", field="prompt")
-        if request.max_tokens < 1:
-            raise InvalidRequest(f"max_tokens is {request.max_tokens}; it must be at least 1", field="max_tokens")
-        if len(request.prompt_ids) >= self.context_limit:
-            raise PromptTooLong(
-                f"the prompt has {len(request.prompt_ids)} tokens, prompt plus output may have {self.context_limit} "
-                f"(context {self._config.max_model_len}, KV pool {self._blocks.num_blocks} blocks of "
-                f"{self._blocks.block_size}); shorten it",
-                field="prompt",
-            )
-        if request.output_ids and self._start(request).finish is not None:
-            raise InvalidRequest(
-                f"{len(request.output_ids)} tokens of output were sent, with which the sequence has ended: a stop "
-                f"token is among them, or max_tokens {request.max_tokens} or the context {self.context_limit} is "
-                "reached; nothing can follow",
-                field="resume",
-            )
-
-    def _start(self, request: SequenceRequest) -> Sequence:
-        max_output = min(request.max_tokens, self.context_limit - len(request.prompt_ids))
-        return Sequence.start(request, max_output=max_output, arrival=self._num_added_total)
+        self._admission.check(request)
 
     def cancel(self, key: Hashable) -> SequenceUpdate | None:
         """End a sequence now: its blocks are free on return. Gives its last update, or None where it has ended.
@@ -180,13 +166,16 @@ class Scheduler:
             case move:
                 return self.build(drafts=move is Move.DRAFT)
 
-    def build(self, *, drafts: bool) -> StepPlan | None:
-        """The same where it is decided whether this step has drafts: for several groups, that is decided together."""
+    def build(self, *, drafts: bool, most_prompt_tokens: int | None = None) -> StepPlan | None:
+        """The same where what is decided for all groups of a copy together is: whether this step has drafts, and how
+        many prompt tokens it may have; None: all that its budget leaves.
+        """
         if len(self._in_flight) >= self._config.max_in_flight:
             return None
-        step = StepBuilder(self._config.max_num_batched_tokens)
+        budget = self._config.max_num_batched_tokens
+        step = StepBuilder(budget, budget if most_prompt_tokens is None else most_prompt_tokens)
         for seq in self._add_decodes(step):
-            if step.budget:
+            if step.can_prefill:
                 step.prefill(seq)
         self._add_admissions(step)
         if drafts:
@@ -198,12 +187,12 @@ class Scheduler:
     @property
     def is_computing(self) -> bool:
         """A plan that computes something is under way."""
-        return any(plan.computed for plan in self._in_flight)
+        return self._in_flight.are_computing
 
     @property
     def is_drafting(self) -> bool:
         """One with drafts is."""
-        return any(plan.drafted for plan in self._in_flight)
+        return self._in_flight.are_drafting
 
     def drafting_gain(self, speculation: Speculation) -> float:
         """Tokens that drafts may be expected to bring in the next step, less what they cost."""
@@ -216,7 +205,7 @@ class Scheduler:
 
     def schedule_idle(self) -> StepPlan:
         """A plan that computes nothing, so that this scheduler's numbers go on as those of others that do compute."""
-        return self._send(StepBuilder(budget=0), close=[])
+        return self._send(StepBuilder(budget=0, prompt_budget=0), close=[])
 
     def apply(self, result: StepResult) -> list[SequenceUpdate]:
         """Take the group's result of the oldest plan in flight.
@@ -224,15 +213,15 @@ class Scheduler:
         At most two updates per sequence: one with forced tokens, and one with the token that was sampled after them.
         Raises EngineError when the result is of another step or has not one token per sampling slot.
         """
-        done = self._take_in_flight(result)
+        done = self._in_flight.take(result)
         admitted = [seq for seq, _ in done.admitted if seq.finish is None]
         for seq, cached_tokens in done.admitted:
             seq.unannounced_cached_tokens = cached_tokens
-        more = {seq.request.key: ids for seq, ids in zip(done.drafted, result.accepted_ids, strict=True)}
+        more = dict(zip(done.drafted, result.accepted_ids, strict=True))
         self._accepted_tokens_total += sum(map(len, more.values()))
         for prefill, seq, start in done.scored:
             seq.take_scores(start, result.prompt_logprobs[prefill])
-        updates: list[SequenceUpdate | None] = []
+        updates: list[SequenceUpdate] = []
         for index, (seq, token_id) in enumerate(zip(done.sampled, result.token_ids, strict=True)):
             if seq.finish is not None:
                 continue  # it ended while this step was under way: the token is one too many
@@ -240,29 +229,31 @@ class Scheduler:
                 seq.num_stale -= 1
                 continue  # another one was forced in its place
             seq.num_pending -= 1
-            updates.append(seq.take_forced())
+            if (forced := seq.take_forced()) is not None:
+                updates.append(forced)
             if seq.finish is None:
-                logprobs = [result.logprobs[index]] if index in result.logprobs else []
-                updates.append(seq.take_sampled([token_id, *more.get(seq.request.key, ())], logprobs))
+                logprobs = (result.logprobs[index],) if index in result.logprobs else ()
+                updates.append(seq.take_sampled([token_id, *more.get(seq, ())], logprobs))
             if seq.finish is not None:
                 self._end(seq)
             elif seq.slot is None:
                 self._wait_again(seq)
-        updates += [seq.take_announcement() for seq in admitted]
-        return [update for update in updates if update is not None]
+        announcements = (seq.take_announcement() for seq in admitted)
+        return updates + [update for update in announcements if update is not None]
 
     def restart(self, blocks: BlockAllocator) -> int:
         """The ranks are new, with nothing computed and these blocks: everyone who ran waits in its place again.
 
         Returns how many tokens must be put through the model again. Plans that were under way have no results any more.
         """
-        for seq, cached_tokens in (entry for plan in self._in_flight for entry in plan.admitted):
+        for seq, cached_tokens in self._in_flight.admitted:
             seq.unannounced_cached_tokens = cached_tokens
         self._in_flight.clear()
         running = list(self._slots.running)
         num_lost_tokens = sum(min(seq.num_computed, seq.num_known) for seq in running)
         self._slots = SlotTable(self._config.max_num_seqs, blocks)
         self._blocks = blocks
+        self._admission = Admission(self._config.max_model_len, blocks)
         for seq in self._sequences.values():
             seq.lose_ranks()
         for seq in running:
@@ -272,8 +263,7 @@ class Scheduler:
     @property
     def computing(self) -> list[Sequence]:
         """The unfinished sequences of whom plans under way compute a token."""
-        computed = {seq.request.key: seq for plan in self._in_flight for seq in plan.computed}
-        return [seq for seq in computed.values() if seq.finish is None]
+        return self._in_flight.computed
 
     def give_up(self, key: Hashable) -> SequenceUpdate:
         """End a sequence that ranks cannot compute."""
@@ -295,7 +285,8 @@ class Scheduler:
         for seq in self._slots.ranked:
             if seq.slot is None:
                 continue  # preempted for an earlier one in this very loop
-            if seq.must_reopen and not self._reopen(seq, step):
+            # Only where it is prefilled, too: a step that computes nothing is not sent, and would tell nobody.
+            if seq.must_reopen and not (step.can_prefill and self._reopen(seq, step)):
                 continue
             if seq.is_prefilling:
                 prefilling.append(seq)
@@ -346,7 +337,7 @@ class Scheduler:
 
     def _add_admissions(self, step: StepBuilder) -> None:
         """Slots for those who wait, in order. Nobody overtakes a head that does not fit yet."""
-        while self._waiting and self._slots.has_free_slot and step.budget:
+        while self._waiting and self._slots.has_free_slot and step.can_prefill:
             seq = self._waiting.first(self._quarantine.may_run)
             # A preempted sequence whose last token is still being sampled comes back when that token is known.
             if seq is None or seq.num_pending or not self._slots.try_enter(seq):
@@ -371,25 +362,8 @@ class Scheduler:
             self._slots.publish_prompt(seq)
         number = self._next_step
         self._next_step += 1
-        self._in_flight.append(step.in_flight(number))
+        self._in_flight.add(step.in_flight(number))
         return step.plan(number, close)
-
-    def _take_in_flight(self, result: StepResult) -> StepInFlight:
-        if not self._in_flight or self._in_flight[0].step != result.step:
-            expected = self._in_flight[0].step if self._in_flight else "none"
-            raise EngineError(f"rank {result.rank} answered step {result.step}, expected {expected}; restart the group")
-        done = self._in_flight[0]
-        if len(done.sampled) != len(result.token_ids):
-            raise EngineError(
-                f"rank {result.rank} gave {len(result.token_ids)} tokens for step {result.step}, "
-                f"expected {len(done.sampled)}; restart the group"
-            )
-        if len(done.drafted) != len(result.accepted_ids):
-            raise EngineError(
-                f"rank {result.rank} told of {len(result.accepted_ids)} drafts for step {result.step}, "
-                f"expected {len(done.drafted)}; restart the group"
-            )
-        return self._in_flight.popleft()
 
     def _preempt(self, seq: Sequence) -> None:
         """Back to its place in the queue. Its tokens are all that is kept; they are prefilled again later."""

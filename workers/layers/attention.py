@@ -11,6 +11,7 @@ from torch import Tensor
 
 from workers.batch import BatchPart, ForwardBatch, Prefills, SequenceEnds
 from workers.config import ModelConfig, ShardSpec
+from workers.kernels.cpu.halves import AttentionHalf, panels
 from workers.kernels.decode_attention import decode_attention
 from workers.kernels.linear import Rows, Weight, linear, rows_of, vector
 from workers.kernels.prefill_attention import prefill_attention
@@ -31,6 +32,15 @@ class Attention:
         q_norm, k_norm = vector(weights, f"layers.{layer}.q_norm"), vector(weights, f"layers.{layer}.k_norm")
         # Each head of Q and K has its row of weights, so that one kernel takes all of them.
         self.norms_YD = torch.cat([q_norm.expand(self.num_heads, -1), k_norm.expand(num_kv_heads, -1)])
+
+    def half(self, norm_H: Tensor) -> AttentionHalf | None:
+        """All of it and the norm before it in one call, where it can be."""
+        found = panels(self.qkv, self.o)
+        return (
+            None
+            if found is None
+            else AttentionHalf(norm_H, found[0], self.norms_YD, found[1], self.num_heads, self.eps)
+        )
 
     def __call__(self, x_TH: Rows, batch: ForwardBatch, kv: KVPool) -> Tensor:
         """Attend the batch's tokens to their sequences, and store their K and V."""

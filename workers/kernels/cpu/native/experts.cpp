@@ -2,6 +2,7 @@
 #include <memory>
 #include <vector>
 
+#include "kernels.h"
 #include "matmul.h"
 
 using namespace mull;

@@ -1,6 +1,7 @@
 // x @ weight.T, and how a weight gets into panels.
 #include <vector>
 
+#include "kernels.h"
 #include "matmul.h"
 
 using namespace mull;

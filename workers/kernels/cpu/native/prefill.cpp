@@ -1,7 +1,7 @@
 // Causal attention of chunks of known tokens to their sequences' K and V, read where they lie.
 //
 // Rows are (token, query head) pairs that share a KV head, 32 side by side. Their scores are a product with rows of K,
-// their sums one with V: both take the path of every product. Keys come in blocks that begin at multiples of 128, so
+// their sums one with V: both take the path of every product. Keys come in blocks that begin at multiples of 64, so
 // a row's result depends on its position alone, and not on how its sequence was cut into chunks.
 #include <algorithm>
 #include <cmath>
@@ -9,14 +9,15 @@
 #include <utility>
 #include <vector>
 
+#include "kernels.h"
 #include "matmul.h"
 
 using namespace mull;
 
 namespace {
 
-constexpr int KEYS = 128;        // of a block
-constexpr int TILE_PANELS = 6;   // of 32 rows, which share one copy of a block's K and V
+constexpr int KEYS = 64;        // of a block
+constexpr int TILE_PANELS = 6;  // of 32 rows, which share one copy of a block's K and V
 constexpr float LOWEST = -3e38f;
 
 struct Pages {
