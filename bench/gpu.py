@@ -26,6 +26,7 @@ WARM_UPS = 3
 RUNS = 11
 LAUNCHES_PER_GRAPH = 24
 SLICE_LOADS = ((1, 4096), (8, 4096), (32, 4096), (64, 4096), (128, 4096), (256, 4096), (8, 32768), (2, 131072))
+PROMPT = 8192
 COMMUNICATION = (0.0, 1.0, 2.0)
 """Times the published latency."""
 
@@ -79,7 +80,7 @@ def ceilings(device: torch.device) -> dict[str, float]:
         )
         fp8 = time_s([lambda: torch._scaled_mm(a8, b8.t(), one, one, out_dtype=torch.bfloat16)], device)
         found["fp8_flops"] = 2 * side**3 / fp8.median
-        wait = time_s([lambda: torch.cuda._sleep(100_000)], device)  # type: ignore[no-untyped-call]  # as in WaitingGroup
+        wait = time_s([lambda: torch.cuda._sleep(100_000)], device)
         found["wait_hz"] = 1e5 / wait.median
     return found
 
@@ -161,7 +162,20 @@ def slices(device: torch.device, found: dict[str, float], until: float) -> Itera
                     "tokens_per_s": num_seqs / spread.median,
                     "share_of_floor": floor_s / spread.median,
                 }
+            if wait == waits[0]:
+                yield {"model": shape, "tp": tp, "communication": wait} | _prefill(
+                    rank, PROMPT if on_gpu else 20, device
+                )
             del rank
+
+
+def _prefill(rank: Any, num_tokens: int, device: torch.device) -> dict[str, Any]:
+    """A prompt in one step."""
+    batch, kv = rank.prompt(num_tokens)
+    with torch.inference_mode():
+        spread = time_s([lambda: rank.run(batch, kv)], device, at_once=1)
+    kv.free()
+    return {"prompt": num_tokens, "step_s": spread, "tokens_per_s": num_tokens / spread.median}
 
 
 def build() -> Iterator[dict[str, Any]]:

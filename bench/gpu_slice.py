@@ -16,11 +16,12 @@ from torch import Tensor
 
 from bench.gpu_cases import Inputs
 from bench.make_checkpoint import COMMON, SHAPES
-from workers.batch import Decodes, ForwardBatch
+from workers.batch import Decodes, ForwardBatch, Prefills, SequenceEnds
 from workers.config import ModelConfig, ShardSpec
 from workers.experts.choice import DispatcherChoice
 from workers.kernels.decode_attention import PagedKeys
 from workers.kernels.linear import Weight
+from workers.kernels.prefill_attention import Chunks
 from workers.kv_pool import KVPool, block_bytes
 from workers.layout import ParallelLayout
 from workers.model import Decoder
@@ -41,7 +42,7 @@ class WaitingGroup(RankGroup):
 
     def all_reduce(self, x: Tensor) -> Tensor:
         if self.wait_cycles and x.is_cuda:
-            torch.cuda._sleep(self.wait_cycles)  # type: ignore[no-untyped-call]  # torch has no public one
+            torch.cuda._sleep(self.wait_cycles)  # torch has no public one
         return x
 
 
@@ -99,8 +100,7 @@ class RankSlice:
         last = load.num_keys - 1
         return (
             ForwardBatch(
-                token_ids_T=self.inputs.integers(self.model.vocab_size, load.num_seqs)
-                % self.decoder.embedding.vocab.size,
+                token_ids_T=self._tokens(load.num_seqs),
                 rotations_T2D=self.inputs.normal(load.num_seqs, 2, self.model.head_dim),
                 cells_T=tables[:, last // self.block_size] * self.block_size + last % self.block_size,
                 parts=[Decodes(rows=slice(0, load.num_seqs), keys=keys)],
@@ -113,6 +113,41 @@ class RankSlice:
             ),
             kv,
         )
+
+    def prompt(self, num_tokens: int) -> tuple[ForwardBatch, KVPool]:
+        """The inputs of a step that prefills one prompt."""
+        blocks = -(-num_tokens // self.block_size)
+        kv = KVPool(self.model, self.spec, blocks, self.block_size, self.device, self.inputs.dtype)
+        tables = torch.randperm(blocks, device=self.device).view(1, blocks)
+        position_T = torch.arange(num_tokens, device=self.device)
+        block_T = tables[0].index_select(0, position_T // self.block_size)
+        chunks = Chunks(tables_CM=tables, starts=np.array([0]), sizes=np.array([num_tokens]))
+        rotations_T2D = self.inputs.normal(num_tokens, 2, self.model.head_dim)
+        last = torch.tensor([num_tokens - 1], device=self.device)
+        ends = SequenceEnds(
+            rows_B=last,
+            rotations_B2D=rotations_T2D[-1:].clone(),
+            keys=PagedKeys(tables, last + 1, num_tokens),
+        )
+        return (
+            ForwardBatch(
+                token_ids_T=self._tokens(num_tokens),
+                rotations_T2D=rotations_T2D,
+                cells_T=block_T * self.block_size + position_T % self.block_size,
+                parts=[Prefills(rows=slice(0, num_tokens), chunks=chunks)],
+                step_rows=None,
+                scored_rows_S=None,
+                ends=ends,
+                sample_slots=np.arange(1),
+                sample_positions=np.array([num_tokens]),
+                group_tokens=[num_tokens],
+            ),
+            kv,
+        )
+
+    def _tokens(self, count: int) -> Tensor:
+        """That are in this rank's part of the vocabulary."""
+        return self.inputs.integers(self.decoder.embedding.vocab.size, count)
 
     def run(self, batch: ForwardBatch, kv: KVPool) -> Tensor:
         """Logits of this rank's part of the vocabulary."""
