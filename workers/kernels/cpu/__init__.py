@@ -1,1 +1,1 @@
-"""The kernels for CPUs: C++ in `native/`, compiled once for AVX-512 and once for AVX2 when mull is installed."""
+"""The kernels for CPUs: C++ in `native/`, compiled once for each of `library.BUILDS` when mull is installed."""
