@@ -1,0 +1,100 @@
+"""Every layout of so many ranks beside each other: what fits, what it holds, and how long its steps are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.planner.devices import Device, Kernels
+from cluster.planner.layouts import Candidate, Fit, Limits, candidates, fit
+from cluster.planner.roofline import FLOOR, Roofline, StepTime
+from cluster.planner.step_shape import GroupShape, StepShape
+from workers.config import ModelConfig
+
+STREAMS = (1, 32)
+"""Streams of all copies for which step times are shown."""
+SHOWN_CONTEXT = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepFigure:
+    """A decode step with so many streams over all copies."""
+
+    streams: int
+    floor_s: float
+    """What the hardware's peaks allow."""
+    estimate: StepTime
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One candidate."""
+
+    fit: Fit
+    steps: Sequence[StepFigure] = ()
+    """None where it does not fit."""
+
+    def as_json(self) -> dict[str, Any]:
+        fit, layout = self.fit, self.fit.candidate.layout
+        out: dict[str, Any] = {
+            "copies": fit.candidate.copies,
+            "tp": layout.tp,
+            "dp": layout.dp,
+            "expert_tp": layout.expert_tp,
+            "fits": fit.problem is None,
+            "problem": fit.problem,
+        }
+        if fit.work is not None:
+            out |= {
+                "weight_bytes_per_rank": fit.work.weight_bytes,
+                "workspace_bytes_per_rank": fit.workspace_bytes,
+                "kv_bytes_per_rank": fit.kv_bytes,
+                "kv_bytes_per_token_and_rank": fit.work.kv_token_bytes,
+                "kv_tokens": fit.kv_tokens,
+                "longest_context": fit.longest_context,
+                "most_streams_at_longest_context": fit.most_streams(fit.longest_context),
+            }
+        out["decode_steps"] = [
+            {
+                "streams": step.streams,
+                "floor_s": step.floor_s,
+                "estimate_s": step.estimate.total_s,
+                **vars(step.estimate),
+            }
+            for step in self.steps
+        ]
+        return out
+
+
+def survey(
+    model: ModelConfig, device: Device, kernels: Kernels, num_ranks: int, limits: Limits, redundant_experts: int = 0
+) -> list[Row]:
+    """All candidates, those that fit first."""
+    rows = [
+        _row(model, device, kernels, fit(model, candidate, device, limits, redundant_experts))
+        for candidate in candidates(model, num_ranks)
+    ]
+    return sorted(rows, key=lambda row: row.fit.problem is not None)
+
+
+def _row(model: ModelConfig, device: Device, kernels: Kernels, fitted: Fit) -> Row:
+    if fitted.problem is not None or fitted.work is None:
+        return Row(fit=fitted)
+    layout = fitted.candidate.layout
+    floor = Roofline(model, layout, fitted.work, device, FLOOR)
+    estimate = Roofline(model, layout, fitted.work, device, kernels)
+    context = min(SHOWN_CONTEXT, fitted.longest_context)
+    steps = []
+    for streams in STREAMS:
+        shape = decode_shape(fitted.candidate, streams, context)
+        steps.append(StepFigure(streams=streams, floor_s=floor.seconds(shape), estimate=estimate.step(shape)))
+    return Row(fit=fitted, steps=steps)
+
+
+def decode_shape(candidate: Candidate, streams: int, context: int) -> StepShape:
+    """What one copy decodes in a step when so many streams are spread over all copies."""
+    here = -(-streams // candidate.copies)
+    groups = candidate.layout.dp
+    counts = [here // groups + (index < here % groups) for index in range(groups)]
+    return [GroupShape(num_decodes=count, decode_context=count * context) for count in counts]
