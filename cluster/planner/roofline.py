@@ -44,6 +44,17 @@ class StepTime:
             + self.overhead_s
         )
 
+    def plus(self, other: StepTime, times: float) -> StepTime:
+        """The sum of this and so many of the other."""
+        return StepTime(
+            dense_s=self.dense_s + times * other.dense_s,
+            experts_s=self.experts_s + times * other.experts_s,
+            attention_s=self.attention_s + times * other.attention_s,
+            prefill_attention_s=self.prefill_attention_s + times * other.prefill_attention_s,
+            collectives_s=self.collectives_s + times * other.collectives_s,
+            overhead_s=self.overhead_s + times * other.overhead_s,
+        )
+
     @property
     def limit(self) -> str:
         """What most of the time goes to."""

@@ -51,6 +51,11 @@ class CopyScheduler:
         return len(self._groups)
 
     @property
+    def groups(self) -> list[Scheduler]:
+        """The schedulers of the groups, in their order."""
+        return [group.scheduler for group in self._groups]
+
+    @property
     def num_unfinished(self) -> int:
         return len(self._queue) + len(self._group_of)
 

@@ -1,0 +1,322 @@
+"""One copy of the model in virtual time: the production engine core and schedulers, with a cost model for ranks.
+
+The Router's loop as it is in the product: the next plan is sent before the last result is back, ranks run plans in
+order, results are applied as they come. Where the next steps are foreseen (`fast_forward`), they are taken together.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+
+from cluster.errors import RankLossCause, RankLost
+from cluster.planner.cost import CostModel
+from cluster.planner.fast_forward import FILLER_ID, THINK_END_ID, skip, steps_ahead
+from cluster.planner.flights import Flight, Work
+from cluster.planner.roofline import StepTime
+from cluster.planner.step_shape import GroupShape, StepShape, chunk_pairs
+from cluster.router.copy_scheduler import CopyScheduler
+from cluster.router.engine_core import EngineCore, Pool
+from cluster.router.scheduler import Scheduler
+from cluster.router.scheduler_config import SchedulerConfig
+from cluster.router.sequence import SequenceRequest
+from cluster.router.supervision import RestartPolicy
+from workers.step import SamplingParams, StepPlan, StepResult
+
+_GREEDY = SamplingParams(temperature=0.0)
+_WORTH_SKIPPING = 3
+"""Steps: fewer are decided one by one as fast."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """A plan on its way."""
+
+    shape: StepShape
+    time: StepTime
+    is_decode: bool
+    """Nothing else."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Ahead:
+    """Decode steps that are foreseen: step i lasts first_s + i * growth_s."""
+
+    start_s: float
+    num_steps: int
+    first_s: float
+    growth_s: float
+
+    def behind(self, num_steps: int) -> float:
+        """When so many results are there."""
+        return self.start_s + num_steps * self.first_s + self.growth_s * num_steps * (num_steps - 1) / 2
+
+    def done_by(self, time_s: float) -> int:
+        """Results that are there at a time."""
+        lowest, highest = 0, self.num_steps
+        while lowest < highest:
+            middle = (lowest + highest + 1) // 2
+            lowest, highest = (middle, highest) if self.behind(middle) <= time_s else (lowest, middle - 1)
+        return lowest
+
+
+class SimCopy:
+    """`advance` it whenever the clock reaches `next_s`; `on_end` gets each flight that is over."""
+
+    def __init__(
+        self,
+        name: str,
+        cost: CostModel,
+        config: SchedulerConfig,
+        pool: Pool,
+        *,
+        on_end: Callable[[Flight], object],
+        shared_prompt_tokens: int = 0,
+        may_skip: bool = True,
+    ) -> None:
+        """`shared_prompt_tokens`: how many tokens all prompts begin with; `may_skip`: take foreseen steps together."""
+        self.name = name
+        self.work = Work()
+        self.next_s: float | None = None
+        """When something happens by itself; None: nothing does before a request comes."""
+        self.flights: dict[Hashable, Flight] = {}
+        self.is_open = True
+        """It takes new requests."""
+        self._cost, self._config, self._pool = cost, config, pool
+        self._on_end = on_end
+        self._shared = shared_prompt_tokens
+        self._may_skip = may_skip
+        self._core = EngineCore(config, RestartPolicy(), enable_prefix_cache=shared_prompt_tokens > 0)
+        self._core.on_started(pool)
+        self._sent: deque[_Sent] = deque()
+        self._ahead: _Ahead | None = None
+        self._started_s = 0.0
+        """When the oldest plan under way began to run."""
+        self._has_new = False
+        """Requests came since the last plan."""
+
+    @property
+    def scheduler(self) -> CopyScheduler:
+        scheduler = self._core.scheduler
+        assert scheduler is not None, "it has been started, and is never closed"
+        return scheduler
+
+    @property
+    def num_running(self) -> int:
+        return sum(group.num_running for group in self.scheduler.groups)
+
+    @property
+    def num_waiting(self) -> int:
+        return self.scheduler.num_unfinished - self.num_running
+
+    @property
+    def kv_share(self) -> float:
+        """Of its blocks, those in use."""
+        blocks = [group.blocks for group in self.scheduler.groups]
+        return 1 - sum(pool.num_free for pool in blocks) / sum(pool.num_blocks for pool in blocks)
+
+    def add(self, flight: Flight, now_s: float, output_ids: list[int] | None = None) -> None:
+        """A request comes, maybe with output from elsewhere. Raises what `EngineCore.add` raises."""
+        self._settle(now_s)
+        self._core.add(self._request(flight, output_ids or []))
+        self.flights[flight.key] = flight
+        flight.copy = self.name
+        self._has_new = True
+        if not self._sent:
+            self._started_s = now_s
+            self._send(now_s)
+        self._look_ahead()
+
+    def advance(self) -> None:
+        """What happens at `next_s`."""
+        assert self.next_s is not None, "nothing is under way"
+        now_s = self.next_s
+        self._settle(now_s)
+        if self._sent and self._oldest_ends_s <= now_s:
+            self._take_result(now_s)
+        self._look_ahead()
+
+    def catch_up(self, now_s: float) -> None:
+        """Write what has happened until now, so that figures are of now."""
+        self._settle(now_s)
+        self._look_ahead()
+
+    def lose_ranks(self, now_s: float) -> None:
+        """A rank is killed: plans under way have no results. Follow with `start_ranks`."""
+        self._settle(now_s)
+        self._core.on_lost(RankLost("a rank was lost", rank=0, was_killed=True, cause=RankLossCause.EXITED))
+        self._sent.clear()
+        self._ahead, self.next_s, self.is_open = None, None, False
+
+    def start_ranks(self, now_s: float) -> None:
+        """They are back, empty."""
+        self._core.on_started(self._pool)
+        self.is_open = True
+        self._started_s = now_s
+        self._send(now_s)
+        self._look_ahead()
+
+    def give_back(self, now_s: float) -> list[tuple[Flight, list[int]]]:
+        """All flights leave it, with their output so far: it drains no longer, or is lost."""
+        self._settle(now_s)
+        outputs = {seq.request.key: seq.output_ids for group in self.scheduler.groups for seq in group.sequences}
+        leaving = [(flight, outputs.get(key, [])) for key, flight in self.flights.items()]
+        for key in list(self.flights):
+            self._core.cancel(key)
+        self.flights.clear()
+        return leaving
+
+    def _request(self, flight: Flight, output_ids: list[int]) -> SequenceRequest:
+        arrival = flight.arrival
+        prompt_ids = [FILLER_ID] * arrival.prompt_tokens
+        if self._shared:
+            # The first token of its own makes every later block one that no other prompt has.
+            prompt_ids[min(self._shared, arrival.prompt_tokens - 1)] = flight.key + 2
+        return SequenceRequest(
+            key=flight.key,
+            prompt_ids=prompt_ids,
+            sampling=_GREEDY,
+            max_tokens=arrival.output_tokens,
+            starts_thinking=arrival.thinking_tokens > 0,
+            think_end_id=THINK_END_ID,
+            output_ids=output_ids,
+        )
+
+    @property
+    def _oldest_ends_s(self) -> float:
+        return self._started_s + self._sent[0].time.total_s
+
+    def _send(self, now_s: float) -> None:
+        """As many plans as may be under way."""
+        while (plans := self._core.next_plans()) is not None:
+            groups = self.scheduler.groups
+            shape = [_group_shape(plan, group) for plan, group in zip(plans, groups, strict=True)]
+            is_decode = not any(group.prefill_tokens for group in shape)
+            self._sent.append(_Sent(shape, self._cost.step(shape), is_decode))
+            self._has_new = False
+        if not self._sent:
+            self._started_s = now_s
+
+    def _take_result(self, now_s: float) -> None:
+        sent = self._sent.popleft()
+        results = [self._result(group, now_s) for group in self.scheduler.groups]
+        self._count(sent, results)
+        self._started_s = now_s
+        for update in self._core.on_results(results):
+            if update.finish is not None:
+                self._end(update.key, now_s)
+        self._send(now_s)
+
+    def _result(self, group: Scheduler, now_s: float) -> StepResult:
+        """What its rank says: fillers, and the closing tag where thoughts end."""
+        oldest = next(iter(group.in_flight))
+        token_ids = []
+        for seq in oldest.sampled:
+            flight = self.flights.get(seq.request.key)
+            num_before = len(seq.output_ids)
+            if flight is None:
+                token_ids.append(FILLER_ID)  # it has ended: nobody gets this one
+                continue
+            num_thinking = flight.arrival.thinking_tokens
+            token_ids.append(THINK_END_ID if num_before == num_thinking - 1 else FILLER_ID)
+            if num_before == 0:
+                flight.first_token_s = now_s
+            if num_before == num_thinking:
+                flight.first_answer_s = now_s
+        return StepResult(oldest.step, 0, token_ids)
+
+    def _end(self, key: Hashable, now_s: float) -> None:
+        flight = self.flights.pop(key)
+        flight.end_s = now_s
+        self._on_end(flight)
+
+    def _count(self, sent: _Sent, results: list[StepResult]) -> None:
+        work, total_s = self.work, sent.time.total_s
+        work.take(sent.time, total_s, 1, self.kv_share)
+        work.num_decided_steps += 1
+        work.decode_tokens += sum(len(result.token_ids) for result in results)
+        work.prefill_tokens += sum(group.prefill_tokens for group in sent.shape)
+        work.gaps.add(total_s, sum(group.num_decodes for group in sent.shape))
+
+    # Steps that are foreseen
+
+    def _look_ahead(self) -> None:
+        """Find out when something happens next, and whether it is known until then."""
+        self._ahead = None
+        if not self._sent:
+            self.next_s = None
+            return
+        num_steps = self._steps_ahead()
+        if num_steps < _WORTH_SKIPPING:
+            self.next_s = self._oldest_ends_s
+            return
+        shape = self._sent[0].shape
+        leader = max(shape, key=lambda group: (group.decode_context, group.num_decodes))
+        growth_s = self._cost.decode_context_s([leader.num_decodes])
+        self._ahead = _Ahead(self._started_s, num_steps, self._sent[0].time.total_s, growth_s)
+        self.next_s = self._ahead.behind(num_steps)
+
+    def _steps_ahead(self) -> int:
+        if not self._may_skip or not all(sent.is_decode for sent in self._sent):
+            return 0
+        scheduler, max_num_seqs = self.scheduler, self._config.max_num_seqs
+        if self._has_new and any(group.num_unfinished < max_num_seqs for group in scheduler.groups):
+            return 0
+        return min(steps_ahead(scheduler), _steps_until_overtaken(self._sent[0].shape))
+
+    def _settle(self, now_s: float) -> None:
+        """Write what was foreseen until now."""
+        ahead, self._ahead = self._ahead, None
+        num_steps = ahead.done_by(now_s) if ahead is not None else 0
+        if ahead is None or not num_steps:
+            return
+        flights, work = self.flights, self.work
+        for key, result in skip(self.scheduler, num_steps, lambda key: flights[key].arrival.thinking_tokens):
+            flights[key].first_answer_s = ahead.behind(result)
+        total_s = ahead.behind(num_steps) - ahead.start_s
+        num_decodes = sum(group.num_decodes for group in self._sent[0].shape)
+        middle = self._cost.step(_later(self._sent[0].shape, num_steps // 2))
+        work.take(middle, total_s, num_steps, self.kv_share)
+        work.decode_tokens += num_steps * num_decodes
+        work.gaps.add(total_s / num_steps, num_steps * num_decodes)
+        self._started_s = ahead.behind(num_steps)
+        self._sent = deque(self._sent_later(sent, num_steps) for sent in self._sent)
+
+    def _sent_later(self, sent: _Sent, num_steps: int) -> _Sent:
+        shape = _later(sent.shape, num_steps)
+        return _Sent(shape, self._cost.step(shape), is_decode=True)
+
+
+def _later(shape: StepShape, num_steps: int) -> StepShape:
+    """The same decodes, so many tokens further on."""
+    return [GroupShape(group.num_decodes, group.decode_context + num_steps * group.num_decodes) for group in shape]
+
+
+def _steps_until_overtaken(shape: StepShape) -> int:
+    """For so many steps the group that reads most KV stays that."""
+    leader = max(shape, key=lambda group: (group.decode_context, group.num_decodes))
+    return min(
+        (
+            (leader.decode_context - group.decode_context) // (group.num_decodes - leader.num_decodes)
+            for group in shape
+            if group.num_decodes > leader.num_decodes
+        ),
+        default=1 << 30,
+    )
+
+
+def _group_shape(plan: StepPlan, group: Scheduler) -> GroupShape:
+    """Of the plan that this group was sent last."""
+    newest = group.in_flight[-1]
+    num_prefilled = len(plan.prefills)
+    # A decode reads all that is computed before it, itself included.
+    context = sum(seq.num_computed for seq in newest.computed[num_prefilled:])
+    sizes = [(prefill.start, len(prefill.token_ids)) for prefill in plan.prefills]
+    return GroupShape(
+        num_decodes=len(plan.decodes),
+        decode_context=context,
+        prefill_tokens=sum(size for _, size in sizes),
+        prefill_pairs=sum(chunk_pairs(start, size) for start, size in sizes),
+        num_prefills=num_prefilled,
+    )
