@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from cluster.errors import ConfigError
-from cluster.planner.devices import find_device, known_devices, published_kernels
+from cluster.planner.devices import Device, find_device, known_devices, published_kernels
 from cluster.planner.layouts import Limits
-from cluster.planner.models import find_model, known_models
-from cluster.planner.quantities import parse_count
-from cluster.planner.survey import survey
+from cluster.planner.load import DrawnLoad, Load, TraceLoad
+from cluster.planner.models import PlannedModel, find_model, known_models
+from cluster.planner.quantities import parse_count, parse_rate_per_s
+from cluster.planner.recommendation import helm_values, serve_flags
+from cluster.planner.survey import Row, survey
+from cluster.planner.trial import Setting, Trial, shortlist, try_out
+from cluster.planner.workload import Lengths, read_trace
+
+_DEFAULTS = {"prompt": "2k", "thinking": "8k", "answer": "1k"}
 
 
 def add_plan_command(parser: argparse.ArgumentParser) -> None:
@@ -20,45 +29,96 @@ def add_plan_command(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpu", default="h200", help=f"one of {', '.join(known_devices())} (default h200)")
     parser.add_argument("--gpus", type=int, default=8, help="how many of them, in all (default 8)")
     parser.add_argument("--context", help="prompt plus output that must fit, as 32k or 256Ki; default: the model's")
-    parser.add_argument(
-        "--max-num-seqs", type=int, default=256, help="sequences of a group that run at once (default 256)"
-    )
-    parser.add_argument(
-        "--max-num-batched-tokens", type=int, default=4096, help="tokens of a group's step (default 4096)"
-    )
-    parser.add_argument(
-        "--redundant-experts", type=int, default=0, help="replicas of hot experts in a layer, over all ranks"
-    )
     parser.add_argument("--json", action="store_true", help="print JSON")
+    engine = parser.add_argument_group("engine")
+    engine.add_argument("--max-num-seqs", type=int, default=256, help="sequences of a group at once (default 256)")
+    engine.add_argument("--max-num-batched-tokens", type=int, default=4096, help="of a group's step (default 4096)")
+    engine.add_argument("--redundant-experts", type=int, default=0, help="replicas of hot experts in a layer")
+    engine.add_argument(
+        "--expert-skew", type=float, default=0.0, help="Zipf exponent of the experts' loads (default 0)"
+    )
+    load = parser.add_argument_group("load", "what the best layouts are simulated with")
+    load.add_argument("--rate", help="requests that come, as 2/s or 90/min")
+    load.add_argument("--load", type=Path, metavar="FILE", help="a trace instead: one JSON object a line")
+    load.add_argument("--prompt", help="mean tokens of a prompt (default 2k)")
+    load.add_argument("--thinking", help="of its thoughts (default 8k)")
+    load.add_argument("--answer", help="of its answer (default 1k)")
+    load.add_argument("--shared-prompt", help="tokens that all prompts begin with (default none)")
+    load.add_argument("--pattern", choices=("steady", "diurnal", "bursty"), default="steady")
+    load.add_argument("--seed", type=int, default=0, help="the same seed gives the same figures (default 0)")
+    load.add_argument("--best", type=int, default=4, help="how many layouts are simulated (default 4)")
     parser.set_defaults(command=_plan)
 
 
-def _plan(args: argparse.Namespace) -> int:
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """All that was found."""
+
+    model: PlannedModel
+    device: Device
+    gpus: int
+    setting: Setting
+    rows: list[Row]
+    load: Load | None
+    trials: list[Trial]
+    """The best first; empty without a load."""
+
+    @property
+    def flags(self) -> str | None:
+        if not self.trials:
+            return None
+        fit = self.trials[0].fit
+        return serve_flags(self.model, fit.candidate, fit.limits, self.setting.redundant_experts)
+
+    @property
+    def values(self) -> str | None:
+        if not self.trials:
+            return None
+        fit = self.trials[0].fit
+        return helm_values(self.model, fit.candidate, fit.limits, self.device, self.setting.redundant_experts)
+
+    def as_json(self) -> dict[str, Any]:
+        out: dict[str, Any] = {"model": self.model.name, "gpu": self.device.name, "gpus": self.gpus}
+        out["layouts"] = [row.as_json() for row in self.rows]
+        if self.trials:
+            out["simulated"] = [trial.as_json() for trial in self.trials]
+            out["recommendation"] = {"flags": self.flags, "helm_values": self.values}
+        return out
+
+
+def make_plan(args: argparse.Namespace) -> Plan:
+    """Raises ConfigError, CheckpointError."""
     model = find_model(args.model)
     device = find_device(args.gpu)
     if args.gpus < 1:
         raise ConfigError(f"--gpus {args.gpus}: give 1 or more")
-    rows = survey(
-        model.config,
-        device,
-        published_kernels(),
-        args.gpus,
-        _limits(args, model.config.max_position_embeddings),
-        args.redundant_experts,
+    limits = _limits(args, model.config.max_position_embeddings)
+    load = _load(args, limits.context)
+    kernels = published_kernels()
+    rows = survey(model.config, device, kernels, args.gpus, limits, args.redundant_experts)
+    setting = Setting(
+        model=model.config,
+        device=device,
+        kernels=kernels,
+        redundant_experts=args.redundant_experts,
+        expert_skew=args.expert_skew,
     )
+    fits = [row.fit for row in rows if row.fit.problem is None]
+    trials: list[Trial] = []
+    if load is not None and fits:
+        trials = try_out(setting, shortlist(setting, fits, load, args.best), load)
+    return Plan(model=model, device=device, gpus=args.gpus, setting=setting, rows=rows, load=load, trials=trials)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    plan = make_plan(args)
     if args.json:
-        out: dict[str, Any] = {"model": model.name, "gpu": device.name, "gpus": args.gpus}
-        print(json.dumps(out | {"layouts": [row.as_json() for row in rows]}, indent=2))
-        return 0
-    from rich.console import Console
+        json.dump(plan.as_json(), sys.stdout, indent=2)
+        print()
+    else:
+        from cluster.planner.tables import show
 
-    from cluster.planner.tables import problem_lines, survey_table
-
-    console = Console()
-    console.print(f"{model.name} on {args.gpus} × {device.title}\n")
-    console.print(survey_table(rows))
-    if problems := problem_lines(rows):
-        console.print("\nDoes not fit:", *(f"  {line}" for line in problems), sep="\n", highlight=False)
+        show(plan)
     return 0
 
 
@@ -72,3 +132,30 @@ def _limits(args: argparse.Namespace, made_for: int) -> Limits:
             "raise the one or lower the other"
         )
     return Limits(max_num_seqs=args.max_num_seqs, max_num_batched_tokens=args.max_num_batched_tokens, context=context)
+
+
+def _load(args: argparse.Namespace, context: int) -> Load | None:
+    shared = parse_count(args.shared_prompt) if args.shared_prompt else 0
+    if args.load is not None:
+        if args.rate is not None:
+            raise ConfigError("--rate and --load: a trace has its own times; leave one of them out")
+        return TraceLoad(trace=tuple(read_trace(args.load)), shared_prompt_tokens=shared)
+    if args.rate is None:
+        return None
+    lengths = Lengths(**{name: _tokens(getattr(args, name) or default) for name, default in _DEFAULTS.items()})
+    if lengths.total > context:
+        raise ConfigError(
+            f"prompt, thoughts and answer are {lengths.total:,} tokens together, the context is {context:,}; shorten "
+            "them, or raise --context"
+        )
+    return DrawnLoad(
+        rate_per_s=parse_rate_per_s(args.rate),
+        lengths=lengths,
+        pattern=args.pattern,
+        seed=args.seed,
+        shared_prompt_tokens=shared,
+    )
+
+
+def _tokens(text: str) -> int:
+    return 0 if text.strip() == "0" else parse_count(text)

@@ -12,12 +12,21 @@ from dataclasses import dataclass
 
 from cluster.errors import RankLossCause, RankLost
 from cluster.planner.cost import CostModel
-from cluster.planner.fast_forward import FILLER_ID, THINK_END_ID, skip, steps_ahead
+from cluster.planner.fast_forward import (
+    FILLER_ID,
+    THINK_END_ID,
+    apply_plain,
+    contexts,
+    end_those_who_are_full,
+    foresee,
+    is_plain,
+    skip,
+)
 from cluster.planner.flights import Flight, Work
 from cluster.planner.roofline import StepTime
 from cluster.planner.step_shape import GroupShape, StepShape, chunk_pairs
 from cluster.router.copy_scheduler import CopyScheduler
-from cluster.router.engine_core import EngineCore, Pool
+from cluster.router.engine_core import YOUNG_STEPS, EngineCore, Pool
 from cluster.router.scheduler import Scheduler
 from cluster.router.scheduler_config import SchedulerConfig
 from cluster.router.sequence import SequenceRequest
@@ -93,6 +102,8 @@ class SimCopy:
         self._ahead: _Ahead | None = None
         self._started_s = 0.0
         """When the oldest plan under way began to run."""
+        self._num_steps_of_life = 0
+        """Of the present ranks."""
         self._has_new = False
         """Requests came since the last plan."""
 
@@ -124,7 +135,6 @@ class SimCopy:
         flight.copy = self.name
         self._has_new = True
         if not self._sent:
-            self._started_s = now_s
             self._send(now_s)
         self._look_ahead()
 
@@ -152,6 +162,7 @@ class SimCopy:
     def start_ranks(self, now_s: float) -> None:
         """They are back, empty."""
         self._core.on_started(self._pool)
+        self._num_steps_of_life = 0
         self.is_open = True
         self._started_s = now_s
         self._send(now_s)
@@ -189,24 +200,34 @@ class SimCopy:
 
     def _send(self, now_s: float) -> None:
         """As many plans as may be under way."""
+        if not self._sent:
+            self._started_s = now_s
         while (plans := self._core.next_plans()) is not None:
             groups = self.scheduler.groups
             shape = [_group_shape(plan, group) for plan, group in zip(plans, groups, strict=True)]
             is_decode = not any(group.prefill_tokens for group in shape)
             self._sent.append(_Sent(shape, self._cost.step(shape), is_decode))
             self._has_new = False
-        if not self._sent:
-            self._started_s = now_s
 
     def _take_result(self, now_s: float) -> None:
         sent = self._sent.popleft()
         results = [self._result(group, now_s) for group in self.scheduler.groups]
         self._count(sent, results)
         self._started_s = now_s
+        self._apply(results, now_s)
+        self._send(now_s)
+
+    def _apply(self, results: list[StepResult], now_s: float) -> None:
+        self._num_steps_of_life += 1
+        groups = self.scheduler.groups
+        is_bulk = self._may_skip and self._num_steps_of_life > YOUNG_STEPS
+        if is_bulk and all(map(is_plain, groups)):
+            for group, result in zip(groups, results, strict=True):
+                apply_plain(group, result)
+            return
         for update in self._core.on_results(results):
             if update.finish is not None:
                 self._end(update.key, now_s)
-        self._send(now_s)
 
     def _result(self, group: Scheduler, now_s: float) -> StepResult:
         """What its rank says: fillers, and the closing tag where thoughts end."""
@@ -247,23 +268,24 @@ class SimCopy:
         if not self._sent:
             self.next_s = None
             return
-        num_steps = self._steps_ahead()
+        num_steps = self._foresee()
         if num_steps < _WORTH_SKIPPING:
             self.next_s = self._oldest_ends_s
             return
         shape = self._sent[0].shape
         leader = max(shape, key=lambda group: (group.decode_context, group.num_decodes))
         growth_s = self._cost.decode_context_s([leader.num_decodes])
-        self._ahead = _Ahead(self._started_s, num_steps, self._sent[0].time.total_s, growth_s)
+        first_s = self._sent[0].time.total_s
+        self._ahead = _Ahead(self._started_s, num_steps, first_s, growth_s)
         self.next_s = self._ahead.behind(num_steps)
 
-    def _steps_ahead(self) -> int:
+    def _foresee(self) -> int:
         if not self._may_skip or not all(sent.is_decode for sent in self._sent):
             return 0
         scheduler, max_num_seqs = self.scheduler, self._config.max_num_seqs
         if self._has_new and any(group.num_unfinished < max_num_seqs for group in scheduler.groups):
             return 0
-        return min(steps_ahead(scheduler), _steps_until_overtaken(self._sent[0].shape))
+        return min(foresee(scheduler), _steps_until_overtaken(self._sent[0].shape))
 
     def _settle(self, now_s: float) -> None:
         """Write what was foreseen until now."""
@@ -280,12 +302,14 @@ class SimCopy:
         work.take(middle, total_s, num_steps, self.kv_share)
         work.decode_tokens += num_steps * num_decodes
         work.gaps.add(total_s / num_steps, num_steps * num_decodes)
+        self._num_steps_of_life += num_steps
         self._started_s = ahead.behind(num_steps)
-        self._sent = deque(self._sent_later(sent, num_steps) for sent in self._sent)
-
-    def _sent_later(self, sent: _Sent, num_steps: int) -> _Sent:
-        shape = _later(sent.shape, num_steps)
-        return _Sent(shape, self._cost.step(shape), is_decode=True)
+        for key in end_those_who_are_full(self.scheduler):
+            self._end(key, self._started_s)
+        self._sent.clear()
+        for plans in zip(*map(contexts, self.scheduler.groups), strict=True):
+            shape = [GroupShape(count, context) for count, context in plans]
+            self._sent.append(_Sent(shape, self._cost.step(shape), is_decode=True))
 
 
 def _later(shape: StepShape, num_steps: int) -> StepShape:

@@ -1,0 +1,109 @@
+"""The best candidates for a load, simulated beside each other, and which of them to take."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.planner.devices import Device, Kernels
+from cluster.planner.experts import expert_imbalance
+from cluster.planner.fleet import Fleet
+from cluster.planner.layouts import Fit
+from cluster.planner.load import DrawnLoad, Load, TraceLoad
+from cluster.planner.outcome import Outcome
+from cluster.planner.roofline import Roofline
+from cluster.planner.shortlist import Settled, settle
+from cluster.planner.simulate import Span, copy_maker, replay, simulate
+from workers.config import ModelConfig
+
+_WARM_UP, _MEASURED = 1.2, 0.6
+"""In lifetimes of a request: what comes before the measured arrivals, and how long those come."""
+_LEAST_REQUESTS, _MOST_REQUESTS = 100, 1500
+"""To be measured, whatever the rate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What all candidates have in common."""
+
+    model: ModelConfig
+    device: Device
+    kernels: Kernels
+    redundant_experts: int = 0
+    expert_skew: float = 0.0
+    max_waiting: int = 256
+
+    def cost(self, fit: Fit) -> Roofline:
+        """Of this candidate; it fits."""
+        assert fit.work is not None, "it fits"
+        layout = fit.candidate.layout
+        uneven = expert_imbalance(self.model, layout, redundant=self.redundant_experts, skew=self.expert_skew)
+        return Roofline(self.model, layout, fit.work, self.device, self.kernels, imbalance=uneven)
+
+    def fleet(self, fit: Fit, load: Load, *, copies: int | None = None) -> Fleet:
+        maker = copy_maker(
+            fit, self.cost(fit), max_waiting=self.max_waiting, shared_prompt_tokens=load.shared_prompt_tokens
+        )
+        return Fleet(maker, fit.candidate.copies if copies is None else copies)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """A candidate under the load."""
+
+    fit: Fit
+    settled: Settled
+    """What was guessed before."""
+    outcome: Outcome
+
+    def as_json(self) -> dict[str, Any]:
+        layout = self.fit.candidate.layout
+        where = {"copies": self.fit.candidate.copies, "tp": layout.tp, "dp": layout.dp, "expert_tp": layout.expert_tp}
+        return where | self.outcome.as_json()
+
+
+def shortlist(setting: Setting, fits: Sequence[Fit], load: Load, most: int) -> list[tuple[Fit, Settled]]:
+    """Those that a quick estimate finds fastest; who cannot take the load comes last, the least loaded first."""
+    guesses = [(fit, settle(fit, setting.cost(fit), load.rate_per_s, load.lengths)) for fit in fits]
+    return sorted(guesses, key=lambda guess: (not guess[1].fits, guess[1].token_s))[:most]
+
+
+def try_out(setting: Setting, chosen: Sequence[tuple[Fit, Settled]], load: Load) -> list[Trial]:
+    """All of them, on as many cores as there are; the best first."""
+    settings, loads = [setting] * len(chosen), [load] * len(chosen)
+    fits, guesses = [fit for fit, _ in chosen], [guess for _, guess in chosen]
+    if len(chosen) == 1:
+        trials = [_try(setting, fits[0], guesses[0], load)]
+    else:
+        with ProcessPoolExecutor(min(len(chosen), len(os.sched_getaffinity(0)))) as processes:
+            trials = list(processes.map(_try, settings, fits, guesses, loads))
+    return sorted(trials, key=merit)
+
+
+def merit(trial: Trial) -> tuple[bool, float, float]:
+    """The least is the best: it keeps up with the load; its answers begin soonest; it gives most."""
+    outcome = trial.outcome
+    answer = outcome.time_to_answer
+    seconds = answer.p95 if outcome.keeps_up and answer is not None else 0.0
+    return not outcome.keeps_up, seconds, -outcome.output_tokens_per_s
+
+
+def _try(setting: Setting, fit: Fit, guess: Settled, load: Load) -> Trial:
+    fleet = setting.fleet(fit, load)
+    match load:
+        case TraceLoad():
+            outcome = replay(fleet, load.trace, fit)
+        case DrawnLoad():
+            outcome = simulate(fleet, load.arrivals(fit.limits.context), measured_span(load, guess), fit)
+    return Trial(fit=fit, settled=guess, outcome=outcome)
+
+
+def measured_span(load: DrawnLoad, guess: Settled) -> Span:
+    """Behind a lifetime or so, in which the load settles; long enough for its requests to say something."""
+    life_s = max(1.0, (load.lengths.thinking + load.lengths.answer) * guess.token_s)
+    least_s, most_s = _LEAST_REQUESTS / load.rate_per_s, _MOST_REQUESTS / load.rate_per_s
+    start_s = _WARM_UP * life_s
+    return Span(start_s=start_s, end_s=start_s + min(max(_MEASURED * life_s, least_s), max(least_s, most_s)))
