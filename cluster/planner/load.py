@@ -1,4 +1,4 @@
-"""The load that is planned for, as the command line names it: picklable, so that candidates run in processes of their own."""
+"""The load that is planned for, as the command line names it: picklable, for processes that simulate it."""
 
 from __future__ import annotations
 
