@@ -1,0 +1,113 @@
+"""What something that happened did to the requests: how long the queue became, who stood still, when it was over."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from cluster.planner.flights import Flight
+from cluster.planner.outcome import Quantiles
+from cluster.planner.timeline import Look
+from cluster.planner.upsets import Happened
+
+_BEFORE_S = 600.0
+"""Requests that came so long before it are what is compared with."""
+_CALM_LOOKS = 3
+"""At the end, that there is something to say."""
+_FEW = 4
+"""Requests that wait: that is no queue."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effect:
+    """Until the next thing happened, or the end."""
+
+    time_s: float
+    what: str
+    words: str
+    longest_queue: int
+    pause_p50_s: float | None
+    """Of streams that stood still; None: none did."""
+    pause_max_s: float | None
+    paused: int
+    refused: int
+    ttft_p95_before_s: float | None
+    ttft_p95_worst_s: float | None
+    settled_after_s: float | None
+    """Queue and time to first token are as before; None: not in the time that was looked at."""
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def effects(
+    log: Sequence[Happened],
+    flights: Sequence[Flight],
+    looks: Sequence[Look],
+    ttfts: Sequence[Quantiles | None],
+    *,
+    start_s: float,
+    end_s: float,
+) -> list[Effect]:
+    """Of all that happened. Looks begin at `start_s` of the fleet's clock, which all other times are of."""
+    nexts = [one.time_s for one in log[1:]] + [end_s]
+    return [
+        _effect(one, next_s, flights, looks, ttfts, start_s=start_s) for one, next_s in zip(log, nexts, strict=True)
+    ]
+
+
+def _effect(
+    one: Happened,
+    next_s: float,
+    flights: Sequence[Flight],
+    looks: Sequence[Look],
+    ttfts: Sequence[Quantiles | None],
+    *,
+    start_s: float,
+) -> Effect:
+    at_s = one.time_s
+    before = [flight for flight in flights if at_s - _BEFORE_S <= flight.arrival.time_s < at_s]
+    since = [flight for flight in flights if at_s <= flight.arrival.time_s < next_s]
+    was = Quantiles.of(ttft for flight in before if (ttft := flight.ttft_s) is not None)
+    pauses = [until_s - since_s for flight in flights for since_s, until_s in flight.pauses if at_s <= since_s < next_s]
+    after = [
+        (look, ttft)
+        for look, ttft in zip(looks, ttfts, strict=True)
+        if at_s - start_s < look.time_s <= next_s - start_s
+    ]
+    pause = Quantiles.of(pauses)
+    return Effect(
+        time_s=at_s - start_s,
+        what=one.kind,
+        words=one.words,
+        longest_queue=max((look.waiting for look, _ in after), default=0),
+        pause_p50_s=None if pause is None else pause.p50,
+        pause_max_s=max(pauses, default=None),
+        paused=len(pauses),
+        refused=sum(flight.was_refused for flight in since),
+        ttft_p95_before_s=None if was is None else was.p95,
+        ttft_p95_worst_s=max((ttft.p95 for _, ttft in after if ttft is not None), default=None),
+        settled_after_s=_settled_s(
+            after, at_s - start_s, None if was is None else was.p95, _queue_before(looks, at_s - start_s)
+        ),
+    )
+
+
+def _queue_before(looks: Sequence[Look], at_s: float) -> int:
+    return max((look.waiting for look in looks if at_s - _BEFORE_S <= look.time_s <= at_s), default=0)
+
+
+def _settled_s(
+    after: Sequence[tuple[Look, Quantiles | None]], at_s: float, ttft_before_s: float | None, queue_before: int
+) -> float | None:
+    """Seconds until it stays calm: most requests begin as soon as nearly all did before, no queue is longer."""
+    settled_s = 0.0
+    num_calm = 0
+    for look, ttft in after:
+        is_quick = ttft is None or ttft_before_s is None or ttft.p50 <= ttft_before_s
+        if is_quick and look.waiting <= max(_FEW, queue_before):
+            num_calm += 1
+        else:
+            settled_s, num_calm = look.time_s - at_s, 0
+    return settled_s if num_calm >= _CALM_LOOKS else None
