@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from cluster.planner.flights import Flight
 from cluster.planner.outcome import Quantiles
-from cluster.planner.timeline import Look
+from cluster.planner.timeline import Arrived, Look
 from cluster.planner.upsets import Happened
 
 _BEFORE_S = 600.0
@@ -45,7 +46,7 @@ def effects(
     log: Sequence[Happened],
     flights: Sequence[Flight],
     looks: Sequence[Look],
-    ttfts: Sequence[Quantiles | None],
+    arrived: Arrived,
     *,
     start_s: float,
     end_s: float,
@@ -53,7 +54,7 @@ def effects(
     """Of all that happened. Looks begin at `start_s` of the fleet's clock, which all other times are of."""
     nexts = [one.time_s for one in log[1:]] + [end_s]
     return [
-        _effect(one, next_s, flights, looks, ttfts, start_s=start_s) for one, next_s in zip(log, nexts, strict=True)
+        _effect(one, next_s, flights, looks, arrived, start_s=start_s) for one, next_s in zip(log, nexts, strict=True)
     ]
 
 
@@ -62,7 +63,7 @@ def _effect(
     next_s: float,
     flights: Sequence[Flight],
     looks: Sequence[Look],
-    ttfts: Sequence[Quantiles | None],
+    arrived: Arrived,
     *,
     start_s: float,
 ) -> Effect:
@@ -72,8 +73,8 @@ def _effect(
     was = Quantiles.of(ttft for flight in before if (ttft := flight.ttft_s) is not None)
     pauses = [until_s - since_s for flight in flights for since_s, until_s in flight.pauses if at_s <= since_s < next_s]
     after = [
-        (look, ttft)
-        for look, ttft in zip(looks, ttfts, strict=True)
+        (look, p50, p95)
+        for look, p50, p95 in zip(looks, arrived.ttft_s(0.5), arrived.ttft_s(0.95), strict=True)
         if at_s - start_s < look.time_s <= next_s - start_s
     ]
     pause = Quantiles.of(pauses)
@@ -81,13 +82,13 @@ def _effect(
         time_s=at_s - start_s,
         what=one.kind,
         words=one.words,
-        longest_queue=max((look.waiting for look, _ in after), default=0),
+        longest_queue=max((look.waiting for look, _, _ in after), default=0),
         pause_p50_s=None if pause is None else pause.p50,
         pause_max_s=max(pauses, default=None),
         paused=len(pauses),
         refused=sum(flight.was_refused for flight in since),
         ttft_p95_before_s=None if was is None else was.p95,
-        ttft_p95_worst_s=max((ttft.p95 for _, ttft in after if ttft is not None), default=None),
+        ttft_p95_worst_s=max((p95 for _, _, p95 in after if p95 is not None and p95 < math.inf), default=None),
         settled_after_s=_settled_s(
             after, at_s - start_s, None if was is None else was.p95, _queue_before(looks, at_s - start_s)
         ),
@@ -99,13 +100,13 @@ def _queue_before(looks: Sequence[Look], at_s: float) -> int:
 
 
 def _settled_s(
-    after: Sequence[tuple[Look, Quantiles | None]], at_s: float, ttft_before_s: float | None, queue_before: int
+    after: Sequence[tuple[Look, float | None, float | None]], at_s: float, was_s: float | None, queue_before: int
 ) -> float | None:
     """Seconds until it stays calm: most requests begin as soon as nearly all did before, no queue is longer."""
     settled_s = 0.0
     num_calm = 0
-    for look, ttft in after:
-        is_quick = ttft is None or ttft_before_s is None or ttft.p50 <= ttft_before_s
+    for look, p50, _ in after:
+        is_quick = p50 is None or was_s is None or p50 <= was_s
         if is_quick and look.waiting <= max(_FEW, queue_before):
             num_calm += 1
         else:

@@ -88,7 +88,7 @@ class Fleet:
             self.doors.hear(self._open_copies())
             self._unpark()
 
-    def stop_copy(self, copy: SimCopy, *, is_lost: bool = False) -> None:
+    def stop_copy(self, copy: SimCopy) -> None:
         """It leaves, and its flights go on elsewhere behind their output."""
         leaving = copy.give_back(self.now_s)
         del self.copies[copy.name]
@@ -99,8 +99,7 @@ class Fleet:
         self.doors.lost(copy.name)
         for flight, output_ids in leaving:
             flight.num_moves += 1
-            if is_lost:
-                flight.pause(self.now_s)
+            flight.pause(self.now_s)
             self._place(flight, output_ids)
 
     def lose_ranks(self, copy: SimCopy) -> None:

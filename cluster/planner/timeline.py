@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +12,6 @@ from cluster.planner.control_plane import CopyTraffic, gateway_cpu, router_cpu
 from cluster.planner.fleet import Fleet
 from cluster.planner.flights import Flight
 from cluster.planner.operations import ControlPlane
-from cluster.planner.outcome import Quantiles
 
 _NICE_S = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600)
 _MOST_BUCKETS = 180
@@ -39,6 +40,11 @@ class Look:
     router_cpu: float
     """Of the busiest."""
     traffic: Sequence[CopyTraffic]
+
+
+_ttft_s = operator.attrgetter("ttft_s")
+_answer_s = operator.attrgetter("time_to_answer_s")
+_tpot_s = operator.attrgetter("tpot_s")
 
 
 class Recorder:
@@ -107,22 +113,35 @@ class Arrived:
             if flight.end_s is not None and 0 <= (index := int((flight.end_s - start_s) // every_s)) < num_buckets:
                 self.ends[index] += 1
 
-    def quantiles(self, value: Callable[[Flight], float | None]) -> list[Quantiles | None]:
-        """Of each bucket."""
-        return [Quantiles.of(one for flight in bucket if (one := value(flight)) is not None) for bucket in self.buckets]
+    def ttft_s(self, share: float) -> list[float | None]:
+        return self.column(_ttft_s, share)
+
+    def column(self, value: Callable[[Flight], float | None], share: float) -> list[float | None]:
+        """A quantile for each bucket, by when requests came; infinite where it is of those that have no value yet.
+
+        None where none came.
+        """
+        return [
+            _quantile([value(flight) for flight in bucket if not flight.was_refused], share) for bucket in self.buckets
+        ]
 
 
-def ttfts(arrived: Arrived) -> list[Quantiles | None]:
-    """Time to the first token, by when requests came."""
-    return arrived.quantiles(lambda flight: flight.ttft_s)
+def _quantile(values: Sequence[float | None], share: float) -> float | None:
+    if not values:
+        return None
+    known = sorted(value for value in values if value is not None)
+    place = min(len(values) - 1, int(share * len(values)))
+    return known[place] if place < len(known) else math.inf
 
 
 def series(recorder: Recorder, arrived: Arrived, ranks: int) -> dict[str, list[Any]]:
     """Columns of equal length."""
     looks = recorder.looks
-    ttft = ttfts(arrived)
-    answer = arrived.quantiles(lambda flight: flight.time_to_answer_s)
-    token = arrived.quantiles(lambda flight: flight.tpot_s)
+
+    def latency(value: Callable[[Flight], float | None], share: float) -> list[float | None]:
+        """Nothing where it is not known."""
+        return [None if one == math.inf else one for one in arrived.column(value, share)]
+
     return {
         "time_s": [look.time_s - recorder.every_s / 2 for look in looks],
         "arrivals": [len(bucket) for bucket in arrived.buckets],
@@ -136,11 +155,11 @@ def series(recorder: Recorder, arrived: Arrived, ranks: int) -> dict[str, list[A
         "gpus": [look.copies * ranks for look in looks],
         "kv_use": [look.kv_use for look in looks],
         "output_tokens_per_s": [look.tokens_per_s for look in looks],
-        "ttft_p50_s": [one and one.p50 for one in ttft],
-        "ttft_p95_s": [one and one.p95 for one in ttft],
-        "time_to_answer_p50_s": [one and one.p50 for one in answer],
-        "time_to_answer_p95_s": [one and one.p95 for one in answer],
-        "tpot_p50_s": [one and one.p50 for one in token],
+        "ttft_p50_s": latency(_ttft_s, 0.5),
+        "ttft_p95_s": latency(_ttft_s, 0.95),
+        "time_to_answer_p50_s": latency(_answer_s, 0.5),
+        "time_to_answer_p95_s": latency(_answer_s, 0.95),
+        "tpot_p50_s": latency(_tpot_s, 0.5),
         "gateway_cpu": [look.gateway_cpu for look in looks],
         "router_cpu": [look.router_cpu for look in looks],
     }

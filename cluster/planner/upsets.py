@@ -80,7 +80,7 @@ class Operator:
         self._note(
             "lose-router", f"the Router of {copy.name} ended with {len(copy.flights)} requests; back in {back_s:.0f} s"
         )
-        self._fleet.stop_copy(copy, is_lost=True)
+        self._fleet.stop_copy(copy)
         self._start(back_s)
 
     def roll(self) -> None:
