@@ -52,7 +52,7 @@ def effects(
     end_s: float,
 ) -> list[Effect]:
     """Of all that happened. Looks begin at `start_s` of the fleet's clock, which all other times are of."""
-    nexts = [one.time_s for one in log[1:]] + [end_s]
+    nexts = [*(one.time_s for one in log[1:]), end_s][: len(log)]
     return [
         _effect(one, next_s, flights, looks, arrived, start_s=start_s) for one, next_s in zip(log, nexts, strict=True)
     ]
