@@ -11,11 +11,13 @@ from cluster.planner.report.axes import Axis, plain
 from cluster.planner.report.svg import Drawing, Point
 
 WIDTH, HEIGHT = 460.0, 250.0
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46.0, 12.0, 24.0, 36.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 46.0, 20.0, 24.0, 36.0
 _BAR_ROW, _BAR = 36.0, 10.0
 _TEXT_DOWN = 4.0
 """From the middle of a text to its base line."""
 _DOT = 2.5
+_DOTTED = 16
+"""Lines of no more points have each of them marked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +27,10 @@ class Line:
     name: str
     points: Sequence[tuple[float, float | None]]
     css: str
+
+    @property
+    def largest(self) -> float:
+        return max((value for _, value in self.points if value is not None), default=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +78,7 @@ def lines(x: Axis, y: Axis, shown: Sequence[Line], moments: Sequence[Moment] = (
     for line in shown:
         for run in _runs(line.points):
             frame.drawing.polyline([frame.place(*point) for point in run], f"line {line.css}")
-            if x.is_log or len(run) == 1:
+            if len(run) <= _DOTTED:
                 for point in run:
                     hint = f"{line.name}: {y.label(point[1])} at {x.label(point[0])}"
                     frame.drawing.dot(frame.place(*point), _DOT, f"dot {line.css}", hint)
@@ -121,7 +127,7 @@ def bars(x: Axis, rows: Sequence[Bar]) -> Markup:
 
 
 def inline_bar(title: str, most: float, parts: Sequence[tuple[str, float, str]], limit: float) -> Markup:
-    """Without an axis, for the cell of a table; a stroke stands at the limit."""
+    """Without an axis, for the cell of a table; a stroke stands at the limit. What is over `most` is cut off."""
     width, height = 150.0, 14.0
     drawing = Drawing(width, height, title)
     start = 0.0

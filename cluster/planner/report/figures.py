@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,8 @@ _SPREADS = (
     ("time_to_answer", "Time to the first token of the answer"),
     ("tpot", "Time of a token"),
 )
+_MOST_MEMORY = 1.25
+"""Of a device's memory, that is drawn."""
 _COMPARED = 4
 """Layouts whose lines are drawn."""
 
@@ -85,16 +87,11 @@ COURSES = (
 )
 
 
-def memory_bar(layout: Json, device_bytes: int, most_bytes: float) -> Markup:
+def memory_bar(layout: Json, device_bytes: int) -> Markup:
     """Of a rank, beside the memory of its device."""
     parts = [(name, layout[key], css) for key, name, css in MEMORY_PARTS]
-    return charts.inline_bar(f"memory of a rank of {layout['layout']}", most_bytes, parts, device_bytes)
-
-
-def most_memory(layouts: Iterable[Json], device_bytes: int) -> float:
-    """The longest of those bars."""
-    held = [sum(one[key] for key, _, _ in MEMORY_PARTS) for one in layouts if "weight_bytes_per_rank" in one]
-    return float(max([device_bytes, *held]))
+    title = f"memory of a rank of {layout['layout']}"
+    return charts.inline_bar(title, _MOST_MEMORY * device_bytes, parts, device_bytes)
 
 
 def compared(plan: Json) -> list[Json]:
@@ -114,6 +111,18 @@ def step_lines(layouts: Sequence[Json]) -> Markup:
             points = [(step["streams"], step[key]) for step in layout["decode_steps"]]
             shown.append(Line(name=layout["layout"], points=points, css=f"c{index + 1}{css}"))
     return charts.lines(_streams_axis(layouts), seconds_from_zero("step", most), shown)
+
+
+def trade_off(layouts: Sequence[Json], gpus: int) -> Markup:
+    """With more streams a device gives more, and each stream less."""
+    shown = []
+    for index, layout in enumerate(layouts):
+        steps = layout["decode_steps"]
+        points = [(1 / step["estimate_s"], step["streams"] / step["estimate_s"] / gpus) for step in steps]
+        shown.append(Line(name=layout["layout"], points=points, css=f"c{index + 1}"))
+    x = from_zero("tokens a second of a stream", max(point[0] for line in shown for point in line.points))
+    y = from_zero("tokens a second of a GPU", max(line.largest for line in shown))
+    return charts.lines(x, y, shown)
 
 
 def step_layers(layouts: Sequence[Json]) -> list[Figure]:
@@ -173,7 +182,7 @@ def courses(run: Json) -> list[tuple[Course, Figure]]:
             if any(value is not None for value in series.get(key, []))
         ]
         if shown:
-            most = max(value for line in shown for _, value in line.points if value is not None)
+            most = max(line.largest for line in shown)
             y = seconds_from_zero(course.unit, most) if course.is_seconds else from_zero(course.unit, most)
             found.append((course, Figure(title=course.title, drawing=charts.lines(x, y, shown, moments))))
     return found
