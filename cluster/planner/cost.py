@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol
 
 from cluster.planner.roofline import StepTime
-from cluster.planner.step_shape import StepShape
+from cluster.planner.step_shape import GroupShape, StepShape
 
 
 class CostModel(Protocol):
@@ -15,5 +14,8 @@ class CostModel(Protocol):
     def step(self, shape: StepShape) -> StepTime:
         """The parts of a step of this shape."""
 
-    def decode_context_s(self, contexts: Sequence[float]) -> float:
-        """Of those parts, what decodes spend on the KV they read: proportional to the largest of the groups' sums."""
+    def context_s(self, group: GroupShape) -> float:
+        """What decodes of a group spend on the KV they read: for as many decodes, proportional to it.
+
+        Of a step, the largest of its groups counts.
+        """

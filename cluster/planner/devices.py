@@ -47,7 +47,9 @@ class Kernels:
     weight_share: float
     """Of the bandwidth, where weights are read for few rows."""
     attention_share: float
-    """Of the bandwidth, where a decode reads KV."""
+    """Of the bandwidth, where many sequences decode and read their KV."""
+    single_attention_share: float
+    """The same of one sequence."""
     gemm_share: float
     """Of the FP8 peak, dense layers with many rows."""
     expert_gemm_share: float

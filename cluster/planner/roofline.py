@@ -7,7 +7,6 @@ long as in the fullest group, experts see the tokens of all.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cluster.planner.devices import Device, Kernels
@@ -65,6 +64,7 @@ class StepTime:
 FLOOR = Kernels(
     weight_share=1.0,
     attention_share=1.0,
+    single_attention_share=1.0,
     gemm_share=1.0,
     expert_gemm_share=1.0,
     prefill_attention_share=1.0,
@@ -111,7 +111,7 @@ class Roofline:
         return StepTime(
             dense_s=self._dense_s(most, num_sampled),
             experts_s=self._experts_s(total),
-            attention_s=max(self.attention_s(group.decode_context) for group in shape),
+            attention_s=max(map(self.context_s, shape)),
             prefill_attention_s=max(self._prefill_attention_s(group) for group in shape),
             collectives_s=self._collectives_s(most, total),
             overhead_s=self._overhead_s(),
@@ -120,13 +120,14 @@ class Roofline:
     def seconds(self, shape: StepShape) -> float:
         return self.step(shape).total_s
 
-    def attention_s(self, context: float) -> float:
-        """Of decodes in one group that read so many tokens of KV together: proportional to them."""
-        return context * self._work.kv_token_bytes / (self._bandwidth * self._kernels.attention_share)
-
-    def decode_context_s(self, contexts: Sequence[float]) -> float:
-        """The part of a decode step that grows with what its groups read."""
-        return max(map(self.attention_s, contexts))
+    def context_s(self, group: GroupShape) -> float:
+        """Of decodes of one group that read KV: of many sequences at a larger share of the bandwidth than of one."""
+        if not group.num_decodes:
+            return 0.0
+        kernels = self._kernels
+        share = kernels.attention_share
+        share -= (share - kernels.single_attention_share) / group.num_decodes
+        return group.decode_context * self._work.kv_token_bytes / (self._bandwidth * share)
 
     def _dense_s(self, num_tokens: int, num_sampled: int) -> float:
         work, kernels = self._work, self._kernels

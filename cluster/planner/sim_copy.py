@@ -7,7 +7,7 @@ order, results are applied as they come. Where the next steps are foreseen (`fas
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 
 from cluster.errors import RankLossCause, RankLost
@@ -130,13 +130,25 @@ class SimCopy:
     def add(self, flight: Flight, now_s: float, output_ids: list[int] | None = None) -> None:
         """A request comes, maybe with output from elsewhere. Raises what `EngineCore.add` raises."""
         self._settle(now_s)
-        self._core.add(self._request(flight, output_ids or []))
-        self.flights[flight.key] = flight
-        flight.copy = self.name
-        self._has_new = True
+        self._queue(flight, output_ids or [])
         if not self._sent:
             self._send(now_s)
         self._look_ahead()
+
+    def add_together(self, flights: Iterable[Flight], now_s: float) -> None:
+        """Requests that are there before the next plan is made."""
+        self._settle(now_s)
+        for flight in flights:
+            self._queue(flight, [])
+        if not self._sent:
+            self._send(now_s)
+        self._look_ahead()
+
+    def _queue(self, flight: Flight, output_ids: list[int]) -> None:
+        self._core.add(self._request(flight, output_ids))
+        self.flights[flight.key] = flight
+        flight.copy = self.name
+        self._has_new = True
 
     def advance(self) -> None:
         """What happens at `next_s`."""
@@ -272,9 +284,7 @@ class SimCopy:
         if num_steps < _WORTH_SKIPPING:
             self.next_s = self._oldest_ends_s
             return
-        shape = self._sent[0].shape
-        leader = max(shape, key=lambda group: (group.decode_context, group.num_decodes))
-        growth_s = self._cost.decode_context_s([leader.num_decodes])
+        growth_s = _largest([(self._cost.context_s(group), self._growth_s(group)) for group in self._sent[0].shape])[1]
         first_s = self._sent[0].time.total_s
         self._ahead = _Ahead(self._started_s, num_steps, first_s, growth_s)
         self.next_s = self._ahead.behind(num_steps)
@@ -285,7 +295,12 @@ class SimCopy:
         scheduler, max_num_seqs = self.scheduler, self._config.max_num_seqs
         if self._has_new and any(group.num_unfinished < max_num_seqs for group in scheduler.groups):
             return 0
-        return min(foresee(scheduler), _steps_until_overtaken(self._sent[0].shape))
+        times = [(self._cost.context_s(group), self._growth_s(group)) for group in self._sent[0].shape]
+        return min(foresee(scheduler), _steps_until_overtaken(times))
+
+    def _growth_s(self, group: GroupShape) -> float:
+        """What the next step's KV takes beyond this one's."""
+        return self._cost.context_s(GroupShape(group.num_decodes, group.num_decodes))
 
     def _settle(self, now_s: float) -> None:
         """Write what was foreseen until now."""
@@ -317,17 +332,16 @@ def _later(shape: StepShape, num_steps: int) -> StepShape:
     return [GroupShape(group.num_decodes, group.decode_context + num_steps * group.num_decodes) for group in shape]
 
 
-def _steps_until_overtaken(shape: StepShape) -> int:
-    """For so many steps the group that reads most KV stays that."""
-    leader = max(shape, key=lambda group: (group.decode_context, group.num_decodes))
-    return min(
-        (
-            (leader.decode_context - group.decode_context) // (group.num_decodes - leader.num_decodes)
-            for group in shape
-            if group.num_decodes > leader.num_decodes
-        ),
-        default=1 << 30,
-    )
+def _largest(times: list[tuple[float, float]]) -> tuple[float, float]:
+    """Of the (time, growth) of groups."""
+    return max(times)
+
+
+def _steps_until_overtaken(times: list[tuple[float, float]]) -> int:
+    """For so many steps the group that spends most on its KV stays that."""
+    most_s, growth_s = _largest(times)
+    steps = [int((most_s - now_s) / (more_s - growth_s)) for now_s, more_s in times if more_s > growth_s]
+    return min(steps, default=1 << 30)
 
 
 def _group_shape(plan: StepPlan, group: Scheduler) -> GroupShape:

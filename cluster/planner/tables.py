@@ -51,7 +51,8 @@ def verdict(trials: Sequence[Trial]) -> str:
     best = trials[0]
     outcome = best.outcome
     if outcome.keeps_up:
-        return f"Take {best.fit.candidate}. Its limit is {outcome.limit}; ranks are busy {outcome.utilisation:.0%} of the time."
+        busy = f"ranks are busy {outcome.utilisation:.0%} of the time"
+        return f"Take {best.fit.candidate}. Its limit is {outcome.limit}; {busy}."
     return (
         f"None of these keeps up with the load. {best.fit.candidate} comes furthest, with "
         f"{outcome.output_tokens_per_s:,.0f} tokens a second; its limit is {outcome.limit}."

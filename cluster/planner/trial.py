@@ -68,9 +68,17 @@ class Trial:
 
 
 def shortlist(setting: Setting, fits: Sequence[Fit], load: Load, most: int) -> list[tuple[Fit, Settled]]:
-    """Those that a quick estimate finds fastest; who cannot take the load comes last, the least loaded first."""
+    """Those that a quick estimate finds fastest; who cannot take the load comes last.
+
+    Of layouts that differ in `expert_tp` alone the fastest stands for all: they differ by little.
+    """
     guesses = [(fit, settle(fit, setting.cost(fit), load.rate_per_s, load.lengths)) for fit in fits]
-    return sorted(guesses, key=lambda guess: (not guess[1].fits, guess[1].token_s))[:most]
+    guesses.sort(key=lambda guess: (not guess[1].fits, guess[1].token_s))
+    best: dict[tuple[int, int, int], tuple[Fit, Settled]] = {}
+    for fit, guess in guesses:
+        candidate = fit.candidate
+        best.setdefault((candidate.copies, candidate.layout.tp, candidate.layout.dp), (fit, guess))
+    return list(best.values())[:most]
 
 
 def try_out(setting: Setting, chosen: Sequence[tuple[Fit, Settled]], load: Load) -> list[Trial]:
