@@ -15,6 +15,8 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 46.0, 20.0, 24.0, 36.0
 _BAR_ROW, _BAR = 36.0, 10.0
 _TEXT_DOWN = 4.0
 """From the middle of a text to its base line."""
+_NOTE = 80.0
+"""What a moment's name takes: of those that come sooner after it only the rule is drawn."""
 _DOT = 2.5
 _DOTTED = 16
 """Lines of no more points have each of them marked."""
@@ -73,8 +75,11 @@ class Bar:
 def lines(x: Axis, y: Axis, shown: Sequence[Line], moments: Sequence[Moment] = ()) -> Markup:
     """Lines over an axis."""
     frame = _Frame(x, y)
+    named_to = 0.0
     for moment in moments:
-        frame.rule(moment)
+        at = frame.across(moment.time_s)
+        frame.rule(at, moment.name if at >= named_to else "")
+        named_to = at + _NOTE if at >= named_to else named_to
     for line in shown:
         for run in _runs(line.points):
             frame.drawing.polyline([frame.place(*point) for point in run], f"line {line.css}")
@@ -176,11 +181,10 @@ class _Frame:
         self.drawing.text((self._right, top + 12), note, "value", "end")
         return top + 24
 
-    def rule(self, moment: Moment) -> None:
-        at = self.across(moment.time_s)
+    def rule(self, at: float, name: str) -> None:
         self.drawing.line((at, _TOP), (at, self._bottom), "moment")
         is_far = at > (self._left + self._right) / 2
-        self.drawing.text((at + (-4 if is_far else 4), _TOP + 8), moment.name, "note", "end" if is_far else "start")
+        self.drawing.text((at + (-4 if is_far else 4), _TOP + 8), name, "note", "end" if is_far else "start")
 
     def _up(self, value: float) -> float:
         assert self._y is not None, "it has rows instead"

@@ -171,7 +171,7 @@ def courses(run: Json) -> list[tuple[Course, Figure]]:
     times: list[float] = series["time_s"]
     if len(times) < 2:
         return []
-    x = clock("time", 0.0, times[-1])
+    x = clock("time", 0.0, times[-1] + (times[1] - times[0]) / 2)
     moments = [Moment(time_s=event["time_s"], name=event["what"]) for event in run.get("events", [])]
     moments = [moment for moment in moments if moment.time_s <= x.high]
     found = []
