@@ -11,8 +11,8 @@ from cluster.planner.report.axes import Axis, plain
 from cluster.planner.report.svg import Drawing, Point
 
 WIDTH, HEIGHT = 460.0, 250.0
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46.0, 20.0, 24.0, 36.0
-_BAR_ROW, _BAR = 36.0, 10.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 46.0, 20.0, 32.0, 36.0
+_BAR_TOP, _BAR_ROW, _BAR = 6.0, 36.0, 10.0
 _TEXT_DOWN = 4.0
 """From the middle of a text to its base line."""
 _NOTE = 80.0
@@ -107,7 +107,7 @@ def layers(x: Axis, y: Axis, places: Sequence[float], stacked: Sequence[Layer], 
 
 def spreads(x: Axis, rows: Sequence[Spread]) -> Markup:
     """For each row a dot at the median, a thick line to the 95th percentile and a thin one to the 99th."""
-    frame = _Frame(x, None, height=_TOP + _BAR_ROW * len(rows) + _BOTTOM)
+    frame = _Frame(x, None, height=_BAR_TOP + _BAR_ROW * len(rows) + _BOTTOM)
     for index, row in enumerate(rows):
         middle = frame.row(index, row.name, " · ".join(x.label(value) for value in (row.p50, row.p95, row.p99)))
         p50, p95, p99 = (frame.across(value) for value in (row.p50, row.p95, row.p99))
@@ -119,7 +119,7 @@ def spreads(x: Axis, rows: Sequence[Spread]) -> Markup:
 
 def bars(x: Axis, rows: Sequence[Bar]) -> Markup:
     """For each row its parts beside each other."""
-    frame = _Frame(x, None, height=_TOP + _BAR_ROW * len(rows) + _BOTTOM)
+    frame = _Frame(x, None, height=_BAR_TOP + _BAR_ROW * len(rows) + _BOTTOM)
     for index, row in enumerate(rows):
         middle = frame.row(index, row.name, row.note)
         start = 0.0
@@ -157,7 +157,7 @@ class _Frame:
         for tick in x.ticks:
             at = self.across(tick)
             if y is None:
-                self.drawing.line((at, _TOP), (at, self._bottom), "grid")
+                self.drawing.line((at, _BAR_TOP), (at, self._bottom), "grid")
             self.drawing.text((at, self._bottom + 14), x.label(tick), "tick", "middle")
         self.drawing.text((self._right, self._bottom + 30), x.title, "axis", "end")
         if y is None:
@@ -176,7 +176,7 @@ class _Frame:
 
     def row(self, index: int, name: str, note: str) -> float:
         """Writes over the row what it is; the height of its middle."""
-        top = _TOP / 2 + index * _BAR_ROW
+        top = _BAR_TOP + index * _BAR_ROW
         self.drawing.text((self._left, top + 12), name, "label")
         self.drawing.text((self._right, top + 12), note, "value", "end")
         return top + 24
@@ -184,7 +184,7 @@ class _Frame:
     def rule(self, at: float, name: str) -> None:
         self.drawing.line((at, _TOP), (at, self._bottom), "moment")
         is_far = at > (self._left + self._right) / 2
-        self.drawing.text((at + (-4 if is_far else 4), _TOP + 8), name, "note", "end" if is_far else "start")
+        self.drawing.text((at, _TOP - 5), name, "note", "end" if is_far else "start")
 
     def _up(self, value: float) -> float:
         assert self._y is not None, "it has rows instead"

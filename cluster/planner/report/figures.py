@@ -9,7 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from cluster.planner.report import charts
-from cluster.planner.report.axes import clock, from_zero, powers_of_two, seconds_from_zero
+from cluster.planner.report.axes import Axis, clock, from_zero, powers_of_two, seconds_from_zero
 from cluster.planner.report.charts import Bar, Layer, Line, Moment, Spread
 
 Json = Mapping[str, Any]
@@ -34,6 +34,7 @@ _SPREADS = (
 )
 _MOST_MEMORY = 1.25
 """Of a device's memory, that is drawn."""
+_FEW = 4
 _COMPARED = 4
 """Layouts whose lines are drawn."""
 
@@ -183,11 +184,16 @@ def courses(run: Json) -> list[tuple[Course, Figure]]:
         ]
         if shown:
             most = max(line.largest for line in shown)
-            y = seconds_from_zero(course.unit, most) if course.is_seconds else from_zero(course.unit, most)
+            y = seconds_from_zero(course.unit, most) if course.is_seconds else _amount(course.unit, most)
             found.append((course, Figure(title=course.title, drawing=charts.lines(x, y, shown, moments))))
     return found
 
 
-def _streams_axis(layouts: Sequence[Json]) -> Any:
+def _amount(unit: str, most: float) -> Axis:
+    """Of few whole things each has its tick."""
+    return from_zero(unit, most, num_ticks=int(most) if 1 <= most < _FEW else _FEW)
+
+
+def _streams_axis(layouts: Sequence[Json]) -> Axis:
     most = max(step["streams"] for layout in layouts for step in layout["decode_steps"])
     return powers_of_two("streams of all copies", most)
