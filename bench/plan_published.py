@@ -1,7 +1,8 @@
 """Published runs of the real models beside what the planner says of them, honest where it is off.
 
 H20: Qwen's own table of SGLang at batch 1, (prompt + 2,048) tokens over the whole time. H100: GPUStack's performance
-lab, vLLM 0.11, requests that come all at once. The constants of `devices.toml` are calibrated by the marked runs: the 4B's column on H20 (overhead of a layer, attention of one stream, attention of prefills) and 500 prompts of 2,000 on
+lab, vLLM 0.11, requests that come all at once. The constants of `devices.toml` are calibrated by the marked runs: the
+4B's column on H20 (overhead of a layer, attention of one stream, attention of prefills) and 500 prompts of 2,000 on
 H100 (share of the FP8 peak that experts' products reach). All others are foretold.
 """
 

@@ -104,7 +104,8 @@ def _serve_to_end(config: ClusterConfig) -> int:
             print(draining, file=sys.stderr)
         cut = cluster.drain()
     if cut:
-        raise MullError(f"{cut} streams were still running after {config.gateway.drain_s:g} s and were cut off")
+        streams = "1 stream was" if cut == 1 else f"{cut} streams were"
+        raise MullError(f"{streams} still running after {config.gateway.drain_s:g} s and cut off")
     return 0
 
 

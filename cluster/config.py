@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cluster.errors import ConfigError
 from workers.layout import ParallelLayout
 from workers.logs import LogFormat
 
+OTLP_ENDPOINT = r"^https?://[^/\s@]+:\d+$"
 THINKING_CLOSE_PHRASE = "\n\nMy time to think is up, so I answer now with what I have found."
 
 
@@ -273,10 +275,18 @@ class LogsConfig(_Part):
 class TracingConfig(_Part):
     """Spans of requests, for an OpenTelemetry collector."""
 
-    otlp_endpoint: str | None = Field(None, pattern=r"^https?://[^/\s@]+:\d+$")
+    otlp_endpoint: str | None = Field(None, pattern=OTLP_ENDPOINT)
     """http:// or https://host:port of its OTLP receiver over gRPC; None: nothing is traced."""
     sample_ratio: float = Field(1.0, ge=0, le=1)
     """Of the requests that come without a trace; for those that come with one, their client has decided."""
+
+    @field_validator("otlp_endpoint", mode="before")
+    @classmethod
+    def _names_scheme_and_port(cls, value: object) -> object:
+        """Where the pattern would be all that is said."""
+        if isinstance(value, str) and not re.match(OTLP_ENDPOINT, value):
+            raise ValueError("give http:// or https://, a host and a port, as in http://127.0.0.1:4317")
+        return value
 
 
 class ClusterConfig(_Part):

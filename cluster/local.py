@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from cluster.config import ClusterConfig
 from cluster.errors import ConfigError, EngineError
 from cluster.interrupts import Interrupts
 from cluster.log_follower import LogFollower
+from cluster.ports import HeldPorts
 from cluster.ray_cluster import RunningRay, check_nodes, last_line, start_ray, start_serve
 from mull.v1 import generation_pb2 as pb
 
@@ -51,7 +51,8 @@ class LocalCluster:
 
     def __init__(self, config: ClusterConfig, interrupts: Interrupts) -> None:
         self._interrupts = interrupts
-        self._config = _with_fixed_ports(config)
+        self._ports = HeldPorts()
+        self._config = _with_fixed_ports(config, self._ports)
         self._gateway: Any = None
         self._logs: LogFollower | None = None
         self._ray: RunningRay | None = None
@@ -189,6 +190,7 @@ class LocalCluster:
             _end_children()
         if self._logs is not None:
             self._logs.stop()
+        self._ports.close()
         self._gateway = self._logs = None
         self._ray = None
         self._ray_was_started = self._app_was_started = False
@@ -235,29 +237,28 @@ def _is_alive(process: psutil.Process) -> bool:
         return False
 
 
-def _with_fixed_ports(config: ClusterConfig) -> ClusterConfig:
+def _with_fixed_ports(config: ClusterConfig, ports: HeldPorts) -> ClusterConfig:
     """Port 0 becomes a free one here and now, so that a gateway that Serve starts again has the same."""
     gateway = config.gateway
-    ports = {
-        name: _free_port("--" + name.replace("_", "-"), gateway.host, getattr(gateway, name))
-        for name in ("grpc_port", "http_port")
+    fixed = {
+        "grpc_port": _hold(ports, "--grpc-port", gateway.host, gateway.grpc_port),
+        "http_port": _hold(ports, "--http-port", gateway.host, gateway.http_port),
+        "metrics_port": _hold(ports, "--metrics-port", gateway.metrics_host, gateway.metrics_port),
     }
-    ports["metrics_port"] = _free_port("--metrics-port", gateway.metrics_host, gateway.metrics_port)
     if config.router.metrics_port and config.router.ray_address is None:
         for port in config.router.metrics_ports:
-            _free_port("--router-metrics-port", gateway.metrics_host, port)
-    return config.model_copy(update={"gateway": gateway.model_copy(update=ports)})
+            _hold(ports, "--router-metrics-port", gateway.metrics_host, port)
+    return config.model_copy(update={"gateway": gateway.model_copy(update=fixed)})
 
 
 def _in_url(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def _free_port(flag: str, host: str, port: int) -> int:
-    """The port itself, or one that the kernel picks for 0. Raises ConfigError where it is taken."""
+def _hold(ports: HeldPorts, flag: str, host: str, port: int) -> int:
+    """Raises ConfigError where the port cannot be had."""
     try:
-        with socket.create_server((host, port)) as probe:
-            return int(probe.getsockname()[1])
+        return ports.hold(host, port)
     except OSError as error:
         reason = error.strerror or str(error)
         raise ConfigError(f"{flag} {port}: {reason} on {host}; choose another, or 0 for a free one") from error

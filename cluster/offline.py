@@ -5,13 +5,13 @@ For measuring a checkpoint or the engine itself. The same scheduler and the same
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 
 from cluster.router.blocks import BlockAllocator
 from cluster.router.scheduler import Scheduler
 from cluster.router.scheduler_config import SchedulerConfig, SchedulerStats
-from cluster.router.sequence import SequenceRequest
+from cluster.router.sequence import SequenceRequest, SequenceUpdate
 from cluster.router.speculation import Speculation
 from workers.config import ParallelLayout, RunnerConfig
 from workers.parallel import ParallelState
@@ -77,23 +77,37 @@ class OfflineEngine:
     ) -> list[list[int]]:
         """The tokens after each prompt, a stop token included. Raises what Scheduler.add raises."""
         outputs: list[list[int]] = [[] for _ in prompts]
+        for update in self.updates(prompts, max_tokens, sampling, stop_token_ids):
+            assert isinstance(update.key, int)
+            outputs[update.key] += update.token_ids
+        return outputs
+
+    def updates(
+        self,
+        prompts: Sequence[list[int]],
+        max_tokens: int,
+        sampling: SamplingParams,
+        stop_token_ids: frozenset[int] = frozenset(),
+    ) -> Generator[SequenceUpdate]:
+        """The same as it comes, keyed by the prompt's place; closing the iterator cancels what has not finished."""
         waiting = list(enumerate(prompts))
         waiting.reverse()
-        while waiting or self._scheduler.has_unfinished:
-            while waiting and self._scheduler.num_running + self._scheduler.num_waiting < self._max_running:
-                key, prompt_ids = waiting.pop()
-                self._scheduler.add(
-                    SequenceRequest(
-                        key=key,
-                        prompt_ids=prompt_ids,
-                        sampling=sampling,
-                        max_tokens=max_tokens,
-                        stop_token_ids=stop_token_ids,
+        try:
+            while waiting or self._scheduler.has_unfinished:
+                while waiting and self._scheduler.num_running + self._scheduler.num_waiting < self._max_running:
+                    key, prompt_ids = waiting.pop()
+                    self._scheduler.add(
+                        SequenceRequest(
+                            key=key,
+                            prompt_ids=prompt_ids,
+                            sampling=sampling,
+                            max_tokens=max_tokens,
+                            stop_token_ids=stop_token_ids,
+                        )
                     )
-                )
-            plan = self._scheduler.schedule()
-            assert plan is not None, "nothing is in flight, so there is always something to schedule"
-            for update in self._scheduler.apply(self._runner.execute(plan)):
-                assert isinstance(update.key, int)
-                outputs[update.key] += update.token_ids
-        return outputs
+                plan = self._scheduler.schedule()
+                assert plan is not None, "nothing is in flight, so there is always something to schedule"
+                yield from self._scheduler.apply(self._runner.execute(plan))
+        finally:
+            for key in range(len(prompts)):
+                self._scheduler.cancel(key)

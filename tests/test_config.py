@@ -81,7 +81,7 @@ def test_a_model_is_named_after_its_directory() -> None:
         ({"gateway": {"host": "gpu-1"}}, "--insecure"),
         ({"router": {"ray_address": "10.0.0.1:6379"}}, "router.ray_address 10.0.0.1:6379"),
         ({"tracing": {"otlp_endpoint": "http://otel.example:4317"}}, "spans would go to another machine in plain text"),
-        ({"tracing": {"otlp_endpoint": "https://user:pass@otel.example:4317"}}, "tracing.otlp_endpoint"),
+        ({"tracing": {"otlp_endpoint": "https://user:pass@otel.example:4317"}}, "tracing.otlp_endpoint: give http"),
         ({"security": {"tls_cert": "a.pem"}}, "security: tls_key is missing"),
         ({"security": {"link_cert": "a.pem", "link_key": "b.pem"}}, "security: link_ca is missing"),
         ({"security": {"tls_client_ca": "a.pem"}}, "tls_client_ca needs tls_cert"),

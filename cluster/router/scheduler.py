@@ -11,17 +11,17 @@ last in order goes back to its place in the queue. Nobody starves: the first in 
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Collection, Hashable, Iterable
 
-from cluster.errors import EngineError, InvalidRequest, Overloaded, PromptTooLong
+from cluster.errors import InvalidRequest, Overloaded, PromptTooLong
 from cluster.router.blocks import BlockAllocator
+from cluster.router.in_flight import StepsInFlight
 from cluster.router.quarantine import Quarantine
 from cluster.router.scheduler_config import SchedulerConfig, SchedulerStats
 from cluster.router.sequence import FinishReason, Phase, Sequence, SequenceRequest, SequenceUpdate
 from cluster.router.slots import SlotTable
 from cluster.router.speculation import Move, Speculation, next_move
-from cluster.router.step_builder import StepBuilder, StepInFlight
+from cluster.router.step_builder import StepBuilder
 from cluster.router.waiting import WaitingQueue
 from workers.step import StepPlan, StepResult
 
@@ -38,7 +38,7 @@ class Scheduler:
         self._waiting: WaitingQueue[Sequence] = WaitingQueue()
         self._num_added_total = 0
         self._slots = SlotTable(config.max_num_seqs, blocks)
-        self._in_flight: deque[StepInFlight] = deque()
+        self._in_flight = StepsInFlight()
         self._next_step = 0
         self._num_preempted_total = 0
         self._prefix_query_tokens_total = 0
@@ -71,7 +71,7 @@ class Scheduler:
         return self._blocks
 
     @property
-    def in_flight(self) -> deque[StepInFlight]:
+    def in_flight(self) -> StepsInFlight:
         """Plans whose results are not back, oldest first, to read."""
         return self._in_flight
 
@@ -217,12 +217,12 @@ class Scheduler:
     @property
     def is_computing(self) -> bool:
         """A plan that computes something is under way."""
-        return any(plan.computed for plan in self._in_flight)
+        return self._in_flight.are_computing
 
     @property
     def is_drafting(self) -> bool:
         """One with drafts is."""
-        return any(plan.drafted for plan in self._in_flight)
+        return self._in_flight.are_drafting
 
     def drafting_gain(self, speculation: Speculation) -> float:
         """Tokens that drafts may be expected to bring in the next step, less what they cost."""
@@ -243,15 +243,15 @@ class Scheduler:
         At most two updates per sequence: one with forced tokens, and one with the token that was sampled after them.
         Raises EngineError when the result is of another step or has not one token per sampling slot.
         """
-        done = self._take_in_flight(result)
+        done = self._in_flight.take(result)
         admitted = [seq for seq, _ in done.admitted if seq.finish is None]
         for seq, cached_tokens in done.admitted:
             seq.unannounced_cached_tokens = cached_tokens
-        more = {seq.request.key: ids for seq, ids in zip(done.drafted, result.accepted_ids, strict=True)}
+        more = dict(zip(done.drafted, result.accepted_ids, strict=True))
         self._accepted_tokens_total += sum(map(len, more.values()))
         for prefill, seq, start in done.scored:
             seq.take_scores(start, result.prompt_logprobs[prefill])
-        updates: list[SequenceUpdate | None] = []
+        updates: list[SequenceUpdate] = []
         for index, (seq, token_id) in enumerate(zip(done.sampled, result.token_ids, strict=True)):
             if seq.finish is not None:
                 continue  # it ended while this step was under way: the token is one too many
@@ -259,23 +259,24 @@ class Scheduler:
                 seq.num_stale -= 1
                 continue  # another one was forced in its place
             seq.num_pending -= 1
-            updates.append(seq.take_forced())
+            if (forced := seq.take_forced()) is not None:
+                updates.append(forced)
             if seq.finish is None:
-                logprobs = [result.logprobs[index]] if index in result.logprobs else []
-                updates.append(seq.take_sampled([token_id, *more.get(seq.request.key, ())], logprobs))
+                logprobs = (result.logprobs[index],) if index in result.logprobs else ()
+                updates.append(seq.take_sampled([token_id, *more.get(seq, ())], logprobs))
             if seq.finish is not None:
                 self._end(seq)
             elif seq.slot is None:
                 self._wait_again(seq)
-        updates += [seq.take_announcement() for seq in admitted]
-        return [update for update in updates if update is not None]
+        announcements = (seq.take_announcement() for seq in admitted)
+        return updates + [update for update in announcements if update is not None]
 
     def restart(self, blocks: BlockAllocator) -> int:
         """The ranks are new, with nothing computed and these blocks: everyone who ran waits in its place again.
 
         Returns how many tokens must be put through the model again. Plans that were under way have no results any more.
         """
-        for seq, cached_tokens in (entry for plan in self._in_flight for entry in plan.admitted):
+        for seq, cached_tokens in self._in_flight.admitted:
             seq.unannounced_cached_tokens = cached_tokens
         self._in_flight.clear()
         running = list(self._slots.running)
@@ -291,8 +292,7 @@ class Scheduler:
     @property
     def computing(self) -> list[Sequence]:
         """The unfinished sequences of whom plans under way compute a token."""
-        computed = {seq.request.key: seq for plan in self._in_flight for seq in plan.computed}
-        return [seq for seq in computed.values() if seq.finish is None]
+        return self._in_flight.computed
 
     def give_up(self, key: Hashable) -> SequenceUpdate:
         """End a sequence that ranks cannot compute."""
@@ -390,25 +390,8 @@ class Scheduler:
             self._slots.publish_prompt(seq)
         number = self._next_step
         self._next_step += 1
-        self._in_flight.append(step.in_flight(number))
+        self._in_flight.add(step.in_flight(number))
         return step.plan(number, close)
-
-    def _take_in_flight(self, result: StepResult) -> StepInFlight:
-        if not self._in_flight or self._in_flight[0].step != result.step:
-            expected = self._in_flight[0].step if self._in_flight else "none"
-            raise EngineError(f"rank {result.rank} answered step {result.step}, expected {expected}; restart the group")
-        done = self._in_flight[0]
-        if len(done.sampled) != len(result.token_ids):
-            raise EngineError(
-                f"rank {result.rank} gave {len(result.token_ids)} tokens for step {result.step}, "
-                f"expected {len(done.sampled)}; restart the group"
-            )
-        if len(done.drafted) != len(result.accepted_ids):
-            raise EngineError(
-                f"rank {result.rank} told of {len(result.accepted_ids)} drafts for step {result.step}, "
-                f"expected {len(done.drafted)}; restart the group"
-            )
-        return self._in_flight.popleft()
 
     def _preempt(self, seq: Sequence) -> None:
         """Back to its place in the queue. Its tokens are all that is kept; they are prefilled again later."""

@@ -5,7 +5,7 @@ Hop 5: the scheduler moves sequences through their lives. Integers and lists onl
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -92,21 +92,21 @@ class SequenceRequest:
         )
 
 
-class SequenceUpdate(msgspec.Struct, frozen=True):
-    """What one step has for one sequence."""
+class SequenceUpdate(msgspec.Struct, frozen=True, gc=False):
+    """What one step has for one sequence. Part of no cycle, so that the collector need not follow one per token."""
 
     key: Hashable
     admitted_cached_tokens: int | None = None
     """Present once, when the request got its first slot: prompt tokens that were found in the prefix cache."""
     token_ids: list[int] = []
     """New tokens in order; a stop token is included as the last one."""
-    logprobs: list[TokenLogprobs] = []
+    logprobs: Collection[TokenLogprobs] = ()
     """One per token id where the request asked for logprobs; else empty."""
     finish: FinishReason | None = None
     """Present in the last update of a request."""
     num_forced: int = 0
     """All of `token_ids`, or none: forced tokens come in an update of their own."""
-    prompt_logprobs: list[TokenLogprobs] = []
+    prompt_logprobs: Collection[TokenLogprobs] = ()
     """With `admitted_cached_tokens`, where asked for: one per prompt token but the first."""
     num_preemptions: int = 0
     """How often it has lost its slot so far."""
@@ -167,7 +167,7 @@ class Sequence:
     num_preemptions: int = 0
     num_scored: int = 0
     """Prompt tokens behind the first whose logprobs are known."""
-    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     """Those, until they are told."""
     drafter: Drafter | None = None
     """Guesses its next tokens; None: nobody asked yet."""
@@ -323,39 +323,40 @@ class Sequence:
         logprobs = [FORCED] * len(token_ids) if self.request.sampling.num_logprobs is not None else []
         return self._update(token_ids, logprobs, num_forced=len(token_ids))
 
-    def take_sampled(self, token_ids: list[int], logprobs: list[TokenLogprobs]) -> SequenceUpdate:
+    def take_sampled(self, token_ids: list[int], logprobs: Collection[TokenLogprobs]) -> SequenceUpdate:
         """Take sampled tokens, the first of which was pending, and what tells of them.
 
         The thoughts are closed where one was the last of them. What comes after that one, or after the end, is dropped.
         """
-        num_taken = 0
+        num_taken, is_over_budget = 0, False
         for token_id in token_ids:
             self.append(token_id)
             num_taken += 1
-            if self.finish is not None or self.is_over_budget:
+            is_over_budget = self.is_over_budget
+            if self.finish is not None or is_over_budget:
                 break
         if self.slot is not None:
             self.num_computed += num_taken - 1
         update = self._update(token_ids[:num_taken], logprobs)
-        if self.finish is None and self.is_over_budget:
+        if self.finish is None and is_over_budget:
             self.close_thoughts()
         return update
 
     def take_scores(self, start: int, scores: list[TokenLogprobs]) -> None:
         """Take logprobs of the prompt tokens behind `start`; some may be known from before a preemption."""
         fresh = scores[max(0, self.num_scored - start) :]
-        self.prompt_logprobs += fresh
+        self.prompt_logprobs += tuple(fresh)
         self.num_scored += len(fresh)
 
     def take_announcement(self) -> SequenceUpdate | None:
         """What tells that it was admitted, where no token told it yet; with a scored prompt, its first token does."""
         if self.unannounced_cached_tokens is None or self.request.num_prompt_logprobs is not None:
             return None
-        return self._update([], [])
+        return self._update([], ())
 
-    def _update(self, token_ids: list[int], logprobs: list[TokenLogprobs], num_forced: int = 0) -> SequenceUpdate:
+    def _update(self, token_ids: list[int], logprobs: Collection[TokenLogprobs], num_forced: int = 0) -> SequenceUpdate:
         cached_tokens, self.unannounced_cached_tokens = self.unannounced_cached_tokens, None
-        scores, self.prompt_logprobs = self.prompt_logprobs, []
+        scores, self.prompt_logprobs = self.prompt_logprobs, ()
         return SequenceUpdate(
             self.request.key,
             cached_tokens,

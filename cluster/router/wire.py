@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import msgspec
 
@@ -50,9 +51,11 @@ class ModelInfo:
     """None: it has none."""
 
 
-@dataclass(frozen=True)
-class RequestKey:
-    """Names a request at the scheduler: the session it came over, and the gateway's key in it."""
+class RequestKey(NamedTuple):
+    """Names a request at the scheduler: the session it came over, and the gateway's key in it.
+
+    A tuple, since it is hashed for every token.
+    """
 
     session: int
     key: int

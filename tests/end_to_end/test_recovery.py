@@ -233,7 +233,7 @@ def test_streams_longer_than_the_drain_are_cut_off_and_the_exit_code_tells(serve
                 list(reply)
 
     assert server.wait() == 1
-    assert server.lines[-1] == f"mull: 2 streams were still running after {DRAIN_S:g} s and were cut off"
+    assert server.lines[-1] == f"mull: 2 streams were still running after {DRAIN_S:g} s and cut off"
 
 
 @contextmanager

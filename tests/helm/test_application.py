@@ -14,6 +14,7 @@ from ray.serve.config import ProxyLocation
 from ray.serve.context import _get_global_client, _set_global_client
 from ray.serve.schema import ApplicationStatus, ServeDeploySchema
 
+from cluster.ports import HeldPorts
 from mull.client import Client
 from tests.helm.chart import PRESETS, Helm, Rendered
 from tests.own_ray import own_ray
@@ -36,8 +37,13 @@ def test_a_presets_serve_config_fits_serves_schema(helm: Helm, preset: str) -> N
 
 
 @pytest.fixture
-def pocket(helm: Helm) -> Rendered:
-    *gateway_ports, router_port = _free_ports(4)
+def pocket(helm: Helm) -> Iterator[Rendered]:
+    with HeldPorts() as held:
+        yield _pocket(helm, [held.hold("127.0.0.1") for _ in range(4)])
+
+
+def _pocket(helm: Helm, free_ports: list[int]) -> Rendered:
+    *gateway_ports, router_port = free_ports
     ports = [
         f"gateway.ports.{name}={port}" for name, port in zip(("grpc", "http", "metrics"), gateway_ports, strict=True)
     ]
@@ -97,14 +103,6 @@ def _wait_until_running() -> None:
         assert state is None or state.status is not ApplicationStatus.DEPLOY_FAILED, state.message
         time.sleep(0.2)
     raise AssertionError(f"not running within {START_S:g} s: {serve.status()}")
-
-
-def _free_ports(count: int) -> list[int]:
-    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports: list[int] = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
 
 
 def _listens(port: int) -> bool:

@@ -73,6 +73,14 @@ def test_a_gateway_is_ready_when_it_can_take_work_whatever_its_ports_ask_for(hel
     assert ports["mull-metrics"] == rendered.cluster_config["gateway"]["metrics_port"]
 
 
+def test_no_connection_gets_a_gateways_port(helm: Helm) -> None:
+    pod = helm.template("gateway.ports.grpc=40000").group("gateway")["template"]["spec"]
+
+    assert pod["securityContext"]["sysctls"] == [
+        {"name": "net.ipv4.ip_local_reserved_ports", "value": "40000,8000,9464"}
+    ]
+
+
 def test_a_gateways_pod_has_the_time_that_its_streams_have(helm: Helm) -> None:
     rendered = helm.template("config.gateway.drain_s=1000")
 

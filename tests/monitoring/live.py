@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +13,8 @@ from typing import Any
 
 import httpx
 import yaml
+
+from cluster.ports import HeldPorts
 
 ROOT = Path(__file__).parents[2]
 MONITORING = ROOT / "deploy" / "monitoring"
@@ -55,7 +56,13 @@ class Watch:
 @contextmanager
 def watching(targets: Sequence[str], directory: Path) -> Iterator[Watch]:
     """Prometheus reads `targets` and sends alerts to an Alertmanager. Files go to `directory`."""
-    prometheus_at, alertmanager_at = (f"127.0.0.1:{port}" for port in free_ports(2))
+    with HeldPorts() as ports, _watching(targets, directory, ports) as watch:
+        yield watch
+
+
+@contextmanager
+def _watching(targets: Sequence[str], directory: Path, ports: HeldPorts) -> Iterator[Watch]:
+    prometheus_at, alertmanager_at = (f"127.0.0.1:{ports.hold('127.0.0.1')}" for _ in range(2))
     prometheus = [
         "prometheus",
         f"--config.file={_config(targets, alertmanager_at, directory)}",
@@ -86,14 +93,6 @@ def until(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
     while not condition():
         assert time.monotonic() < deadline_s, f"after {timeout_s:g} s: {what}"
         time.sleep(0.2)
-
-
-def free_ports(count: int) -> list[int]:
-    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports: list[int] = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
 
 
 def _config(targets: Sequence[str], alertmanager: str, directory: Path) -> Path:

@@ -15,6 +15,12 @@ template:
     {{- end }}
   spec:
     {{- include "mull.podSecurity" . | nindent 4 }}
+      # No connection of Ray's may get a gateway's port as its own while the gateway starts, or starts again.
+      sysctls:
+        - name: net.ipv4.ip_local_reserved_ports
+          {{- with .Values.gateway.ports }}
+          value: {{ printf "%v,%v,%v" .grpc .http .metrics | quote }}
+          {{- end }}
     {{- include "mull.scheduling" (list . .Values.gateway.pod) | nindent 4 }}
     {{- include "mull.spread" (list . "gateway" .Values.gateway.pod) | nindent 4 }}
     terminationGracePeriodSeconds: {{ include "mull.graceS" . }}

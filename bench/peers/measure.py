@@ -1,0 +1,166 @@
+"""Runs the cells of one shape: engines in turns on each cell, all but the one that is asked stopped."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import psutil
+
+from bench.limits import Limits
+from bench.peers.cells import Cell, Figures, agreement
+from bench.peers.checkpoints import Checkpoints
+from bench.peers.engine_process import EngineProcess
+from bench.peers.protocol import EngineFailed, LoadJob, RunJob
+from bench.peers.registry import ENGINES, MULL, PEERS, EngineSpec, groups
+from bench.peers.results import CellResult, ShapeResult
+
+Tell = Callable[[str], None]
+
+SPARE = 0.9
+"""Of the memory that is free, what engines may be loaded into."""
+KV_MARGIN = 64
+"""Tokens of a stream beside prompt and output: half a block, and the draft of a step."""
+IDLE_S = 2.0
+AGREEMENT = Cell(2, 48, 16, rounds=1, bound_s=60)
+
+
+class ShapeBench:
+    """One shape on the engines that are asked for."""
+
+    def __init__(self, checkpoints: Checkpoints, cells: Sequence[Cell], threads: int, logs: Path, tell: Tell) -> None:
+        self._checkpoints = checkpoints
+        self._threads = threads
+        self._logs = logs
+        self._tell = tell
+        self._result = ShapeResult(checkpoints.shape.name, [CellResult(cell) for cell in cells])
+        self._num_groups = 0
+        self._kv_tokens = max(cell.streams * (cell.length + KV_MARGIN) for cell in [*cells, AGREEMENT])
+        self._max_model_len = max(cell.length for cell in [*cells, AGREEMENT]) + KV_MARGIN
+        self._max_streams = max(cell.streams for cell in [*cells, AGREEMENT])
+
+    def run(self, names: Sequence[str]) -> ShapeResult:
+        """Measure them all; what fails is in the result, by name."""
+        needs_mb = {name: self._needs_mb(name) for name in names}
+        available_mb = SPARE * psutil.virtual_memory().available / 1e6
+        found = groups({name: need for name, need in needs_mb.items() if need is not None}, available_mb)
+        for name, need in needs_mb.items():
+            if need is not None and not any(name in group for group in found):
+                self._result.missing[name] = (
+                    f"needs {need / 1e3:.1f} GB of the {available_mb / 1e3:.1f} GB that are free"
+                )
+        for group in found:
+            self._run_group(group)
+        return self._result
+
+    def _needs_mb(self, name: str) -> float | None:
+        spec = ENGINES[name]
+        try:
+            if not spec.python.exists():
+                raise EngineFailed(f"not installed: no {spec.python}")
+            return spec.needs_mb(self._checkpoints, self._kv_tokens)
+        except EngineFailed as error:
+            self._result.missing[name] = str(error)
+            return None
+
+    def _run_group(self, group: Sequence[str]) -> None:
+        self._num_groups += 1
+        with ExitStack() as stack:
+            engines = dict(self._started(group, stack))
+            self._compare(engines)
+            for result in self._result.cells:
+                result.limits.append(Limits.measure(self._threads))
+                for round_number in range(-1, result.cell.rounds):
+                    for name, engine in engines.items():
+                        self._run_cell(name, engine, result, round_number)
+            for name, engine in engines.items():
+                self._result.memory[name] = engine.memory()
+
+    def _started(self, group: Sequence[str], stack: ExitStack) -> Iterator[tuple[str, EngineProcess]]:
+        for name in group:
+            spec = ENGINES[name]
+            self._tell(f"{self._result.shape}: loading {name}")
+            log = self._logs / f"{self._result.shape} {name}.log".replace(" ", "-")
+            engine = EngineProcess(spec.python, spec.program, spec.environment, log)
+            stack.callback(engine.stop)
+            try:
+                engine.load(self._job(spec), spec.load_timeout_s)
+            except EngineFailed as error:
+                self._result.missing[name] = f"does not load: {error}"
+                self._tell(f"{name} {self._result.missing[name]}")
+                continue
+            self._result.idle_cpu[name] = engine.idle_cpu(IDLE_S)
+            engine.pause()
+            yield name, engine
+
+    def _job(self, spec: EngineSpec) -> LoadJob:
+        return LoadJob(
+            model_dir=str(self._checkpoints.path(spec.form).absolute()),
+            threads=self._threads,
+            max_model_len=self._max_model_len,
+            max_streams=self._max_streams,
+            kv_tokens=self._kv_tokens,
+        )
+
+    def _compare(self, engines: dict[str, EngineProcess]) -> None:
+        """Greedy tokens of each against mull's; the first request of an engine, so it warms it, too."""
+        prompts = AGREEMENT.prompts(self._checkpoints.shape.prompt_ids, 0)
+        job = RunJob(prompts, AGREEMENT.tokens_out, AGREEMENT.length, AGREEMENT.bound_s)
+        outputs = {}
+        for name, engine in list(engines.items()):
+            try:
+                with running(engine):
+                    outputs[name] = engine.run(job)
+            except EngineFailed as error:
+                self._result.missing[name] = f"does not generate: {error}"
+                self._tell(f"{name} {self._result.missing[name]}")
+                del engines[name]
+        if MULL not in outputs:
+            return
+        for name, reply in outputs.items():
+            if not reply.over:
+                self._result.agreement[name] = agreement(outputs[MULL].tokens, reply.tokens)
+
+    def _run_cell(self, name: str, engine: EngineProcess, result: CellResult, round_number: int) -> None:
+        """One run; the round before the first warms the engine up and does not count."""
+        if name in result.failures or name in self._result.missing:
+            return
+        # The fastest peer is what counts; ours are always asked, as each turn is held against them.
+        if round_number > 0 and name in PEERS and result.is_far_behind(name):
+            return
+        cell = result.cell
+        asked = cell if round_number >= 0 else cell.warm_up
+        prompts = asked.prompts(self._checkpoints.shape.prompt_ids, round_number)
+        job = RunJob(prompts, asked.tokens_out, cell.length, cell.bound_s)
+        try:
+            with running(engine):
+                reply = engine.run(job)
+        except EngineFailed as error:
+            # Its process may be in any state: it is not asked again.
+            self._result.missing[name] = f"failed at {cell}: {error}"
+            self._tell(f"{name} {self._result.missing[name]}")
+            return
+        if reply.over:
+            result.failures[name] = f"over {cell.bound_s:g} s"
+            self._tell(f"{self._result.shape}  {cell!s:16} {name:20} {result.failures[name]}")
+            return
+        if round_number < 0:
+            return
+        figures = Figures.of(reply)
+        result.figures.setdefault(name, {})[self._num_groups, round_number] = figures
+        tpot = "" if figures.tpot_s is None else f"{1e3 * figures.tpot_s:8.2f} ms a token"
+        self._tell(
+            f"{self._result.shape}  {cell!s:16} {name:20} {figures.tokens_per_s:8.1f} tokens/s  "
+            f"first after {figures.ttft_s:7.3f} s {tpot}"
+        )
+
+
+@contextlib.contextmanager
+def running(engine: EngineProcess) -> Iterator[None]:
+    engine.resume()
+    try:
+        yield
+    finally:
+        engine.pause()

@@ -1,0 +1,110 @@
+"""What the runs found, and the figures that are drawn from it: medians, spreads, ratios between engines."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from bench.limits import Limits
+from bench.peers.cells import Cell, Figures
+from bench.peers.engine_process import Memory
+from bench.report import Spread
+
+Turn = tuple[int, int]
+"""Which engines were loaded together, and the round: runs of one turn followed each other within a minute or so."""
+Value = Callable[[Figures], float | None]
+FAR_BEHIND = 2.0
+
+
+def throughput(figures: Figures) -> float:
+    return figures.tokens_per_s
+
+
+def ttft(figures: Figures) -> float:
+    return figures.ttft_s
+
+
+def tpot(figures: Figures) -> float | None:
+    return figures.tpot_s
+
+
+@dataclass
+class CellResult:
+    """All rounds of a cell: figures by engine and turn, or why there are none."""
+
+    cell: Cell
+    figures: dict[str, dict[Turn, Figures]] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    limits: list[Limits] = field(default_factory=list)
+
+    def spread(self, engine: str, value: Value) -> Spread | None:
+        """None where the engine has no such figure."""
+        found = [value(figures) for figures in self.figures.get(engine, {}).values()]
+        values = [it for it in found if it is not None]
+        return Spread.of(values) if values else None
+
+    def ratio(self, engine: str, other: str, value: Value) -> Spread | None:
+        """The engine's figure over the other's, of the turns that both had: the machine's mood is in both."""
+        ours, theirs = self.figures.get(engine, {}), self.figures.get(other, {})
+        pairs = [(value(ours[turn]), value(theirs[turn])) for turn in ours if turn in theirs]
+        ratios = [a / b for a, b in pairs if a is not None and b is not None]
+        return Spread.of(ratios) if ratios else None
+
+    def is_far_behind(self, engine: str) -> bool:
+        """Less than half as fast as the fastest so far: more rounds of it would change nothing."""
+        medians = {name: spread.median for name in self.figures if (spread := self.spread(name, throughput))}
+        return engine in medians and FAR_BEHIND * medians[engine] < max(medians.values())
+
+    @property
+    def read_gb_per_s(self) -> float:
+        return statistics.median(limits.read_gb_per_s for limits in self.limits)
+
+    @property
+    def fp32_gflop_per_s(self) -> float:
+        return statistics.median(limits.fp32_gflop_per_s for limits in self.limits)
+
+    def as_json(self) -> dict[str, Any]:
+        engines: dict[str, Any] = {
+            name: {
+                "tokens_per_s": self.spread(name, throughput),
+                "ttft_s": self.spread(name, ttft),
+                "tpot_s": self.spread(name, tpot),
+            }
+            for name in self.figures
+        }
+        engines |= {name: {"missing": why} for name, why in self.failures.items()}
+        limits = [asdict(it) for it in self.limits]
+        return {"cell": str(self.cell), **asdict(self.cell), "limits": limits, "engines": engines}
+
+
+@dataclass
+class ShapeResult:
+    """What was found of one shape."""
+
+    shape: str
+    cells: list[CellResult]
+    memory: dict[str, Memory] = field(default_factory=dict)
+    idle_cpu: dict[str, float] = field(default_factory=dict)
+    agreement: dict[str, float] = field(default_factory=dict)
+    """Share of greedy tokens that are mull's own."""
+    missing: dict[str, str] = field(default_factory=dict)
+    """Engines that could not run, and why."""
+
+    def cell(self, streams: int, prompt: int | None = None) -> CellResult | None:
+        """The first cell of so many streams that decodes for a while, or of that prompt."""
+        for result in self.cells:
+            cell = result.cell
+            if cell.streams == streams and (cell.tokens_out > 8 if prompt is None else cell.prompt == prompt):
+                return result
+        return None
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "cells": [cell.as_json() for cell in self.cells],
+            "memory": {name: asdict(memory) for name, memory in self.memory.items()},
+            "idle_cpu": self.idle_cpu,
+            "agreement": self.agreement,
+            "missing": self.missing,
+        }
