@@ -16,7 +16,7 @@ from cluster.planner.load import DrawnLoad, Load, TraceLoad
 from cluster.planner.models import PlannedModel, find_model, known_models
 from cluster.planner.quantities import parse_count, parse_rate_per_s
 from cluster.planner.recommendation import helm_values, serve_flags
-from cluster.planner.survey import Row, survey
+from cluster.planner.survey import SHOWN_CONTEXT, Row, survey
 from cluster.planner.trial import Setting, Trial, shortlist, try_out
 from cluster.planner.workload import Lengths, read_trace
 
@@ -30,6 +30,7 @@ def add_plan_command(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus", type=int, default=8, help="how many of them, in all (default 8)")
     parser.add_argument("--context", help="prompt plus output that must fit, as 32k or 256Ki; default: the model's")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a report to this file, too")
     engine = parser.add_argument_group("engine")
     engine.add_argument("--max-num-seqs", type=int, default=256, help="sequences of a group at once (default 256)")
     engine.add_argument("--max-num-batched-tokens", type=int, default=4096, help="of a group's step (default 4096)")
@@ -57,6 +58,7 @@ class Plan:
     model: PlannedModel
     device: Device
     gpus: int
+    limits: Limits
     setting: Setting
     rows: list[Row]
     load: Load | None
@@ -79,8 +81,17 @@ class Plan:
 
     def as_json(self) -> dict[str, Any]:
         out: dict[str, Any] = {"model": self.model.name, "gpu": self.device.name, "gpus": self.gpus}
+        out["limits"] = self.limits.as_json()
+        out["device"] = self.device.as_json()
+        out["kernels"] = self.setting.kernels.as_json()
+        out["shown_context"] = min(SHOWN_CONTEXT, self.limits.context)
         out["layouts"] = [row.as_json() for row in self.rows]
+        if self.load is not None:
+            out["load"] = self.load.as_json()
         if self.trials:
+            from cluster.planner.tables import verdict
+
+            out["verdict"] = verdict(self.trials)
             out["simulated"] = [trial.as_json() for trial in self.trials]
             out["recommendation"] = {"flags": self.flags, "helm_values": self.values}
         return out
@@ -107,7 +118,16 @@ def make_plan(args: argparse.Namespace) -> Plan:
     trials: list[Trial] = []
     if load is not None and fits:
         trials = try_out(setting, shortlist(setting, fits, load, args.best), load)
-    return Plan(model=model, device=device, gpus=args.gpus, setting=setting, rows=rows, load=load, trials=trials)
+    return Plan(
+        model=model,
+        device=device,
+        gpus=args.gpus,
+        limits=limits,
+        setting=setting,
+        rows=rows,
+        load=load,
+        trials=trials,
+    )
 
 
 def _plan(args: argparse.Namespace) -> int:
@@ -119,7 +139,20 @@ def _plan(args: argparse.Namespace) -> int:
         from cluster.planner.tables import show
 
         show(plan)
+    if args.html is not None:
+        _write_report(plan, args.html)
     return 0
+
+
+def _write_report(plan: Plan, file: Path) -> None:
+    from cluster.planner.report.page import render
+
+    try:
+        file.write_text(render(plan.as_json()), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"--html {file}: cannot be written ({error}); name a file in a directory that exists"
+        ) from error
 
 
 def _limits(args: argparse.Namespace, made_for: int) -> Limits:

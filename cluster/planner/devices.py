@@ -36,6 +36,9 @@ class Device:
     def memory_bytes(self) -> int:
         return int(self.memory_gib * _GIB)
 
+    def as_json(self) -> dict[str, Any]:
+        return {"title": self.title, "memory_bytes": self.memory_bytes, "constants": _with_sources(self, self.name)}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Kernels:
@@ -60,6 +63,9 @@ class Kernels:
     collective_share: float
     """Of a link's peak."""
 
+    def as_json(self) -> dict[str, Any]:
+        return _with_sources(self, _KERNELS)
+
 
 def known_devices() -> list[str]:
     return sorted(name for name in _read() if name != _KERNELS)
@@ -83,6 +89,10 @@ def sources(name: str) -> dict[str, str]:
     """Where each number of a device, or of the kernels, comes from."""
     found: dict[str, str] = _read()[name]["sources"]
     return found
+
+
+def _with_sources(constants: Device | Kernels, name: str) -> dict[str, Any]:
+    return {field: {"value": getattr(constants, field), "source": source} for field, source in sources(name).items()}
 
 
 def _values(table: dict[str, Any], kind: type[Device] | type[Kernels], *, leave_out: set[str]) -> dict[str, Any]:

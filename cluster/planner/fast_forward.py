@@ -80,9 +80,9 @@ def end_those_who_are_full(scheduler: CopyScheduler) -> list[Hashable]:
             if num_left == 0:
                 ended.append(seq.request.key)
     # A plan that has nobody left would never have been made.
-    while scheduler.num_in_flight and not any(group.in_flight[-1].computed for group in scheduler.groups):
+    while scheduler.num_in_flight and not any(group.in_flight.newest.computed for group in scheduler.groups):
         for group in scheduler.groups:
-            group.in_flight.pop()
+            group.in_flight.drop_newest()
     for key in ended:
         scheduler.cancel(key)
     return ended
@@ -100,20 +100,19 @@ def _leave_plans(group: Scheduler, seq: Sequence, num_left: int) -> None:
 
 def is_plain(group: Scheduler) -> bool:
     """The oldest result brings everyone in it a token, and nothing else."""
-    done = group.in_flight[0]
+    done = group.in_flight.oldest
     return not done.scored and not done.drafted and all(map(_takes_a_token, done.sampled))
 
 
 def apply_plain(group: Scheduler, result: StepResult) -> None:
     """What `Scheduler.apply` does with such a result."""
-    for seq, token_id in zip(group.in_flight[0].sampled, result.token_ids, strict=True):
+    for seq, token_id in zip(group.in_flight.take(result).sampled, result.token_ids, strict=True):
         seq.output_ids.append(token_id)
         seq.num_pending -= 1
         if seq.phase is Phase.THINKING:
             seq.num_thinking += 1
             if token_id == THINK_END_ID:
                 seq.phase = Phase.ANSWER
-    group.in_flight.popleft()
 
 
 def contexts(group: Scheduler) -> list[tuple[int, int]]:

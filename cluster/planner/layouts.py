@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from cluster.planner.devices import Device
 from cluster.planner.rank_work import RankWork, rank_work
@@ -38,6 +39,9 @@ class Limits:
     max_num_seqs: int
     max_num_batched_tokens: int
     context: int
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)

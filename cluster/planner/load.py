@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from cluster.planner.workload import (
     Arrival,
@@ -47,6 +47,9 @@ class DrawnLoad:
         most = self.rate_per_s * _MOST_OF_MEAN[self.pattern] * (1 if self.double_at_s is None else 2)
         return drawn(self.rate(), most, self.lengths, seed=self.seed, context=context, tenants=self.tenants)
 
+    def as_json(self) -> dict[str, Any]:
+        return _described(self, self.pattern)
+
     def rate(self) -> Rate:
         mean = self.rate_per_s
         match self.pattern:
@@ -77,5 +80,20 @@ class TraceLoad:
         """Over the time of the trace; of one without duration, all in a second."""
         return len(self.trace) / max(1.0, self.trace[-1].time_s - self.trace[0].time_s)
 
+    def as_json(self) -> dict[str, Any]:
+        return _described(self, "a trace")
+
 
 Load = DrawnLoad | TraceLoad
+
+
+def _described(load: Load, pattern: str) -> dict[str, Any]:
+    lengths = load.lengths
+    return {
+        "rate_per_s": load.rate_per_s,
+        "pattern": pattern,
+        "prompt": lengths.prompt,
+        "thinking": lengths.thinking,
+        "answer": lengths.answer,
+        "shared_prompt": load.shared_prompt_tokens,
+    }

@@ -82,6 +82,8 @@ class Outcome:
     """No queue grows and nobody is refused."""
     num_steps: int
     num_decided_steps: int
+    mean_step: StepTime
+    """Where the time of a step goes."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -116,6 +118,7 @@ def judge(flights: Sequence[Flight], window: Window, *, num_gpus: int, answer_sh
         keeps_up=keeps_up,
         num_steps=window.num_steps,
         num_decided_steps=window.num_decided_steps,
+        mean_step=StepTime().plus(window.parts, 1 / window.num_steps if window.num_steps else 0.0),
     )
 
 

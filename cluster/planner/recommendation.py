@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 import yaml
@@ -25,7 +26,7 @@ def serve_flags(model: PlannedModel, candidate: Candidate, limits: Limits, redun
         "max-num-seqs": limits.max_num_seqs,
         "max-num-batched-tokens": limits.max_num_batched_tokens,
     }
-    return "mull serve " + " ".join(f"--{name} {value}" for name, value in flags.items())
+    return "mull serve " + " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in flags.items())
 
 
 def helm_values(model: PlannedModel, candidate: Candidate, limits: Limits, device: Device, redundant: int) -> str:

@@ -267,7 +267,7 @@ class SimCopy:
 
     def _result(self, group: Scheduler, now_s: float) -> StepResult:
         """What its rank says: fillers, and the closing tag where thoughts end."""
-        oldest = next(iter(group.in_flight))
+        oldest = group.in_flight.oldest
         token_ids = []
         for seq in oldest.sampled:
             flight = self.flights.get(seq.request.key)
@@ -372,7 +372,7 @@ def _steps_until_overtaken(times: list[tuple[float, float]]) -> int:
 
 def _group_shape(plan: StepPlan, group: Scheduler) -> GroupShape:
     """Of the plan that this group was sent last."""
-    newest = group.in_flight[-1]
+    newest = group.in_flight.newest
     num_prefilled = len(plan.prefills)
     # A decode reads all that is computed before it, itself included.
     context = sum(seq.num_computed for seq in newest.computed[num_prefilled:])

@@ -13,7 +13,9 @@ from cluster.planner.step_shape import GroupShape, StepShape
 from workers.config import ModelConfig
 
 STREAMS = (1, 32)
-"""Streams of all copies for which step times are shown."""
+"""Streams of all copies for which step times are always given."""
+_MOST_STREAMS = 4096
+"""For which they are given, where so many have room."""
 SHOWN_CONTEXT = 4096
 
 
@@ -35,9 +37,15 @@ class Row:
     steps: Sequence[StepFigure] = ()
     """None where it does not fit."""
 
+    @property
+    def shown_steps(self) -> list[StepFigure]:
+        """Those of STREAMS."""
+        return [step for step in self.steps if step.streams in STREAMS]
+
     def as_json(self) -> dict[str, Any]:
         fit, layout = self.fit, self.fit.candidate.layout
         out: dict[str, Any] = {
+            "layout": str(fit.candidate),
             "copies": fit.candidate.copies,
             "tp": layout.tp,
             "dp": layout.dp,
@@ -86,10 +94,15 @@ def _row(model: ModelConfig, device: Device, kernels: Kernels, fitted: Fit) -> R
     estimate = Roofline(model, layout, fitted.work, device, kernels)
     context = min(SHOWN_CONTEXT, fitted.longest_context)
     steps = []
-    for streams in STREAMS:
+    for streams in _streams(fitted.most_streams(context)):
         shape = decode_shape(fitted.candidate, streams, context)
         steps.append(StepFigure(streams=streams, floor_s=floor.seconds(shape), estimate=estimate.step(shape)))
     return Row(fit=fitted, steps=steps)
+
+
+def _streams(most: int) -> list[int]:
+    """Powers of two, as far as they have room; and those that are always given."""
+    return sorted({*STREAMS, *(2**power for power in range(min(most, _MOST_STREAMS).bit_length()))})
 
 
 def decode_shape(candidate: Candidate, streams: int, context: int) -> StepShape:

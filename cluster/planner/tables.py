@@ -105,7 +105,7 @@ def _cells(row: Row) -> list[str]:
         f"{fit.kv_tokens:,}",
         f"{fit.longest_context:,}",
         f"{fit.most_streams(fit.longest_context):,}",
-        *(f"{step.floor_s * 1e3:.1f} / {step.estimate.total_s * 1e3:.1f}" for step in row.steps),
+        *(f"{step.floor_s * 1e3:.1f} / {step.estimate.total_s * 1e3:.1f}" for step in row.shown_steps),
     ]
 
 

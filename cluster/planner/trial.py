@@ -60,8 +60,10 @@ class Trial:
     outcome: Outcome
 
     def as_json(self) -> dict[str, Any]:
-        layout = self.fit.candidate.layout
-        where = {"copies": self.fit.candidate.copies, "tp": layout.tp, "dp": layout.dp, "expert_tp": layout.expert_tp}
+        candidate = self.fit.candidate
+        layout = candidate.layout
+        where: dict[str, Any] = {"layout": str(candidate), "copies": candidate.copies}
+        where |= {"tp": layout.tp, "dp": layout.dp, "expert_tp": layout.expert_tp}
         return where | self.outcome.as_json()
 
 

@@ -71,7 +71,7 @@ class Scheduler:
         return self._blocks
 
     @property
-    def in_flight(self) -> deque[StepInFlight]:
+    def in_flight(self) -> StepsInFlight:
         """Plans whose results are not back, oldest first, to read."""
         return self._in_flight
 
