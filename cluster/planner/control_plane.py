@@ -42,13 +42,14 @@ class Part:
 
     part: str
     used: float
-    limit: float
+    limit: float | None
+    """None: no bound is known."""
     unit: str
     words: str
 
     @property
     def is_over(self) -> bool:
-        return self.used > self.limit
+        return self.limit is not None and self.used > self.limit
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self) | {"is_over": self.is_over}
@@ -121,7 +122,7 @@ def control_plane(
         Part(
             part="links of gateways and Routers",
             used=num_gateways * len(traffic),
-            limit=float("inf"),
+            limit=None,
             unit="sessions",
             words="each gateway has one to each Router; no bound was measured, nor one of Ray Serve's controller",
         ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,10 +14,16 @@ from cluster.planner.upsets import Happened
 
 _BEFORE_S = 600.0
 """Requests that came so long before it are what is compared with."""
+_AS_BEFORE = 2.0
+"""Times what 95 of 100 waited at most for their first token before: half of them wait no longer now."""
 _CALM_LOOKS = 3
 """At the end, that there is something to say."""
 _FEW = 4
 """Requests that wait: that is no queue."""
+
+
+_Seen = tuple[Look, float | None, float | None]
+"""The time to the first token of those that came meanwhile, at the median and the 95th percentile."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +38,10 @@ class Effect:
     """Of streams that stood still; None: none did."""
     pause_max_s: float | None
     paused: int
+    moved: int
+    """To another copy."""
+    recomputed_tokens: int
+    """Prompts and outputs that were put through the model again."""
     refused: int
     ttft_p95_before_s: float | None
     ttft_p95_worst_s: float | None
@@ -86,6 +96,8 @@ def _effect(
         pause_p50_s=None if pause is None else pause.p50,
         pause_max_s=max(pauses, default=None),
         paused=len(pauses),
+        moved=_grown(looks, after, lambda look: look.num_moved_total),
+        recomputed_tokens=_grown(looks, after, lambda look: look.num_recomputed_total),
         refused=sum(flight.was_refused for flight in since),
         ttft_p95_before_s=None if was is None else was.p95,
         ttft_p95_worst_s=max((p95 for _, _, p95 in after if p95 is not None and p95 < math.inf), default=None),
@@ -95,18 +107,24 @@ def _effect(
     )
 
 
+def _grown(looks: Sequence[Look], after: Sequence[_Seen], count: Callable[[Look], int]) -> int:
+    """From the last look before it."""
+    if not after:
+        return 0
+    before = [look for look in looks if look.time_s < after[0][0].time_s][-1:]
+    return count(after[-1][0]) - sum(map(count, before))
+
+
 def _queue_before(looks: Sequence[Look], at_s: float) -> int:
     return max((look.waiting for look in looks if at_s - _BEFORE_S <= look.time_s <= at_s), default=0)
 
 
-def _settled_s(
-    after: Sequence[tuple[Look, float | None, float | None]], at_s: float, was_s: float | None, queue_before: int
-) -> float | None:
-    """Seconds until it stays calm: most requests begin as soon as nearly all did before, no queue is longer."""
+def _settled_s(after: Sequence[_Seen], at_s: float, was_s: float | None, queue_before: int) -> float | None:
+    """Seconds until it stays calm: requests begin about as soon as before, no queue is longer."""
     settled_s = 0.0
     num_calm = 0
     for look, p50, _ in after:
-        is_quick = p50 is None or was_s is None or p50 <= was_s
+        is_quick = p50 is None or was_s is None or p50 <= _AS_BEFORE * was_s
         if is_quick and look.waiting <= max(_FEW, queue_before):
             num_calm += 1
         else:

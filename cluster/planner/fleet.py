@@ -50,6 +50,8 @@ class Fleet:
         self.copies: dict[str, SimCopy] = {}
         self.gone: list[SimCopy] = []
         """Copies that were stopped."""
+        self.num_moved_total = 0
+        """Requests that went on at another copy, or wait for one."""
         self.doors = doors or Doors()
         self._make_copy = make_copy
         self._poll_s, self._patience_s = poll_s, patience_s
@@ -99,6 +101,7 @@ class Fleet:
         self.doors.lost(copy.name)
         for flight, output_ids in leaving:
             flight.num_moves += 1
+            self.num_moved_total += 1
             flight.pause(self.now_s)
             self._place(flight, output_ids)
 

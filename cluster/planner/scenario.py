@@ -26,6 +26,7 @@ from cluster.planner.workload import Arrival
 
 _WARM_UP = 1.6
 """In lifetimes of a request: before that, the load fills the copies."""
+_ROOM, _SWING = 1.15, 1.6
 _MOST_TENANTS = 10
 """Whose figures are told one by one, the largest first."""
 _POLL_S = 2.0
@@ -109,12 +110,14 @@ class Course:
 def follow(setting: Setting, fit: Fit, load: Load, scenario: Scenario, operations: Operations) -> Course:
     """Let the load settle, then watch it for the time of the scenario."""
     began_s = time.perf_counter(), time.process_time()
-    guess = settle(fit, setting.cost(fit), load.rate_per_s, load.lengths)
-    num_gateways = scenario.num_gateways or _gateways(fit, guess, operations)
+    cost = setting.cost(fit)
+    guess = settle(fit, cost, load.rate_per_s, load.lengths)
+    at_peak = settle(fit, cost, load.rate_per_s * _peak(load, scenario), load.lengths)
+    num_gateways = scenario.num_gateways or _gateways(fit, at_peak, operations)
     doors = Doors(num_gateways, max_streams=operations.gateway.max_streams, shared_tokens=load.shared_prompt_tokens)
     maker = copy_maker(
         fit,
-        setting.cost(fit),
+        cost,
         max_waiting=operations.router.max_waiting,
         shared_prompt_tokens=load.shared_prompt_tokens,
     )
@@ -144,6 +147,12 @@ def _arrivals(load: Load, scenario: Scenario, fit: Fit, start_s: float) -> Itera
             doubled = next((upset.time_s for upset in scenario.upsets if upset.kind == "double-load"), None)
             at_s = None if doubled is None else start_s + doubled
             return replace(load, double_at_s=at_s, begins_s=start_s).arrivals(fit.limits.context)
+
+
+def _peak(load: Load, scenario: Scenario) -> float:
+    """Times the mean, as long as a stream lasts; with some room for chance."""
+    swing = _SWING if isinstance(load, DrawnLoad) and load.pattern != "steady" else 1.0
+    return _ROOM * swing * (2 if any(upset.kind == "double-load" for upset in scenario.upsets) else 1)
 
 
 def _life_s(load: Load, guess: Settled) -> float:

@@ -40,6 +40,9 @@ class Look:
     router_cpu: float
     """Of the busiest."""
     traffic: Sequence[CopyTraffic]
+    num_moved_total: int
+    num_recomputed_total: int
+    """Tokens."""
 
 
 _ttft_s = operator.attrgetter("ttft_s")
@@ -84,6 +87,8 @@ class Recorder:
                 gateway_cpu=gateway_cpu(traffic, self._num_gateways, self._costs),
                 router_cpu=max((router_cpu(copy, self._num_gateways, self._costs) for copy in traffic), default=0.0),
                 traffic=traffic,
+                num_moved_total=fleet.num_moved_total,
+                num_recomputed_total=sum(copy.work.recomputed_tokens for copy in (*copies, *fleet.gone)),
             )
         )
         fleet.at(self.start_s + (len(self.looks) + 1) * self.every_s, self._look)
