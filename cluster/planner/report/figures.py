@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,6 +112,12 @@ def compared(plan: Json) -> list[Json]:
     simulated = [by_name[trial["layout"]] for trial in plan.get("simulated", [])]
     fastest = sorted(by_name.values(), key=lambda layout: float(layout["decode_steps"][0]["estimate_s"]))
     return (simulated or fastest)[:_COMPARED]
+
+
+def parts_of(steps: Iterable[Json]) -> list[tuple[str, str, str]]:
+    """Of STEP_PARTS, those that some of these steps have."""
+    known = list(steps)
+    return [part for part in STEP_PARTS if any(step[part[0]] > 0 for step in known)]
 
 
 def step_lines(layouts: Sequence[Json]) -> Markup:
