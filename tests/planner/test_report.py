@@ -37,8 +37,12 @@ def simulated() -> dict[str, Any]:
 def with_what_if(simulated: dict[str, Any]) -> dict[str, Any]:
     plan = copy.deepcopy(simulated)
     event = {"time_s": 70.0, "what": "lose-rank", "words": "a rank is lost", "longest_queue": 9, "pause_p50_s": 30.0}
-    event |= {"pause_max_s": 31.0, "moved": 0, "recomputed_tokens": 700, "refused": 0, "ttft_p95_before_s": 0.2}
+    event |= {"pause_max_s": 31.0, "paused": 12, "refused": 0, "ttft_p95_before_s": 0.2, "ttft_p95_worst_s": 31.5}
+    core = {"part": "gateway's core", "used": 1.2, "limit": 1.0, "unit": "cores", "words": "busy", "is_over": True}
     plan["what_if"] = {
+        "candidate": {"copies": 2, "tp": 1, "dp": 1, "expert_tp": 1},
+        "gateways": 1,
+        "gpu_hours": 0.2,
         "series": {
             "time_s": [30.0, 90.0, 150.0, 210.0, 270.0],
             "waiting": [0, 9, 4, 0, 0],
@@ -46,8 +50,8 @@ def with_what_if(simulated: dict[str, Any]) -> dict[str, Any]:
             "ttft_p50_s": [0.1, 0.1, None, 0.2, 0.1],
             "tpot_p50_s": [None] * 5,
         },
-        "events": [event | {"ttft_p95_worst_s": 31.5, "settled_after_s": None}],
-        "control_plane": [],
+        "events": [event | {"settled_after_s": None}],
+        "control_plane": [core, core | {"part": "links", "limit": None, "is_over": False}],
         "tenants": [{"tenant": "acme", "requests": 7, "ttft_p95_s": None, "refused": 0}],
     }
     return plan
@@ -81,9 +85,11 @@ def test_the_report_needs_nothing_but_itself(with_what_if: dict[str, Any]) -> No
 
 
 def test_names_from_outside_are_text(with_what_if: dict[str, Any]) -> None:
-    plan = json.loads(json.dumps(with_what_if).replace("acme", json.dumps(BAD_NAME)[1:-1]))
+    written = json.dumps(with_what_if)
+    for name in ("acme", with_what_if["simulated"][0]["layout"]):
+        written = written.replace(json.dumps(name), json.dumps(BAD_NAME))
+    plan = json.loads(written)
     plan["model"] = plan["what_if"]["events"][0]["what"] = plan["recommendation"]["helm_values"] = BAD_NAME
-    plan["layouts"][0]["layout"] = plan["simulated"][0]["layout"] = BAD_NAME
 
     page = parsed(plan)
 

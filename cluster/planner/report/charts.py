@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from cluster.planner.report.axes import Axis, plain
+from cluster.planner.report.axes import Axis
 from cluster.planner.report.svg import Drawing, Point
 
 WIDTH, HEIGHT = 460.0, 250.0
@@ -17,6 +17,8 @@ _TEXT_DOWN = 4.0
 """From the middle of a text to its base line."""
 _NOTE = 80.0
 """What a moment's name takes: of those that come sooner after it only the rule is drawn."""
+_OVER = 1.25
+"""What an inline bar has room for, in limits."""
 _DOT = 2.5
 _DOTTED = 16
 """Lines of no more points have each of them marked."""
@@ -131,17 +133,18 @@ def bars(x: Axis, rows: Sequence[Bar]) -> Markup:
     return frame.drawing.markup()
 
 
-def inline_bar(title: str, most: float, parts: Sequence[tuple[str, float, str]], limit: float) -> Markup:
-    """Without an axis, for the cell of a table; a stroke stands at the limit. What is over `most` is cut off."""
+def inline_bar(title: str, parts: Sequence[tuple[str, float, str]], limit: float) -> Markup:
+    """(words, value, css) beside each other, for the cell of a table: a stroke stands at the limit.
+
+    What is far over it is cut off.
+    """
     width, height = 150.0, 14.0
     drawing = Drawing(width, height, title)
-    start = 0.0
-    for name, value, css in parts:
-        size = value / most * width
-        drawing.rect((start, 2.0), size, height - 4, f"area {css}", f"{name}: {plain(value / 1e9)} GB")
-        start += size
-    edge = min(limit / most * width, width - 0.75)
-    drawing.line((edge, 0.0), (edge, height), "limit")
+    start, scale = 0.0, width / (_OVER * limit)
+    for words, value, css in parts:
+        drawing.rect((start, 2.0), value * scale, height - 4, f"area {css}", words)
+        start += value * scale
+    drawing.line((limit * scale, 0.0), (limit * scale, height), "limit")
     return drawing.markup()
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from markupsafe import Markup
 
+from cluster.planner.layouts import Candidate
 from cluster.planner.report import charts
 from cluster.planner.report.axes import Axis, clock, from_zero, powers_of_two, seconds_from_zero
 from cluster.planner.report.charts import Bar, Layer, Line, Moment, Spread
+from workers.layout import ParallelLayout
 
 Json = Mapping[str, Any]
 
@@ -32,8 +34,6 @@ _SPREADS = (
     ("time_to_answer", "Time to the first token of the answer"),
     ("tpot", "Time of a token"),
 )
-_MOST_MEMORY = 1.25
-"""Of a device's memory, that is drawn."""
 _FEW = 4
 _COMPARED = 4
 """Layouts whose lines are drawn."""
@@ -90,9 +90,20 @@ COURSES = (
 
 def memory_bar(layout: Json, device_bytes: int) -> Markup:
     """Of a rank, beside the memory of its device."""
-    parts = [(name, layout[key], css) for key, name, css in MEMORY_PARTS]
-    title = f"memory of a rank of {layout['layout']}"
-    return charts.inline_bar(title, _MOST_MEMORY * device_bytes, parts, device_bytes)
+    parts = [(f"{name}: {layout[key] / 1e9:.1f} GB", layout[key], css) for key, name, css in MEMORY_PARTS]
+    return charts.inline_bar(f"memory of a rank of {layout['layout']}", parts, device_bytes)
+
+
+def use_bar(part: Json) -> Markup:
+    """Of a part of the control plane, beside its limit."""
+    share = part["used"] / part["limit"]
+    return charts.inline_bar(part["part"], [(f"{share:.0%}", share, "c5" if part["is_over"] else "c1")], 1.0)
+
+
+def layout_name(candidate: Json) -> str:
+    """As the tables have it."""
+    layout = ParallelLayout(tp=candidate["tp"], dp=candidate["dp"], expert_tp=candidate["expert_tp"])
+    return str(Candidate(layout=layout, copies=candidate["copies"]))
 
 
 def compared(plan: Json) -> list[Json]:
@@ -101,6 +112,12 @@ def compared(plan: Json) -> list[Json]:
     simulated = [by_name[trial["layout"]] for trial in plan.get("simulated", [])]
     fastest = sorted(by_name.values(), key=lambda layout: float(layout["decode_steps"][0]["estimate_s"]))
     return (simulated or fastest)[:_COMPARED]
+
+
+def parts_of(steps: Iterable[Json]) -> list[tuple[str, str, str]]:
+    """Of STEP_PARTS, those that some of these steps have."""
+    known = list(steps)
+    return [part for part in STEP_PARTS if any(step[part[0]] > 0 for step in known)]
 
 
 def step_lines(layouts: Sequence[Json]) -> Markup:
