@@ -45,6 +45,7 @@ class Copy:
             max_num_seqs=num_seqs,
             max_num_batched_tokens=max(512, num_seqs),
             speculation=Speculation(max_tokens=5),
+            max_prefill_slowdown=2.5,
         )
         self.scheduler = CopyScheduler(config, [BlockAllocator(num_seqs * 512, BLOCK_SIZE)])
         for key in range(num_seqs):

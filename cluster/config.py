@@ -51,6 +51,8 @@ class EngineConfig(_Part):
     """Slots of an attention group: sequences that run at once."""
     max_num_batched_tokens: int = Field(512, ge=1)
     """The token budget of one step of an attention group; at least `max_num_seqs`."""
+    max_prefill_slowdown: float | None = Field(2.5, gt=1)
+    """How many times longer prompts may make a step for those who stream; None: as long as the token budget allows."""
     block_size: int = Field(32, ge=1)
     """Tokens per KV block."""
     num_speculative_tokens: int = Field(5, ge=0)

@@ -40,6 +40,7 @@ _CONFIG_FLAGS: dict[str, dict[str, tuple[type, str]]] = {
         "max_model_len": (int, "longest prompt plus output in tokens; default: the checkpoint's"),
         "max_num_seqs": (int, "sequences of an attention group that run at once"),
         "max_num_batched_tokens": (int, "token budget of one step of an attention group"),
+        "max_prefill_slowdown": (float, "how many times longer prompts may make a step for those who stream"),
         "num_speculative_tokens": (int, "tokens drafted in a step at most, where that pays; 0: no drafts"),
         "block_size": (int, "tokens per KV block"),
         "kv_memory_bytes": (int, "KV pool of one rank"),

@@ -18,6 +18,7 @@ from msgspec.structs import replace
 
 from cluster.errors import InvalidRequest, Overloaded
 from cluster.router.blocks import BlockAllocator, chain_hashes, root_hash
+from cluster.router.pace import PromptPace, StepLoad
 from cluster.router.quarantine import Quarantine
 from cluster.router.scheduler import Scheduler
 from cluster.router.scheduler_config import SchedulerConfig, SchedulerStats
@@ -40,6 +41,7 @@ class CopyScheduler:
         self._group_of: dict[Hashable, _Group] = {}
         self._queue: WaitingQueue[SequenceRequest] = WaitingQueue()
         self._num_added_total = 0
+        self._pace = PromptPace(config.max_prefill_slowdown)
 
     @property
     def context_limit(self) -> int:
@@ -115,13 +117,17 @@ class CopyScheduler:
         if move is Move.WAIT:
             return None
         self._assign()
-        built = [group.scheduler.build(drafts=move is Move.DRAFT) for group in self._groups]
+        most_prompt_tokens = self._most_prompt_tokens()
+        built = self._build(move, most_prompt_tokens)
+        if most_prompt_tokens is not None and all(plan is None for plan in built):
+            built = self._build(move, None)  # those who decode wait for blocks: prompts hold up nobody
         if all(plan is None for plan in built):
             return None
         plans = [
             group.scheduler.schedule_idle() if plan is None else plan
             for group, plan in zip(self._groups, built, strict=True)
         ]
+        self._pace.sent(_load(plans))
         if len(plans) == 1:
             return plans
         group_tokens = [plan.num_tokens for plan in plans]
@@ -132,6 +138,7 @@ class CopyScheduler:
 
         Raises EngineError when a result is of another step or has not one token per sampling slot.
         """
+        self._pace.took(max(result.compute_s for result in results))
         updates = [
             update
             for group, result in zip(self._groups, results, strict=True)
@@ -150,7 +157,25 @@ class CopyScheduler:
 
     def restart(self, pools: Sequence[BlockAllocator]) -> int:
         """The ranks are new; see `Scheduler.restart`."""
+        self._pace.lost()
         return sum(group.restart(blocks) for group, blocks in zip(self._groups, pools, strict=True))
+
+    def _build(self, move: Move, most_prompt_tokens: int | None) -> list[StepPlan | None]:
+        is_drafting = move is Move.DRAFT
+        return [
+            group.scheduler.build(drafts=is_drafting, most_prompt_tokens=most_prompt_tokens) for group in self._groups
+        ]
+
+    def _most_prompt_tokens(self) -> int | None:
+        """Of each group's plan; None: all that its budget leaves."""
+        if not self._pace.is_limiting:
+            return None
+        schedulers = [group.scheduler for group in self._groups]
+        num_prefilling = sum(scheduler.num_prefilling for scheduler in schedulers)
+        num_decoding = sum(scheduler.num_running for scheduler in schedulers) - num_prefilling
+        num_waiting = len(self._queue) + sum(scheduler.num_waiting for scheduler in schedulers)
+        num_free_slots = self.num_groups * self._config.max_num_seqs - num_decoding - num_prefilling
+        return self._pace.limit(num_decoding, num_prefilling + min(num_waiting, num_free_slots))
 
     def _assign(self) -> None:
         """Give the queue's head to a group as long as one can admit it now."""
@@ -164,6 +189,12 @@ class CopyScheduler:
             fit = _best_fit(groups, request, hashes)
             fit.group.take(request, hashes, fit.num_uncached)
             self._group_of[key] = fit.group
+
+
+def _load(plans: Sequence[StepPlan]) -> StepLoad:
+    """Of the step that these plans make."""
+    num_prompt_tokens = max(sum(len(prefill.token_ids) for prefill in plan.prefills) for plan in plans)
+    return StepLoad(max(len(plan.decodes) for plan in plans), num_prompt_tokens)
 
 
 _STATS = [field.name for field in fields(SchedulerStats)]

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterable
 
-from cluster.errors import InvalidRequest, Overloaded, PromptTooLong
+from cluster.errors import InvalidRequest, Overloaded
+from cluster.router.admission import Admission
 from cluster.router.blocks import BlockAllocator
 from cluster.router.in_flight import StepsInFlight
 from cluster.router.quarantine import Quarantine
@@ -33,6 +34,7 @@ class Scheduler:
         """`quarantine`: of the whole copy, where this is one of its groups."""
         self._config = config
         self._blocks = blocks
+        self._admission = Admission(config.max_model_len, blocks)
         self._quarantine = quarantine or Quarantine()
         self._sequences: dict[Hashable, Sequence] = {}
         self._waiting: WaitingQueue[Sequence] = WaitingQueue()
@@ -48,8 +50,8 @@ class Scheduler:
 
     @property
     def context_limit(self) -> int:
-        """Longest prompt plus output that can run: `max_model_len`, or the whole KV pool where that is smaller."""
-        return min(self._config.max_model_len, self._blocks.num_blocks * self._blocks.block_size)
+        """Longest prompt plus output that can run, in tokens."""
+        return self._admission.context_limit
 
     @property
     def sequences(self) -> Collection[Sequence]:
@@ -102,6 +104,11 @@ class Scheduler:
         return prefilling + sum(seq.num_known for seq in self._waiting)
 
     @property
+    def num_prefilling(self) -> int:
+        """Running sequences some of whose known tokens are in no plan yet."""
+        return sum(seq.is_prefilling for seq in self._slots.running)
+
+    @property
     def num_in_flight(self) -> int:
         return len(self._in_flight)
 
@@ -132,7 +139,7 @@ class Scheduler:
         """
         self.check(request)
         self._check_room()
-        seq = self._start(request)
+        seq = self._admission.start(request, self._num_added_total)
         self._num_added_total += 1
         seq.block_hashes += block_hashes
         self._sequences[request.key] = seq
@@ -142,28 +149,7 @@ class Scheduler:
         """Raises InvalidRequest or PromptTooLong where the request can never run here."""
         if request.key in self._sequences:
             raise InvalidRequest(f"key {request.key!r} belongs to an unfinished request; choose another", field="key")
-        if not request.prompt_ids:
-            raise InvalidRequest("the prompt has 0 tokens; it needs at least 1", field="prompt")
-        if request.max_tokens < 1:
-            raise InvalidRequest(f"max_tokens is {request.max_tokens}; it must be at least 1", field="max_tokens")
-        if len(request.prompt_ids) >= self.context_limit:
-            raise PromptTooLong(
-                f"the prompt has {len(request.prompt_ids)} tokens, prompt plus output may have {self.context_limit} "
-                f"(context {self._config.max_model_len}, KV pool {self._blocks.num_blocks} blocks of "
-                f"{self._blocks.block_size}); shorten it",
-                field="prompt",
-            )
-        if request.output_ids and self._start(request).finish is not None:
-            raise InvalidRequest(
-                f"{len(request.output_ids)} tokens of output were sent, with which the sequence has ended: a stop "
-                f"token is among them, or max_tokens {request.max_tokens} or the context {self.context_limit} is "
-                "reached; nothing can follow",
-                field="resume",
-            )
-
-    def _start(self, request: SequenceRequest) -> Sequence:
-        max_output = min(request.max_tokens, self.context_limit - len(request.prompt_ids))
-        return Sequence.start(request, max_output=max_output, arrival=self._num_added_total)
+        self._admission.check(request)
 
     def cancel(self, key: Hashable) -> SequenceUpdate | None:
         """End a sequence now: its blocks are free on return. Gives its last update, or None where it has ended.
@@ -199,13 +185,16 @@ class Scheduler:
             case move:
                 return self.build(drafts=move is Move.DRAFT)
 
-    def build(self, *, drafts: bool) -> StepPlan | None:
-        """The same where it is decided whether this step has drafts: for several groups, that is decided together."""
+    def build(self, *, drafts: bool, most_prompt_tokens: int | None = None) -> StepPlan | None:
+        """The same where what is decided for all groups of a copy together is: whether this step has drafts, and how
+        many prompt tokens it may have; None: all that its budget leaves.
+        """
         if len(self._in_flight) >= self._config.max_in_flight:
             return None
-        step = StepBuilder(self._config.max_num_batched_tokens)
+        budget = self._config.max_num_batched_tokens
+        step = StepBuilder(budget, budget if most_prompt_tokens is None else most_prompt_tokens)
         for seq in self._add_decodes(step):
-            if step.budget:
+            if step.can_prefill:
                 step.prefill(seq)
         self._add_admissions(step)
         if drafts:
@@ -235,7 +224,7 @@ class Scheduler:
 
     def schedule_idle(self) -> StepPlan:
         """A plan that computes nothing, so that this scheduler's numbers go on as those of others that do compute."""
-        return self._send(StepBuilder(budget=0), close=[])
+        return self._send(StepBuilder(budget=0, prompt_budget=0), close=[])
 
     def apply(self, result: StepResult) -> list[SequenceUpdate]:
         """Take the group's result of the oldest plan in flight.
@@ -283,6 +272,7 @@ class Scheduler:
         num_lost_tokens = sum(min(seq.num_computed, seq.num_known) for seq in running)
         self._slots = SlotTable(self._config.max_num_seqs, blocks)
         self._blocks = blocks
+        self._admission = Admission(self._config.max_model_len, blocks)
         for seq in self._sequences.values():
             seq.lose_ranks()
         for seq in running:
@@ -314,7 +304,8 @@ class Scheduler:
         for seq in self._slots.ranked:
             if seq.slot is None:
                 continue  # preempted for an earlier one in this very loop
-            if seq.must_reopen and not self._reopen(seq, step):
+            # Only where it is prefilled, too: a step that computes nothing is not sent, and would tell nobody.
+            if seq.must_reopen and not (step.can_prefill and self._reopen(seq, step)):
                 continue
             if seq.is_prefilling:
                 prefilling.append(seq)
@@ -365,7 +356,7 @@ class Scheduler:
 
     def _add_admissions(self, step: StepBuilder) -> None:
         """Slots for those who wait, in order. Nobody overtakes a head that does not fit yet."""
-        while self._waiting and self._slots.has_free_slot and step.budget:
+        while self._waiting and self._slots.has_free_slot and step.can_prefill:
             seq = self._waiting.first(self._quarantine.may_run)
             # A preempted sequence whose last token is still being sampled comes back when that token is known.
             if seq is None or seq.num_pending or not self._slots.try_enter(seq):

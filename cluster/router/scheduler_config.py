@@ -26,6 +26,8 @@ class SchedulerConfig:
     max_in_flight: int = 2
     """Plans whose results are not back."""
     speculation: Speculation = field(default_factory=Speculation)
+    max_prefill_slowdown: float | None = None
+    """How many times longer prompts may make a step for those who decode; None: as much as its budget."""
 
     def __post_init__(self) -> None:
         if self.max_num_batched_tokens < self.max_num_seqs:

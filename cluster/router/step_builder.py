@@ -36,6 +36,8 @@ class StepBuilder:
 
     budget: int
     """Tokens that may still be added."""
+    prompt_budget: int
+    """Of those, tokens of prefills."""
     closed: list[int] = field(default_factory=list)
     """Slots that are opened again for the same sequence."""
     opened: list[OpenSlot] = field(default_factory=list)
@@ -55,6 +57,11 @@ class StepBuilder:
     def is_empty(self) -> bool:
         """Nothing to compute."""
         return not self.prefills and not self.decodes
+
+    @property
+    def can_prefill(self) -> bool:
+        """There is room for another chunk."""
+        return self.budget > 0 and self.prompt_budget > 0
 
     def open(self, seq: Sequence) -> None:
         """Give a sequence its slot on the ranks."""
@@ -102,13 +109,15 @@ class StepBuilder:
         self.budget -= len(token_ids)
 
     def prefill(self, seq: Sequence) -> None:
-        """Compute as many known tokens as the budget allows; the chunk with the last of them samples."""
+        """Compute as many known tokens as both budgets allow; the chunk with the last of them samples."""
         assert seq.slot is not None
-        start, end = seq.num_computed, min(seq.prefill_end, seq.num_computed + self.budget)
+        start, room = seq.num_computed, min(self.budget, self.prompt_budget)
+        end = min(seq.prefill_end, start + room)
         samples = end == seq.prefill_end
         self.prefills.append(Prefill(seq.slot, start, seq.token_ids(start, end), samples, _score(seq, start, end)))
         self.prefilled.append(seq)
         self.budget -= end - start
+        self.prompt_budget -= end - start
         seq.num_computed = end
         seq.num_pending += samples
 

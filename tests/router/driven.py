@@ -125,7 +125,7 @@ class Driven(ABC, Generic[Step, AnyScheduler]):
         self.logprobs[key] += update.logprobs
         if update.prompt_logprobs:
             assert update.admitted_cached_tokens == 0, "a prompt that was scored was found in the cache, or came late"
-            self.prompt_logprobs[key] = update.prompt_logprobs
+            self.prompt_logprobs[key] = list(update.prompt_logprobs)
         if update.num_forced:
             assert update.num_forced == len(update.token_ids)
             assert key not in self.forced, f"the thoughts of {key} were closed twice"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from msgspec.structs import replace
+
 from cluster.router.blocks import BlockAllocator
 from cluster.router.copy_scheduler import CopyScheduler
 from cluster.router.scheduler_config import SchedulerConfig
@@ -10,6 +12,13 @@ from cluster.router.speculation import Speculation
 from tests.fakes import FakeRanks
 from tests.router.driven import Driven
 from workers.step import StepPlan
+
+DECODE_S = 0.040
+PROMPT_TOKEN_S = 0.001
+
+
+def num_prompt_tokens(plan: StepPlan) -> int:
+    return sum(len(prefill.token_ids) for prefill in plan.prefills)
 
 
 class FakeGroups(Driven[list[StepPlan], CopyScheduler]):
@@ -30,8 +39,12 @@ class FakeGroups(Driven[list[StepPlan], CopyScheduler]):
         max_in_flight: int = 2,
         num_speculative_tokens: int = 0,
         reach: int | None = None,
+        max_prefill_slowdown: float | None = None,
     ) -> None:
-        """`reach`: of the fake model, see `next_token`. Rows cost little, so that even doubtful drafts are tried."""
+        """`reach`: of the fake model, see `next_token`. Rows cost little, so that even doubtful drafts are tried.
+
+        A step takes DECODE_S and PROMPT_TOKEN_S for each token of its longest prompts.
+        """
         self.pools = [BlockAllocator(num_blocks, block_size, enable_prefix_cache) for _ in range(num_groups)]
         config = SchedulerConfig(
             max_model_len=max_model_len,
@@ -40,6 +53,7 @@ class FakeGroups(Driven[list[StepPlan], CopyScheduler]):
             max_waiting=max_waiting,
             max_in_flight=max_in_flight,
             speculation=Speculation(max_tokens=num_speculative_tokens, row_cost=0.02),
+            max_prefill_slowdown=max_prefill_slowdown,
         )
         super().__init__(config, CopyScheduler(config, self.pools), vocab_size, reach)
         self.ranks = [
@@ -62,7 +76,9 @@ class FakeGroups(Driven[list[StepPlan], CopyScheduler]):
         return plans
 
     def _execute(self, step: list[StepPlan]) -> list[SequenceUpdate]:
-        return self.scheduler.apply([ranks.execute(plan) for ranks, plan in zip(self.ranks, step, strict=True)])
+        results = [ranks.execute(plan) for ranks, plan in zip(self.ranks, step, strict=True)]
+        step_s = DECODE_S + PROMPT_TOKEN_S * max(num_prompt_tokens(plan) for plan in step)
+        return self.scheduler.apply([replace(result, compute_s=step_s) for result in results])
 
     def check_books(self) -> None:
         """Nobody is lost between queue and groups, and the figures are the groups' summed."""

@@ -42,11 +42,15 @@ def offer(copy: FakeGroups, move: dict[str, Any]) -> None:
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.integers(1, 4), tight_copies(), bursts, moves)
+@given(st.integers(1, 4), tight_copies(), st.sampled_from([None, 1.1, 2.0]), bursts, moves)
 def test_every_sequence_gets_what_it_would_get_alone_and_all_blocks_come_back(
-    num_groups: int, setting: dict[str, Any], burst: list[dict[str, Any]], script: list[object]
+    num_groups: int,
+    setting: dict[str, Any],
+    slowdown: float | None,
+    burst: list[dict[str, Any]],
+    script: list[object],
 ) -> None:
-    copy = FakeGroups(num_groups, **setting)
+    copy = FakeGroups(num_groups, **setting, max_prefill_slowdown=slowdown)
 
     for move in [*burst, *script]:
         make_move(copy, move)

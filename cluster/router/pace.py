@@ -1,0 +1,103 @@
+"""How many prompt tokens a step takes beside decodes, so that a long prompt does not hold up those who stream.
+
+Hop 5. Learns from the times of finished steps, which the ranks measure: what a step takes without prompts, and what a
+prompt token adds to it. Pure, without a clock; of a whole copy, since its groups step together. Where steps take no
+time, as in tests, nothing is held back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+
+MIN_TOKENS = 16
+"""Prompt tokens that a step takes in any case: fewer hardly cost less."""
+GROWTH = 2.0
+"""Of the prompt tokens of a step, against the step before: what more of them cost is seen before they are many."""
+RATE = 0.3
+"""Weight of the newest step in what is learnt."""
+LOOK_EVERY = 32
+"""Steps with prompts after which one without shows what it takes now."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepLoad:
+    """What a step computes, of its fullest group."""
+
+    num_decodes: int
+    num_prompt_tokens: int
+
+
+class PromptPace:
+    """Follows the steps of one copy."""
+
+    def __init__(self, max_slowdown: float | None) -> None:
+        """How many times longer prompts may make a step for those who decode; None: as much as its budget."""
+        self._max_slowdown = max_slowdown
+        self._in_flight: deque[StepLoad] = deque()
+        self._plain_s: float | None = None
+        """Of a step without prompts; None: not known."""
+        self._num_plain_decodes = 0
+        """Decodes in that step."""
+        self._num_since_plain = 0
+        self._token_s: float | None = None
+        """What a prompt token adds."""
+        self._num_tokens = MIN_TOKENS
+        """That the last step with a limit could take."""
+
+    @property
+    def is_limiting(self) -> bool:
+        """`limit` may give one."""
+        return self._max_slowdown is not None
+
+    def limit(self, num_decodes: int, num_prompts: int) -> int | None:
+        """Prompt tokens of the next step's groups; None: their whole budget.
+
+        Where more wait for their first token than have had it, that goes first: a burst is not strung out.
+        """
+        if self._max_slowdown is None or not 0 < num_prompts <= num_decodes:
+            return None
+        if self._plain_s is None or self._num_since_plain >= LOOK_EVERY or not self._is_like(num_decodes):
+            return 0  # the next steps show it
+        if not self._plain_s:
+            return None
+        num_tokens = MIN_TOKENS
+        if self._token_s is not None:
+            affordable = (self._max_slowdown - 1) * self._plain_s / self._token_s
+            num_tokens = max(num_tokens, int(min(affordable, GROWTH * self._num_tokens)))
+        self._num_tokens = num_tokens
+        return num_tokens
+
+    def sent(self, load: StepLoad) -> None:
+        """A step is under way."""
+        self._in_flight.append(load)
+        self._num_since_plain = self._num_since_plain + 1 if load.num_prompt_tokens else 0
+
+    def took(self, seconds: float) -> None:
+        """The oldest step under way has."""
+        load = self._in_flight.popleft()
+        if not load.num_decodes:
+            return
+        if not load.num_prompt_tokens:
+            known = self._plain_s if self._is_like(load.num_decodes) else None
+            self._plain_s, self._num_plain_decodes = _learn(known, seconds), load.num_decodes
+        elif self._plain_s is not None and load.num_prompt_tokens >= MIN_TOKENS:
+            # What costs nothing is measured wrongly: a share of a whole step's tokens is the least.
+            added_s = max(seconds - self._plain_s, 0.1 * seconds)
+            self._token_s = _learn(self._token_s, added_s / load.num_prompt_tokens)
+
+    def lost(self) -> None:
+        """Steps under way have no results any more."""
+        self._in_flight.clear()
+
+    def _is_like(self, num_decodes: int) -> bool:
+        """What is known of steps without prompts holds for so many decodes, more or less."""
+        return self._num_plain_decodes <= 2 * num_decodes and num_decodes <= 2 * self._num_plain_decodes
+
+
+def _learn(known: float | None, new: float) -> float:
+    """Towards the new value, as if it were at most twice or half of what is known: a busy machine has outliers."""
+    if not known:
+        return new
+    return known * math.pow(min(max(new / known, 0.5), 2.0), RATE)
