@@ -8,9 +8,10 @@ else may happen the scheduler itself decides again. `tests/planner/test_fast_for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 
 from cluster.router.copy_scheduler import CopyScheduler
+from cluster.router.pace import StepLoad
 from cluster.router.scheduler import Scheduler
 from cluster.router.sequence import Phase, Sequence
 from workers.step import StepResult
@@ -68,6 +69,20 @@ def skip(
     return answers
 
 
+def pass_time(scheduler: CopyScheduler, seconds: Iterable[float]) -> None:
+    """What the pace of prompts learns from foreseen steps that last so long, one after another."""
+    pace = scheduler.pace
+    if not pace.is_limiting:
+        return
+    load = StepLoad(max(group.num_running for group in scheduler.groups), 0)
+    is_asked = scheduler.num_unfinished > sum(group.num_running for group in scheduler.groups)
+    for step_s in seconds:
+        pace.took(step_s)
+        if is_asked:
+            scheduler.most_prompt_tokens()
+        pace.sent(load)
+
+
 def end_those_who_are_full(scheduler: CopyScheduler) -> list[Hashable]:
     """Who has all of its output ends; who has it with plans under way is in no later ones. Returns who has ended."""
     depth = scheduler.num_in_flight
@@ -85,6 +100,8 @@ def end_those_who_are_full(scheduler: CopyScheduler) -> list[Hashable]:
             group.in_flight.drop_newest()
     for key in ended:
         scheduler.cancel(key)
+    plans = zip(*(group.in_flight for group in scheduler.groups), strict=True)
+    scheduler.pace.are_under_way(StepLoad(max(len(plan.sampled) for plan in step), 0) for step in plans)
     return ended
 
 

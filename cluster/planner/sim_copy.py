@@ -21,6 +21,7 @@ from cluster.planner.fast_forward import (
     end_those_who_are_full,
     foresee,
     is_plain,
+    pass_time,
     skip,
 )
 from cluster.planner.flights import Flight, Work
@@ -108,6 +109,8 @@ class SimCopy:
         """When the oldest plan under way began to run."""
         self._num_steps_of_life = 0
         """Of the present ranks."""
+        self._is_held = False
+        """The newest plan might have had prompts, but for the pace."""
         self._has_new = False
         """Requests came since the last plan."""
 
@@ -238,16 +241,25 @@ class SimCopy:
         """As many plans as may be under way."""
         if not self._sent:
             self._started_s = now_s
-        while (plans := self._core.next_plans()) is not None:
+        while True:
+            is_held = self._holds_prompts()
+            if (plans := self._core.next_plans()) is None:
+                break
+            self._is_held = is_held
             groups = self.scheduler.groups
             shape = [_group_shape(plan, group) for plan, group in zip(plans, groups, strict=True)]
             is_decode = not any(group.prefill_tokens for group in shape)
             self._sent.append(_Sent(shape, self._cost.step(shape), is_decode))
             self._has_new = False
 
+    def _holds_prompts(self) -> bool:
+        """The next plan has none for as long as the pace must see what steps take without them."""
+        pace = self.scheduler.pace
+        return pace.is_limiting and self.num_waiting > 0 and pace.must_look(self.num_running)
+
     def _take_result(self, now_s: float) -> None:
         sent = self._sent.popleft()
-        results = [self._result(group, now_s) for group in self.scheduler.groups]
+        results = [self._result(group, sent.time.total_s, now_s) for group in self.scheduler.groups]
         self._count(sent, results)
         self._started_s = now_s
         self._apply(results, now_s)
@@ -258,6 +270,7 @@ class SimCopy:
         groups = self.scheduler.groups
         is_bulk = self._may_skip and self._num_steps_of_life > YOUNG_STEPS
         if is_bulk and all(map(is_plain, groups)):
+            self.scheduler.pace.took(results[0].compute_s)
             for group, result in zip(groups, results, strict=True):
                 apply_plain(group, result)
             return
@@ -265,7 +278,7 @@ class SimCopy:
             if update.finish is not None:
                 self._end(update.key, now_s)
 
-    def _result(self, group: Scheduler, now_s: float) -> StepResult:
+    def _result(self, group: Scheduler, step_s: float, now_s: float) -> StepResult:
         """What its rank says: fillers, and the closing tag where thoughts end."""
         oldest = group.in_flight.oldest
         token_ids = []
@@ -283,7 +296,7 @@ class SimCopy:
                 flight.go_on(now_s)
             if num_before == num_thinking:
                 flight.first_answer_s = now_s
-        return StepResult(oldest.step, 0, token_ids)
+        return StepResult(oldest.step, 0, token_ids, compute_s=step_s)
 
     def _end(self, key: Hashable, now_s: float) -> None:
         flight = self.flights.pop(key)
@@ -316,7 +329,7 @@ class SimCopy:
         self.next_s = self._ahead.behind(num_steps)
 
     def _foresee(self) -> int:
-        if not self._may_skip or not all(sent.is_decode for sent in self._sent):
+        if not self._may_skip or self._is_held or not all(sent.is_decode for sent in self._sent):
             return 0
         scheduler, max_num_seqs = self.scheduler, self._config.max_num_seqs
         if self._has_new and any(group.num_unfinished < max_num_seqs for group in scheduler.groups):
@@ -343,6 +356,7 @@ class SimCopy:
         work.take(middle, total_s, num_steps, self.kv_share)
         work.decode_tokens += num_steps * num_decodes
         work.gaps.add(total_s / num_steps, num_steps * num_decodes)
+        pass_time(self.scheduler, (ahead.first_s + step * ahead.growth_s for step in range(num_steps)))
         self._num_steps_of_life += num_steps
         self._started_s = ahead.behind(num_steps)
         for key in end_those_who_are_full(self.scheduler):

@@ -6,6 +6,7 @@ import copy as copying
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from cluster.config import EngineConfig
 from cluster.planner.cost import CostModel
 from cluster.planner.fleet import Fleet
 from cluster.planner.flights import Flight, Work
@@ -31,7 +32,13 @@ class Span:
 
 
 def copy_maker(
-    fit: Fit, cost: CostModel, *, max_waiting: int = 256, shared_prompt_tokens: int = 0, max_in_flight: int = 2
+    fit: Fit,
+    cost: CostModel,
+    *,
+    max_waiting: int = 256,
+    shared_prompt_tokens: int = 0,
+    max_in_flight: int = 2,
+    max_prefill_slowdown: float | None = EngineConfig().max_prefill_slowdown,
 ) -> Callable[[int, Callable[[Flight], object]], SimCopy]:
     """For a Fleet: copies of this candidate, with the scheduler's settings that would be served with."""
     limits = fit.limits
@@ -41,6 +48,7 @@ def copy_maker(
         max_num_batched_tokens=limits.max_num_batched_tokens,
         max_waiting=max_waiting,
         max_in_flight=max_in_flight,
+        max_prefill_slowdown=max_prefill_slowdown,
     )
     pool = Pool(num_groups=fit.candidate.layout.dp, num_blocks=fit.num_blocks, block_size=BLOCK_SIZE)
 

@@ -31,6 +31,7 @@ def fleet(seed: int, *, may_skip: bool) -> Fleet:
         max_num_seqs=draw.choice([2, 8, 32]),
         max_num_batched_tokens=draw.choice([32, 64, 256]),
         max_in_flight=draw.choice([1, 2]),
+        max_prefill_slowdown=draw.choice([None, 1.2, 2.5]),
     )
     pool = Pool(num_groups=layout.dp, num_blocks=draw.choice([24, 60, 1000]), block_size=16)
     shared = draw.choice([0, 0, 48])
