@@ -18,7 +18,7 @@ from cluster.planner.operations import known_operations
 from cluster.planner.quantities import parse_count, parse_rate_per_s
 from cluster.planner.recommendation import helm_values, serve_flags
 from cluster.planner.scenario import Course, follow
-from cluster.planner.scenario_flags import add_scenario_flags, day_s, is_fleet, scenario_of
+from cluster.planner.scenario_flags import add_scenario_flags, day_s, scenario_of
 from cluster.planner.survey import SHOWN_CONTEXT, Row, survey
 from cluster.planner.trial import Setting, Trial, shortlist, try_out
 from cluster.planner.workload import Lengths, read_trace
@@ -70,7 +70,6 @@ class Plan:
     """The best first; empty without a load."""
     course: Course | None = None
     """Of the best, where something happens to it, or it is a fleet."""
-    is_fleet: bool = False
 
     @property
     def flags(self) -> str | None:
@@ -102,7 +101,7 @@ class Plan:
             out["simulated"] = [trial.as_json() for trial in self.trials]
             out["recommendation"] = {"flags": self.flags, "helm_values": self.values}
         if self.course is not None:
-            out["fleet" if self.is_fleet else "what_if"] = self.course.as_json()
+            out["what_if" if self.course.scenario.upsets else "fleet"] = self.course.as_json()
         return out
 
 
@@ -145,7 +144,6 @@ def make_plan(args: argparse.Namespace) -> Plan:
         load=load,
         trials=trials,
         course=course,
-        is_fleet=is_fleet(args),
     )
 
 
