@@ -17,7 +17,7 @@ from cluster.planner.devices import find_device, published_kernels
 from cluster.planner.layouts import Candidate, Limits, fit
 from cluster.planner.load import TraceLoad
 from cluster.planner.models import find_model
-from cluster.planner.trial import Setting
+from cluster.planner.setting import Setting
 from cluster.planner.workload import Arrival
 from workers.layout import ParallelLayout
 
@@ -158,7 +158,13 @@ def foretell(run: Published) -> float:
         context=2 * LONGEST if run.are_spread else run.prompt + run.output + 1,
     )
     candidate = Candidate(layout=run.layout, copies=1)
-    setting = Setting(model=model.config, device=device, kernels=published_kernels(), max_waiting=run.requests)
+    setting = Setting(
+        model=model.config,
+        device=device,
+        kernels=published_kernels(),
+        max_waiting=run.requests,
+        max_prefill_slowdown=None,
+    )
     trace = TraceLoad(trace=tuple(_arrivals(run)))
     fitted = fit(model.config, candidate, device, limits)
     fleet = setting.fleet(fitted, trace)

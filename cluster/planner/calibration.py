@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cluster.errors import ConfigError
+from cluster.planner.devices import measured_cpu
 from cluster.planner.fitted import Costs, FittedCost
 from cluster.planner.flights import Flight
 from cluster.planner.rank_work import rank_work
@@ -28,9 +29,6 @@ from cluster.router.engine_core import Pool
 from cluster.router.scheduler_config import SchedulerConfig
 from workers.config import ModelConfig
 from workers.layout import ParallelLayout
-
-CPU_KV_ITEMSIZE = 4
-"""fp32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +130,7 @@ def predict(model: ModelConfig, engine: Engine, costs: Costs, run: Run) -> Predi
 
 
 def _cost(model: ModelConfig, costs: Costs) -> FittedCost:
-    work = rank_work(model, ParallelLayout(), redundant_experts=0, kv_itemsize=CPU_KV_ITEMSIZE)
+    work = rank_work(model, ParallelLayout(), redundant_experts=0, kv_itemsize=measured_cpu(1.0).kv_itemsize)
     return FittedCost(model, ParallelLayout(), work, costs)
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import ConfigError
-from cluster.planner.devices import Device, find_device, known_devices, published_kernels
+from cluster.planner.calibration import fit_costs, read_measured
+from cluster.planner.devices import Device, find_device, known_devices, measured_cpu, published_kernels
 from cluster.planner.layouts import Limits
 from cluster.planner.load import DrawnLoad, Load, TraceLoad
 from cluster.planner.models import PlannedModel, find_model, known_models
@@ -19,9 +20,11 @@ from cluster.planner.quantities import parse_count, parse_rate_per_s
 from cluster.planner.recommendation import helm_values, serve_flags
 from cluster.planner.scenario import Course, follow
 from cluster.planner.scenario_flags import add_scenario_flags, day_s, scenario_of
-from cluster.planner.survey import SHOWN_CONTEXT, Row, survey
-from cluster.planner.trial import Setting, Trial, shortlist, try_out
+from cluster.planner.setting import Setting
+from cluster.planner.survey import SHOWN_CONTEXT, Row, survey, without_lesser
+from cluster.planner.trial import Trial, shortlist, try_out
 from cluster.planner.workload import Lengths, read_trace
+from workers.config import ModelConfig
 
 _DEFAULTS = {"prompt": "2k", "thinking": "8k", "answer": "1k"}
 
@@ -30,8 +33,12 @@ def add_plan_command(parser: argparse.ArgumentParser) -> None:
     known = ", ".join(known_models())
     parser.add_argument("model", metavar="MODEL", help=f"checkpoint directory, config.json, or one of {known}")
     parser.add_argument("--gpu", default="h200", help=f"one of {', '.join(known_devices())} (default h200)")
-    parser.add_argument("--gpus", type=int, default=8, help="how many of them, in all (default 8)")
+    parser.add_argument("--gpus", type=int, help="how many of them, in all (default 8)")
+    parser.add_argument(
+        "--calibrate", type=Path, metavar="FILE", help="plan for the CPU that `bench.plan_validation --live` measured"
+    )
     parser.add_argument("--context", help="prompt plus output that must fit, as 32k or 256Ki; default: the model's")
+    parser.add_argument("--all", action="store_true", help="show layouts that are no better than others, too")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a report to this file, too")
     engine = parser.add_argument_group("engine")
@@ -76,7 +83,7 @@ class Plan:
         if not self.trials:
             return None
         fit = self.trials[0].fit
-        return serve_flags(self.model, fit.candidate, fit.limits, self.setting.redundant_experts)
+        return serve_flags(self.model, fit.candidate, fit.limits, self.device, self.setting.redundant_experts)
 
     @property
     def values(self) -> str | None:
@@ -89,7 +96,8 @@ class Plan:
         out: dict[str, Any] = {"model": self.model.name, "gpu": self.device.name, "gpus": self.gpus}
         out["limits"] = self.limits.as_json()
         out["device"] = self.device.as_json()
-        out["kernels"] = self.setting.kernels.as_json()
+        costs = self.setting.costs
+        out["kernels"] = self.setting.kernels.as_json() if costs is None else costs.as_json()
         out["shown_context"] = min(SHOWN_CONTEXT, self.limits.context)
         out["layouts"] = [row.as_json() for row in self.rows]
         if self.load is not None:
@@ -108,25 +116,18 @@ class Plan:
 def make_plan(args: argparse.Namespace) -> Plan:
     """Raises ConfigError, CheckpointError."""
     model = find_model(args.model)
-    device = find_device(args.gpu)
-    if args.gpus < 1:
-        raise ConfigError(f"--gpus {args.gpus}: give 1 or more")
+    setting = _setting(args, model.config)
+    gpus = _gpus(args)
     limits = _limits(args, model.config.max_position_embeddings)
     load = _load(args, limits.context)
     scenario = scenario_of(args, load)
-    kernels = published_kernels()
-    rows = survey(model.config, device, kernels, args.gpus, limits, args.redundant_experts)
+    rows = survey(setting, gpus, limits)
+    if not args.all:
+        rows = without_lesser(rows)
     if args.copies is not None:
         rows = [row for row in rows if row.fit.candidate.copies == args.copies]
         if not rows:
-            raise ConfigError(f"--gpus {args.gpus} are not divisible by --copies {args.copies}; give a multiple of it")
-    setting = Setting(
-        model=model.config,
-        device=device,
-        kernels=kernels,
-        redundant_experts=args.redundant_experts,
-        expert_skew=args.expert_skew,
-    )
+            raise ConfigError(f"--gpus {gpus} are not divisible by --copies {args.copies}; give a multiple of it")
     fits = [row.fit for row in rows if row.fit.problem is None]
     trials: list[Trial] = []
     if load is not None and fits:
@@ -136,8 +137,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
         course = follow(setting, trials[0].fit, load, scenario, known_operations())
     return Plan(
         model=model,
-        device=device,
-        gpus=args.gpus,
+        device=setting.device,
+        gpus=gpus,
         limits=limits,
         setting=setting,
         rows=rows,
@@ -170,6 +171,33 @@ def _write_report(plan: Plan, file: Path) -> None:
         raise ConfigError(
             f"--html {file}: cannot be written ({error}); name a file in a directory that exists"
         ) from error
+
+
+def _setting(args: argparse.Namespace, model: ModelConfig) -> Setting:
+    if args.calibrate is None:
+        device, costs = find_device(args.gpu), None
+    else:
+        measured = read_measured(args.calibrate)
+        device, costs = measured_cpu(measured.memory_gib), fit_costs(model, measured.engine, measured.runs)
+    return Setting(
+        model=model,
+        device=device,
+        kernels=published_kernels(),
+        costs=costs,
+        redundant_experts=args.redundant_experts,
+        expert_skew=args.expert_skew,
+    )
+
+
+def _gpus(args: argparse.Namespace) -> int:
+    if args.calibrate is not None:
+        if args.gpus not in (None, 1):
+            raise ConfigError(f"--gpus {args.gpus}: what was measured is one rank; leave it out with --calibrate")
+        return 1
+    gpus: int = 8 if args.gpus is None else args.gpus
+    if gpus < 1:
+        raise ConfigError(f"--gpus {gpus}: give 1 or more")
+    return gpus
 
 
 def _limits(args: argparse.Namespace, made_for: int) -> Limits:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cluster.errors import ConfigError
 
 _FILE = Path(__file__).parent / "data" / "devices.toml"
 _KERNELS = "kernels"
 _GIB = 2**30
+CPU = "cpu"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,16 @@ class Device:
     network_gb_s: float
     """To other nodes, one way."""
     ranks_per_node: int
+
+    @property
+    def kind(self) -> Literal["cpu", "cuda"]:
+        """As the runner names it."""
+        return "cpu" if self.name == CPU else "cuda"
+
+    @property
+    def kv_itemsize(self) -> int:
+        """Bytes of a number in KV: fp32 on a CPU, bf16 on a GPU."""
+        return 4 if self.kind == "cpu" else 2
 
     @property
     def memory_bytes(self) -> int:
@@ -80,6 +91,21 @@ def find_device(name: str) -> Device:
     return Device(name=name.lower(), **_values(table, Device, leave_out={"name"}))
 
 
+def measured_cpu(memory_gib: float) -> Device:
+    """A machine whose costs were fitted: its peaks are not asked for."""
+    return Device(
+        name=CPU,
+        title="CPU as measured",
+        memory_gib=memory_gib,
+        bandwidth_gb_s=0.0,
+        fp8_tflop_s=0.0,
+        bf16_tflop_s=0.0,
+        link_gb_s=0.0,
+        network_gb_s=0.0,
+        ranks_per_node=1,
+    )
+
+
 def published_kernels() -> Kernels:
     """What engines of the field reach."""
     return Kernels(**_values(_read()[_KERNELS], Kernels, leave_out=set()))
@@ -87,7 +113,7 @@ def published_kernels() -> Kernels:
 
 def sources(name: str) -> dict[str, str]:
     """Where each number of a device, or of the kernels, comes from."""
-    found: dict[str, str] = _read()[name]["sources"]
+    found: dict[str, str] = _read().get(name, {}).get("sources", {})
     return found
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 from cluster.planner.rank_work import RankWork
 from cluster.planner.roofline import StepTime
@@ -31,6 +32,10 @@ class Costs:
     """Of prefills."""
     row: float = 0.0
     """A token that is sampled."""
+
+    def as_json(self) -> dict[str, Any]:
+        """With where they come from."""
+        return {name: {"value": getattr(self, name), "source": "fitted to live runs"} for name in self.names()}
 
     @classmethod
     def names(cls) -> list[str]:

@@ -12,9 +12,9 @@ from workers.errors import LayoutError
 from workers.kv_memory import default_kv_bytes
 from workers.layout import ParallelLayout
 
-KV_ITEMSIZE = 2
-"""bf16."""
 BLOCK_SIZE = 32
+MAX_RANKS = 64
+"""Of a copy."""
 _WORKSPACE_FACTOR = 6
 """Live rows of hidden size for each token of a step: residual, attention's parts, quantised input, collectives."""
 _LOGIT_BYTES = 4
@@ -81,9 +81,12 @@ class Fit:
 
 
 def candidates(model: ModelConfig, num_ranks: int) -> list[Candidate]:
-    """All ways to use exactly so many ranks; groups (dp) only where experts join them, else copies do as well."""
+    """All ways to use exactly so many ranks, at most 64 a copy.
+
+    Groups (dp) only where experts join them: elsewhere copies do as well.
+    """
     found = []
-    for world in (size for size in range(1, num_ranks + 1) if num_ranks % size == 0):
+    for world in (size for size in range(1, min(num_ranks, MAX_RANKS) + 1) if num_ranks % size == 0):
         for tp in (size for size in range(1, world + 1) if world % size == 0):
             dp = world // tp
             if dp > 1 and not model.has_moe_layers:
@@ -102,10 +105,10 @@ def fit(model: ModelConfig, candidate: Candidate, device: Device, limits: Limits
         layout.check(model)
     except LayoutError as error:
         return Fit(candidate=candidate, problem=_reason(error), limits=limits)
-    work = rank_work(model, layout, redundant_experts=redundant_experts, kv_itemsize=KV_ITEMSIZE)
+    work = rank_work(model, layout, redundant_experts=redundant_experts, kv_itemsize=device.kv_itemsize)
     workspace = workspace_bytes(model, work, limits)
     free = device.memory_bytes - work.weight_bytes
-    kv = max(0, default_kv_bytes(free, "cuda"))
+    kv = max(0, default_kv_bytes(free, device.kind))
     num_blocks = min(kv // (work.kv_token_bytes * BLOCK_SIZE), limits.max_num_seqs * -(-limits.context // BLOCK_SIZE))
     problem = _problem(work, workspace, free, kv, num_blocks, limits, device)
     return Fit(

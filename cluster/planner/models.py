@@ -29,7 +29,7 @@ def known_models() -> list[str]:
 def find_model(asked: str) -> PlannedModel:
     """A directory with config.json, a config file, or a known name. Raises ConfigError or CheckpointError."""
     path = Path(asked)
-    if path.is_dir():
+    if (path / "config.json").is_file():
         return PlannedModel(name=path.resolve().name, path=asked, config=ModelConfig.from_dir(path))
     if path.is_file():
         return PlannedModel(name=path.stem, path=str(path.parent), config=ModelConfig.from_file(path))
@@ -37,5 +37,6 @@ def find_model(asked: str) -> PlannedModel:
     if known.is_file():
         return PlannedModel(name=asked.lower(), path=f"/models/{asked.lower()}", config=ModelConfig.from_file(known))
     raise ConfigError(
-        f"{asked}: no such directory or file; give a checkpoint, a config.json or one of {', '.join(known_models())}"
+        f"{asked}: {'a directory without config.json' if path.is_dir() else 'no such directory or file'}; give a "
+        f"checkpoint's directory, a config.json or one of {', '.join(known_models())}"
     )

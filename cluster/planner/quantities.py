@@ -9,14 +9,14 @@ import re
 
 from cluster.errors import ConfigError
 
-_FACTORS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
+_FACTORS = {"": 1, "k": 10**3, "K": 10**3, "m": 10**6, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 _NUMBER = r"([0-9]+(?:\.[0-9]+)?)"
 
 
 def parse_count(text: str) -> int:
     """ "2k" -> 2000, "32Ki" -> 32768. Raises ConfigError."""
-    match = re.fullmatch(rf"{_NUMBER}\s*(Ki|Mi|Gi|k|K|M|G)?", text.strip())
+    match = re.fullmatch(rf"{_NUMBER}\s*(Ki|Mi|Gi|k|K|m|M|G)?", text.strip())
     count = float(match[1]) * _FACTORS[match[2] or ""] if match else 0.0
     if count < 1 or count != int(count):
         raise ConfigError(f"{text!r} is no count; write it as 512, 2k (2,000) or 2Ki (2,048)")

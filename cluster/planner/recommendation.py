@@ -12,13 +12,13 @@ from cluster.planner.layouts import Candidate, Limits
 from cluster.planner.models import PlannedModel
 
 
-def serve_flags(model: PlannedModel, candidate: Candidate, limits: Limits, redundant_experts: int) -> str:
+def serve_flags(model: PlannedModel, candidate: Candidate, limits: Limits, device: Device, redundant: int) -> str:
     """The command for one machine."""
     layout = candidate.layout
-    flags: dict[str, Any] = {"model": model.path, "device": "cuda", "tp": layout.tp}
+    flags: dict[str, Any] = {"model": model.path, "device": device.kind, "tp": layout.tp}
     flags |= {name: size for name, size in (("dp", layout.dp), ("expert-tp", layout.expert_tp)) if size > 1}
-    if redundant_experts:
-        flags["redundant-experts"] = redundant_experts
+    if redundant:
+        flags["redundant-experts"] = redundant
     if candidate.copies > 1:
         flags["copies"] = candidate.copies
     flags |= {
@@ -33,7 +33,7 @@ def helm_values(model: PlannedModel, candidate: Candidate, limits: Limits, devic
     """Values for the chart, as YAML."""
     layout = candidate.layout
     ranks = min(layout.world_size, device.ranks_per_node)
-    parts: dict[str, Any] = {"tp": layout.tp, "dp": layout.dp}
+    parts: dict[str, Any] = {"device": device.kind, "tp": layout.tp, "dp": layout.dp}
     if layout.expert_tp > 1:
         parts["expertTp"] = layout.expert_tp
     if redundant:

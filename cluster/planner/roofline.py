@@ -117,9 +117,6 @@ class Roofline:
             overhead_s=self._overhead_s(),
         )
 
-    def seconds(self, shape: StepShape) -> float:
-        return self.step(shape).total_s
-
     def context_s(self, group: GroupShape) -> float:
         """Of decodes of one group that read KV: of many sequences at a larger share of the bandwidth than of one."""
         if not group.num_decodes:

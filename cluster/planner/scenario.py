@@ -17,10 +17,10 @@ from cluster.planner.load import DrawnLoad, Load, TraceLoad
 from cluster.planner.operations import Operations
 from cluster.planner.outcome import Quantiles
 from cluster.planner.scaling import Autoscaler
+from cluster.planner.setting import Setting
 from cluster.planner.shortlist import Settled, settle
 from cluster.planner.simulate import copy_maker
 from cluster.planner.timeline import Arrived, Recorder, bucket_s, series
-from cluster.planner.trial import Setting
 from cluster.planner.upsets import Operator, Upset
 from cluster.planner.workload import Arrival
 

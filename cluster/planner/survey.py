@@ -6,17 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.planner.devices import Device, Kernels
 from cluster.planner.layouts import Candidate, Fit, Limits, candidates, fit
-from cluster.planner.roofline import FLOOR, Roofline, StepTime
+from cluster.planner.roofline import StepTime
+from cluster.planner.setting import Setting
 from cluster.planner.step_shape import GroupShape, StepShape
-from workers.config import ModelConfig
 
 STREAMS = (1, 32)
 """Streams of all copies for which step times are always given."""
 _MOST_STREAMS = 4096
 """For which they are given, where so many have room."""
 SHOWN_CONTEXT = 4096
+_CLEARLY = 0.97
+"""Times another step: faster by more than what estimates are worth."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +25,8 @@ class StepFigure:
     """A decode step with so many streams over all copies."""
 
     streams: int
-    floor_s: float
-    """What the hardware's peaks allow."""
+    floor_s: float | None
+    """What the hardware's peaks allow; None: they are not known."""
     estimate: StepTime
 
 
@@ -75,28 +76,47 @@ class Row:
         return out
 
 
-def survey(
-    model: ModelConfig, device: Device, kernels: Kernels, num_ranks: int, limits: Limits, redundant_experts: int = 0
-) -> list[Row]:
+def survey(setting: Setting, num_ranks: int, limits: Limits) -> list[Row]:
     """All candidates, those that fit first."""
     rows = [
-        _row(model, device, kernels, fit(model, candidate, device, limits, redundant_experts))
-        for candidate in candidates(model, num_ranks)
+        _row(setting, fit(setting.model, candidate, setting.device, limits, setting.redundant_experts))
+        for candidate in candidates(setting.model, num_ranks)
     ]
     return sorted(rows, key=lambda row: row.fit.problem is not None)
 
 
-def _row(model: ModelConfig, device: Device, kernels: Kernels, fitted: Fit) -> Row:
-    if fitted.problem is not None or fitted.work is None:
+def without_lesser(rows: Sequence[Row]) -> list[Row]:
+    """Without layouts that split experts (`expert_tp`) and are no faster and no larger than those that do not."""
+    whole = {_place(row): row for row in rows if row.fit.candidate.layout.expert_tp == 1}
+    return [row for row in rows if row is whole.get(_place(row)) or _is_better(row, whole.get(_place(row)))]
+
+
+def _place(row: Row) -> tuple[int, int, int]:
+    candidate = row.fit.candidate
+    return candidate.copies, candidate.layout.tp, candidate.layout.dp
+
+
+def _is_better(row: Row, whole: Row | None) -> bool:
+    """In memory, or by more than a few percent in the time of some step."""
+    if whole is None or whole.fit.problem is not None:
+        return whole is None or row.fit.problem is None
+    if row.fit.problem is not None:
+        return False
+    pairs = zip(row.shown_steps, whole.shown_steps, strict=True)
+    is_faster = any(step.estimate.total_s < _CLEARLY * other.estimate.total_s for step, other in pairs)
+    return is_faster or row.fit.kv_tokens > whole.fit.kv_tokens
+
+
+def _row(setting: Setting, fitted: Fit) -> Row:
+    if fitted.problem is not None:
         return Row(fit=fitted)
-    layout = fitted.candidate.layout
-    floor = Roofline(model, layout, fitted.work, device, FLOOR)
-    estimate = Roofline(model, layout, fitted.work, device, kernels)
+    floor, estimate = setting.floor(fitted), setting.cost(fitted)
     context = min(SHOWN_CONTEXT, fitted.longest_context)
     steps = []
     for streams in _streams(fitted.most_streams(context)):
         shape = decode_shape(fitted.candidate, streams, context)
-        steps.append(StepFigure(streams=streams, floor_s=floor.seconds(shape), estimate=estimate.step(shape)))
+        floor_s = None if floor is None else floor.step(shape).total_s
+        steps.append(StepFigure(streams=streams, floor_s=floor_s, estimate=estimate.step(shape)))
     return Row(fit=fitted, steps=steps)
 
 

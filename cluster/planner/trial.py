@@ -8,16 +8,12 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cluster.planner.devices import Device, Kernels
-from cluster.planner.experts import expert_imbalance
-from cluster.planner.fleet import Fleet
 from cluster.planner.layouts import Fit
 from cluster.planner.load import DrawnLoad, Load, TraceLoad
 from cluster.planner.outcome import Outcome
-from cluster.planner.roofline import Roofline
+from cluster.planner.setting import Setting
 from cluster.planner.shortlist import Settled, settle
-from cluster.planner.simulate import Span, copy_maker, replay, simulate
-from workers.config import ModelConfig
+from cluster.planner.simulate import Span, replay, simulate
 
 _WARM_UP, _MEASURED = 1.2, 0.6
 """In lifetimes of a request: what comes before the measured arrivals, and how long those come."""
@@ -25,31 +21,6 @@ _MOST_COPIES = 8
 """That are simulated where nothing happens to them."""
 _LEAST_REQUESTS, _MOST_REQUESTS = 100, 1500
 """To be measured, whatever the rate."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """What all candidates have in common."""
-
-    model: ModelConfig
-    device: Device
-    kernels: Kernels
-    redundant_experts: int = 0
-    expert_skew: float = 0.0
-    max_waiting: int = 256
-
-    def cost(self, fit: Fit) -> Roofline:
-        """Of this candidate; it fits."""
-        assert fit.work is not None, "it fits"
-        layout = fit.candidate.layout
-        uneven = expert_imbalance(self.model, layout, redundant=self.redundant_experts, skew=self.expert_skew)
-        return Roofline(self.model, layout, fit.work, self.device, self.kernels, imbalance=uneven)
-
-    def fleet(self, fit: Fit, load: Load, *, copies: int | None = None) -> Fleet:
-        maker = copy_maker(
-            fit, self.cost(fit), max_waiting=self.max_waiting, shared_prompt_tokens=load.shared_prompt_tokens
-        )
-        return Fleet(maker, fit.candidate.copies if copies is None else copies)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from cluster.planner.layouts import Candidate, Limits, candidates, fit
 from cluster.planner.models import find_model
 from cluster.planner.rank_work import rank_work
 from cluster.planner.roofline import FLOOR, Roofline
+from cluster.planner.setting import Setting
 from cluster.planner.survey import decode_shape, survey
 from tests.real_models import QWEN3_4B, QWEN3_235B
 from workers.checkpoint import Checkpoint
@@ -89,15 +90,15 @@ def test_the_floor_of_a_step_is_bytes_over_bandwidth(streams: int, floor_ms: flo
     one = Candidate(layout=ParallelLayout(), copies=1)
     work = rank_work(QWEN3_4B, one.layout, redundant_experts=0, kv_itemsize=2)
 
-    step_s = Roofline(QWEN3_4B, one.layout, work, H200, FLOOR).seconds(decode_shape(one, streams, 4096))
+    step_s = Roofline(QWEN3_4B, one.layout, work, H200, FLOOR).step(decode_shape(one, streams, 4096)).total_s
 
     assert step_s * 1e3 == pytest.approx(floor_ms, rel=0.01)
 
 
 def test_estimates_are_above_their_floors_and_longer_with_more_streams() -> None:
-    for row in survey(QWEN3_235B, H200, published_kernels(), 8, LIMITS):
+    for row in survey(Setting(model=QWEN3_235B, device=H200, kernels=published_kernels()), 8, LIMITS):
         for step in row.steps:
-            assert step.estimate.total_s > step.floor_s > 0
+            assert step.estimate.total_s > (step.floor_s or 0) > 0
         times = [step.estimate.total_s for step in row.steps]
         assert times == sorted(times)
 

@@ -11,8 +11,8 @@ from cluster.planner.load import DrawnLoad
 from cluster.planner.operations import known_operations
 from cluster.planner.scaling import Autoscaler
 from cluster.planner.scenario import Course, Scenario, follow
+from cluster.planner.setting import Setting
 from cluster.planner.simulate import copy_maker
-from cluster.planner.trial import Setting
 from cluster.planner.upsets import Operator, Upset
 from cluster.planner.workload import Arrival, Lengths
 from tests.real_models import QWEN3_235B

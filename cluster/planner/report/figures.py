@@ -126,7 +126,7 @@ def step_lines(layouts: Sequence[Json]) -> Markup:
     shown = []
     for index, layout in enumerate(layouts):
         for key, css in (("estimate_s", ""), ("floor_s", " dashed")):
-            points = [(step["streams"], step[key]) for step in layout["decode_steps"]]
+            points = [(step["streams"], step[key]) for step in layout["decode_steps"] if step[key] is not None]
             shown.append(Line(name=layout["layout"], points=points, css=f"c{index + 1}{css}"))
     return charts.lines(_streams_axis(layouts), seconds_from_zero("step", most), shown)
 
@@ -151,7 +151,8 @@ def step_layers(layouts: Sequence[Json]) -> list[Figure]:
         steps = layout["decode_steps"]
         places = [step["streams"] for step in steps]
         stacked = [Layer(name=name, values=[step[key] for step in steps], css=css) for key, name, css in STEP_PARTS]
-        floor = Line(name="floor", points=[(step["streams"], step["floor_s"]) for step in steps], css="ink dashed")
+        known = [(step["streams"], step["floor_s"]) for step in steps if step["floor_s"] is not None]
+        floor = Line(name="floor", points=known, css="ink dashed")
         drawing = charts.layers(_streams_axis(layouts), seconds_from_zero("step", most), places, stacked, floor)
         found.append(Figure(title=layout["layout"], drawing=drawing))
     return found
