@@ -53,6 +53,16 @@ class CopyScheduler:
         return len(self._groups)
 
     @property
+    def pace(self) -> PromptPace:
+        """How many prompt tokens a step takes beside decodes."""
+        return self._pace
+
+    @property
+    def groups(self) -> list[Scheduler]:
+        """The schedulers of the groups, in their order."""
+        return [group.scheduler for group in self._groups]
+
+    @property
     def num_unfinished(self) -> int:
         return len(self._queue) + len(self._group_of)
 
@@ -112,7 +122,7 @@ class CopyScheduler:
         if move is Move.WAIT:
             return None
         self._assign()
-        most_prompt_tokens = self._most_prompt_tokens()
+        most_prompt_tokens = self.most_prompt_tokens()
         built = self._build(move, most_prompt_tokens)
         if most_prompt_tokens is not None and all(plan is None for plan in built):
             built = self._build(move, None)  # those who decode wait for blocks: prompts hold up nobody
@@ -161,8 +171,8 @@ class CopyScheduler:
             group.scheduler.build(drafts=is_drafting, most_prompt_tokens=most_prompt_tokens) for group in self._groups
         ]
 
-    def _most_prompt_tokens(self) -> int | None:
-        """Of each group's plan; None: all that its budget leaves."""
+    def most_prompt_tokens(self) -> int | None:
+        """Of each group's next plan; None: all that its budget leaves."""
         if not self._pace.is_limiting:
             return None
         schedulers = [group.scheduler for group in self._groups]

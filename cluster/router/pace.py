@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 MIN_TOKENS = 16
@@ -58,7 +59,7 @@ class PromptPace:
         """
         if self._max_slowdown is None or not 0 < num_prompts <= num_decodes:
             return None
-        if self._plain_s is None or self._num_since_plain >= LOOK_EVERY or not self._is_like(num_decodes):
+        if self.must_look(num_decodes):
             return 0  # the next steps show it
         if not self._plain_s:
             return None
@@ -68,6 +69,10 @@ class PromptPace:
             num_tokens = max(num_tokens, int(min(affordable, GROWTH * self._num_tokens)))
         self._num_tokens = num_tokens
         return num_tokens
+
+    def must_look(self, num_decodes: int) -> bool:
+        """What a step without prompts takes for so many decodes is not known, or not any more."""
+        return self._plain_s is None or self._num_since_plain >= LOOK_EVERY or not self._is_like(num_decodes)
 
     def sent(self, load: StepLoad) -> None:
         """A step is under way."""
@@ -86,6 +91,10 @@ class PromptPace:
             # What costs nothing is measured wrongly: a share of a whole step's tokens is the least.
             added_s = max(seconds - self._plain_s, 0.1 * seconds)
             self._token_s = _learn(self._token_s, added_s / load.num_prompt_tokens)
+
+    def are_under_way(self, loads: Iterable[StepLoad]) -> None:
+        """These steps are, and no others: for the planner, which knows many steps at once."""
+        self._in_flight = deque(loads)
 
     def lost(self) -> None:
         """Steps under way have no results any more."""
