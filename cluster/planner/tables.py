@@ -70,8 +70,8 @@ def verdict(trials: Sequence[Trial]) -> str:
 def survey_table(rows: Sequence[Row], width: int) -> Table:
     """A row for each layout; in a narrow place without the columns that say least."""
     caption = (
-        "GB are of one rank; KV tokens, context and streams at it of all copies. A step decodes one token of each stream, "
-        f"at {SHOWN_CONTEXT:,} tokens of context; floor / estimate."
+        "GB are of one rank; KV tokens, context and streams at it of all copies. A step decodes one token of each "
+        f"stream, at {SHOWN_CONTEXT:,} tokens of context; floor / estimate."
     )
     heads = ["weights GB", "KV GB", "work GB", "KV tokens", "context", "streams", *(f"step of {n} ms" for n in STREAMS)]
     least = () if width >= _WIDE else ("work GB", "context")
