@@ -195,7 +195,7 @@ def _first_col(part: TensorSlice) -> int:
 def _store(param: Weight, piece: TensorSlice, values_RC: Tensor) -> None:
     """Put a piece's rows into place, in the parameter's own dtype."""
     if isinstance(param, PanelWeight):
-        param.store_rows(piece.expert or 0, piece.param_row, values_RC.to(param.panels_ePI64.dtype))
+        param.store_rows(piece.expert or 0, piece.param_row, values_RC.to(param.panels_ePIL.dtype))
     else:
         out = _rows_of(param, piece)
         out.copy_(values_RC.view(out.shape))

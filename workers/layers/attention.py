@@ -9,11 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from workers.batch import BatchPart, ForwardBatch, PrefillChunk, Prompts, SequenceEnds
+from workers.batch import BatchPart, ForwardBatch, Prefills, SequenceEnds
 from workers.config import ModelConfig, ShardSpec
+from workers.kernels.cpu.halves import AttentionHalf, panels
 from workers.kernels.decode_attention import decode_attention
 from workers.kernels.linear import Weight, linear, rows_of, vector
-from workers.kernels.prefill_attention import chunk_attention, prompt_attention
+from workers.kernels.prefill_attention import prefill_attention
 from workers.kernels.qk_norm_rope import qk_norm_rope_store
 from workers.kv_pool import KVPool
 
@@ -31,6 +32,15 @@ class Attention:
         q_norm, k_norm = vector(weights, f"layers.{layer}.q_norm"), vector(weights, f"layers.{layer}.k_norm")
         # Each head of Q and K has its row of weights, so that one kernel takes all of them.
         self.norms_YD = torch.cat([q_norm.expand(self.num_heads, -1), k_norm.expand(num_kv_heads, -1)])
+
+    def half(self, norm_H: Tensor) -> AttentionHalf | None:
+        """All of it and the norm before it in one call, where it can be."""
+        found = panels(self.qkv, self.o)
+        return (
+            None
+            if found is None
+            else AttentionHalf(norm_H, found[0], self.norms_YD, found[1], self.num_heads, self.eps)
+        )
 
     def __call__(self, x_TH: Tensor, batch: ForwardBatch, kv: KVPool) -> Tensor:
         """Attend the batch's tokens to their sequences, and store their K and V."""
@@ -59,10 +69,8 @@ def _attend(parts: list[BatchPart], q_TND: Tensor, kv_TXD: Tensor, pool: Tensor)
     """[T, N * D]"""
     outs = []
     for part in parts:
-        if isinstance(part, Prompts):
-            outs.append(prompt_attention(q_TND[part.rows], kv_TXD[part.rows], part.num_seqs))
-        elif isinstance(part, PrefillChunk):
-            outs.append(chunk_attention(q_TND[part.rows], pool, part.blocks, part.mask_CS))
+        if isinstance(part, Prefills):
+            outs.append(prefill_attention(q_TND[part.rows], kv_TXD[part.rows], pool, part.chunks))
         else:
             outs.append(decode_attention(q_TND[part.rows], pool, part.keys))
     return (outs[0] if len(outs) == 1 else torch.cat(outs)).flatten(1)

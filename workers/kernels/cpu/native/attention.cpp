@@ -3,6 +3,7 @@
 #include <cmath>
 #include <memory>
 
+#include "kernels.h"
 #include "simd.h"
 #include "threads.h"
 
