@@ -186,7 +186,7 @@ def _simulate(cost: FittedCost | _Recording, engine: Engine, run: Run, *, may_sk
     )
     pool = Pool(num_groups=1, num_blocks=engine.num_blocks, block_size=engine.block_size)
     ended: list[Flight] = []
-    copy = SimCopy("measured", cost, config, pool, on_end=ended.append, may_skip=may_skip)
+    copy = SimCopy(1, cost, config, pool, on_end=ended.append, may_skip=may_skip)
     copy.add_together([Flight(key, Arrival(0.0, run.prompt, 0, run.output)) for key in range(run.streams)], 0.0)
     while copy.next_s is not None:
         copy.advance()

@@ -14,8 +14,11 @@ from cluster.planner.devices import Device, find_device, known_devices, publishe
 from cluster.planner.layouts import Limits
 from cluster.planner.load import DrawnLoad, Load, TraceLoad
 from cluster.planner.models import PlannedModel, find_model, known_models
+from cluster.planner.operations import known_operations
 from cluster.planner.quantities import parse_count, parse_rate_per_s
 from cluster.planner.recommendation import helm_values, serve_flags
+from cluster.planner.scenario import Course, follow
+from cluster.planner.scenario_flags import add_scenario_flags, day_s, is_fleet, scenario_of
 from cluster.planner.survey import SHOWN_CONTEXT, Row, survey
 from cluster.planner.trial import Setting, Trial, shortlist, try_out
 from cluster.planner.workload import Lengths, read_trace
@@ -48,6 +51,7 @@ def add_plan_command(parser: argparse.ArgumentParser) -> None:
     load.add_argument("--pattern", choices=("steady", "diurnal", "bursty"), default="steady")
     load.add_argument("--seed", type=int, default=0, help="the same seed gives the same figures (default 0)")
     load.add_argument("--best", type=int, default=4, help="how many layouts are simulated (default 4)")
+    add_scenario_flags(parser)
     parser.set_defaults(command=_plan)
 
 
@@ -64,6 +68,9 @@ class Plan:
     load: Load | None
     trials: list[Trial]
     """The best first; empty without a load."""
+    course: Course | None = None
+    """Of the best, where something happens to it, or it is a fleet."""
+    is_fleet: bool = False
 
     @property
     def flags(self) -> str | None:
@@ -94,6 +101,8 @@ class Plan:
             out["verdict"] = verdict(self.trials)
             out["simulated"] = [trial.as_json() for trial in self.trials]
             out["recommendation"] = {"flags": self.flags, "helm_values": self.values}
+        if self.course is not None:
+            out["fleet" if self.is_fleet else "what_if"] = self.course.as_json()
         return out
 
 
@@ -105,8 +114,13 @@ def make_plan(args: argparse.Namespace) -> Plan:
         raise ConfigError(f"--gpus {args.gpus}: give 1 or more")
     limits = _limits(args, model.config.max_position_embeddings)
     load = _load(args, limits.context)
+    scenario = scenario_of(args, load)
     kernels = published_kernels()
     rows = survey(model.config, device, kernels, args.gpus, limits, args.redundant_experts)
+    if args.copies is not None:
+        rows = [row for row in rows if row.fit.candidate.copies == args.copies]
+        if not rows:
+            raise ConfigError(f"--gpus {args.gpus} are not divisible by --copies {args.copies}; give a multiple of it")
     setting = Setting(
         model=model.config,
         device=device,
@@ -118,6 +132,9 @@ def make_plan(args: argparse.Namespace) -> Plan:
     trials: list[Trial] = []
     if load is not None and fits:
         trials = try_out(setting, shortlist(setting, fits, load, args.best), load)
+    course = None
+    if scenario is not None and load is not None and trials:
+        course = follow(setting, trials[0].fit, load, scenario, known_operations())
     return Plan(
         model=model,
         device=device,
@@ -127,6 +144,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
         rows=rows,
         load=load,
         trials=trials,
+        course=course,
+        is_fleet=is_fleet(args),
     )
 
 
@@ -185,6 +204,8 @@ def _load(args: argparse.Namespace, context: int) -> Load | None:
         rate_per_s=parse_rate_per_s(args.rate),
         lengths=lengths,
         pattern=args.pattern,
+        tenants=args.tenants or 1,
+        day_s=day_s(args),
         seed=args.seed,
         shared_prompt_tokens=shared,
     )

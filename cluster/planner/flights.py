@@ -26,6 +26,21 @@ class Flight:
     copy: str = ""
     num_moves: int = 0
     """To another copy, behind its output."""
+    paused_s: float | None = None
+    """Since when it stands still because ranks or a Router were lost; None: it does not."""
+    pauses: tuple[tuple[float, float], ...] = ()
+    """(since when, until when)."""
+
+    def pause(self, now_s: float) -> None:
+        """What it runs on was lost; nothing stands still that had not begun."""
+        if self.first_token_s is not None and self.paused_s is None:
+            self.paused_s = now_s
+
+    def go_on(self, now_s: float) -> None:
+        """Its next token has come."""
+        if self.paused_s is not None:
+            self.pauses = (*self.pauses, (self.paused_s, now_s))
+            self.paused_s = None
 
     @property
     def ttft_s(self) -> float | None:
@@ -73,6 +88,8 @@ class Work:
     """Of those, the ones that the scheduler planned by itself; the others were foreseen from them."""
     decode_tokens: int = 0
     prefill_tokens: int = 0
+    recomputed_tokens: int = 0
+    """Of the sequences that went on after a loss, or came from another copy: their prompts and outputs."""
     kv_share_s: float = 0.0
     """Share of KV blocks in use, integrated over the busy time."""
     gaps: Gaps = field(default_factory=Gaps)

@@ -6,7 +6,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from cluster.planner.workload import Arrival, Lengths, Rate, bursty, diurnal, doubled, drawn, mean_lengths, steady
+from cluster.planner.workload import (
+    Arrival,
+    Lengths,
+    Rate,
+    bursty,
+    diurnal,
+    doubled,
+    drawn,
+    later,
+    mean_lengths,
+    steady,
+)
 
 Pattern = Literal["steady", "diurnal", "bursty"]
 
@@ -24,6 +35,8 @@ class DrawnLoad:
     tenants: int = 1
     seed: int = 0
     double_at_s: float | None = None
+    begins_s: float = 0.0
+    """Of the pattern; before that, no more than the mean comes."""
     shared_prompt_tokens: int = 0
     """All prompts begin with these: a system prompt."""
     day_s: float = 86400.0
@@ -46,6 +59,8 @@ class DrawnLoad:
                 rate = diurnal(mean, day_s=self.day_s)
             case "bursty":
                 rate = bursty(mean)
+        if self.begins_s:
+            rate = later(rate, self.begins_s, before_per_s=min(mean, rate(0.0)))
         return rate if self.double_at_s is None else doubled(rate, self.double_at_s)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 
 from cluster.errors import RankLossCause, RankLost
+from cluster.gateway.affinity import CopyLoad
 from cluster.planner.cost import CostModel
 from cluster.planner.fast_forward import (
     FILLER_ID,
@@ -75,7 +76,7 @@ class SimCopy:
 
     def __init__(
         self,
-        name: str,
+        number: int,
         cost: CostModel,
         config: SchedulerConfig,
         pool: Pool,
@@ -85,13 +86,16 @@ class SimCopy:
         may_skip: bool = True,
     ) -> None:
         """`shared_prompt_tokens`: how many tokens all prompts begin with; `may_skip`: take foreseen steps together."""
-        self.name = name
+        self.name = f"copy-{number}"
         self.work = Work()
         self.next_s: float | None = None
         """When something happens by itself; None: nothing does before a request comes."""
         self.flights: dict[Hashable, Flight] = {}
         self.is_open = True
         """It takes new requests."""
+        self.is_leaving = False
+        """It drains, and is not opened again."""
+        self.number = number
         self._cost, self._config, self._pool = cost, config, pool
         self._on_end = on_end
         self._shared = shared_prompt_tokens
@@ -122,10 +126,21 @@ class SimCopy:
         return self.scheduler.num_unfinished - self.num_running
 
     @property
+    def load(self) -> CopyLoad:
+        """What it says of itself."""
+        return CopyLoad(num_running=self.num_running, num_waiting=self.num_waiting)
+
+    @property
     def kv_share(self) -> float:
         """Of its blocks, those in use."""
         blocks = [group.blocks for group in self.scheduler.groups]
         return 1 - sum(pool.num_free for pool in blocks) / sum(pool.num_blocks for pool in blocks)
+
+    def tokens_by(self, now_s: float) -> tuple[int, int]:
+        """Output tokens and steps until now, those that are foreseen and not yet written included."""
+        num_steps = self._ahead.done_by(now_s) if self._ahead is not None else 0
+        each = sum(group.num_decodes for group in self._sent[0].shape) if num_steps else 0
+        return self.work.decode_tokens + num_steps * each, self.work.num_steps + num_steps
 
     def add(self, flight: Flight, now_s: float, output_ids: list[int] | None = None) -> None:
         """A request comes, maybe with output from elsewhere. Raises what `EngineCore.add` raises."""
@@ -148,6 +163,8 @@ class SimCopy:
         self._core.add(self._request(flight, output_ids))
         self.flights[flight.key] = flight
         flight.copy = self.name
+        if output_ids:
+            self.work.recomputed_tokens += flight.arrival.prompt_tokens + len(output_ids)
         self._has_new = True
 
     def advance(self) -> None:
@@ -167,13 +184,19 @@ class SimCopy:
     def lose_ranks(self, now_s: float) -> None:
         """A rank is killed: plans under way have no results. Follow with `start_ranks`."""
         self._settle(now_s)
-        self._core.on_lost(RankLost("a rank was lost", rank=0, was_killed=True, cause=RankLossCause.EXITED))
+        loss = self._core.on_lost(RankLost("a rank was lost", rank=0, was_killed=True, cause=RankLossCause.EXITED))
         self._sent.clear()
         self._ahead, self.next_s, self.is_open = None, None, False
+        for flight in self.flights.values():
+            flight.pause(now_s)
+        for update in loss.given_up:
+            self._end(update.key, now_s)
 
     def start_ranks(self, now_s: float) -> None:
         """They are back, empty."""
+        before = self._core.num_replayed_tokens_total
         self._core.on_started(self._pool)
+        self.work.recomputed_tokens += self._core.num_replayed_tokens_total - before
         self._num_steps_of_life = 0
         self.is_open = True
         self._started_s = now_s
@@ -204,6 +227,7 @@ class SimCopy:
             starts_thinking=arrival.thinking_tokens > 0,
             think_end_id=THINK_END_ID,
             output_ids=output_ids,
+            cache_salt=arrival.tenant,
         )
 
     @property
@@ -255,6 +279,8 @@ class SimCopy:
             token_ids.append(THINK_END_ID if num_before == num_thinking - 1 else FILLER_ID)
             if num_before == 0:
                 flight.first_token_s = now_s
+            if flight.paused_s is not None:
+                flight.go_on(now_s)
             if num_before == num_thinking:
                 flight.first_answer_s = now_s
         return StepResult(oldest.step, 0, token_ids)

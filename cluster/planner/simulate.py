@@ -32,7 +32,7 @@ class Span:
 
 def copy_maker(
     fit: Fit, cost: CostModel, *, max_waiting: int = 256, shared_prompt_tokens: int = 0, max_in_flight: int = 2
-) -> Callable[[str, Callable[[Flight], object]], SimCopy]:
+) -> Callable[[int, Callable[[Flight], object]], SimCopy]:
     """For a Fleet: copies of this candidate, with the scheduler's settings that would be served with."""
     limits = fit.limits
     config = SchedulerConfig(
@@ -44,8 +44,8 @@ def copy_maker(
     )
     pool = Pool(num_groups=fit.candidate.layout.dp, num_blocks=fit.num_blocks, block_size=BLOCK_SIZE)
 
-    def make(name: str, on_end: Callable[[Flight], object]) -> SimCopy:
-        return SimCopy(name, cost, config, pool, on_end=on_end, shared_prompt_tokens=shared_prompt_tokens)
+    def make(number: int, on_end: Callable[[Flight], object]) -> SimCopy:
+        return SimCopy(number, cost, config, pool, on_end=on_end, shared_prompt_tokens=shared_prompt_tokens)
 
     return make
 

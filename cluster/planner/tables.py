@@ -10,6 +10,7 @@ from rich.table import Table
 
 from cluster.planner.load import Load
 from cluster.planner.outcome import Quantiles
+from cluster.planner.scenario_tables import show_course
 from cluster.planner.survey import SHOWN_CONTEXT, STREAMS, Row
 from cluster.planner.trial import Trial
 
@@ -36,6 +37,8 @@ def show(plan: Plan) -> None:
     console.print(
         f"\n{verdict(plan.trials)}\n\n{plan.flags}\n\n# values of the Helm chart\n{plan.values}", soft_wrap=True
     )
+    if plan.course is not None:
+        show_course(console, plan.course)
 
 
 def load_words(load: Load) -> str:

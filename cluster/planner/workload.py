@@ -68,6 +68,11 @@ def bursty(mean_per_s: float, *, every_s: float = 300.0, lasts_s: float = 30.0, 
     return lambda time_s: base * (factor if time_s % every_s < lasts_s else 1.0)
 
 
+def later(rate: Rate, by_s: float, *, before_per_s: float) -> Rate:
+    """It begins at that time."""
+    return lambda time_s: rate(time_s - by_s) if time_s >= by_s else before_per_s
+
+
 def doubled(rate: Rate, at_s: float) -> Rate:
     """Twice as much from then on."""
     return lambda time_s: rate(time_s) * (2 if time_s >= at_s else 1)

@@ -35,8 +35,8 @@ def fleet(seed: int, *, may_skip: bool) -> Fleet:
     pool = Pool(num_groups=layout.dp, num_blocks=draw.choice([24, 60, 1000]), block_size=16)
     shared = draw.choice([0, 0, 48])
 
-    def make(name: str, on_end: Callable[[Flight], object]) -> SimCopy:
-        return SimCopy(name, cost, config, pool, on_end=on_end, shared_prompt_tokens=shared, may_skip=may_skip)
+    def make(number: int, on_end: Callable[[Flight], object]) -> SimCopy:
+        return SimCopy(number, cost, config, pool, on_end=on_end, shared_prompt_tokens=shared, may_skip=may_skip)
 
     return Fleet(make, draw.choice([1, 1, 3]))
 
