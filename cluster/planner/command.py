@@ -19,7 +19,7 @@ from cluster.planner.operations import described_operations, known_operations
 from cluster.planner.quantities import parse_count, parse_rate_per_s
 from cluster.planner.recommendation import helm_values, serve_flags
 from cluster.planner.scenario import Course, follow
-from cluster.planner.scenario_flags import add_scenario_flags, day_s, is_fleet, scenario_of
+from cluster.planner.scenario_flags import add_scenario_flags, day_s, scenario_of
 from cluster.planner.setting import Setting
 from cluster.planner.survey import SHOWN_CONTEXT, Row, survey, without_lesser
 from cluster.planner.trial import Trial, shortlist, try_out
@@ -77,7 +77,6 @@ class Plan:
     """The best first; empty without a load."""
     course: Course | None = None
     """Of the best, where something happens to it, or it is a fleet."""
-    is_fleet: bool = False
 
     @property
     def flags(self) -> str | None:
@@ -111,7 +110,7 @@ class Plan:
             out["recommendation"] = {"flags": self.flags, "helm_values": self.values}
         if self.course is not None:
             out["operations"] = described_operations()
-            out["fleet" if self.is_fleet else "what_if"] = self.course.as_json()
+            out["what_if" if self.course.scenario.upsets else "fleet"] = self.course.as_json()
         return out
 
 
@@ -147,7 +146,6 @@ def make_plan(args: argparse.Namespace) -> Plan:
         load=load,
         trials=trials,
         course=course,
-        is_fleet=is_fleet(args),
     )
 
 

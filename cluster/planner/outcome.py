@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from cluster.planner.flights import Flight, Gaps, Work
@@ -84,6 +84,15 @@ class Outcome:
     num_decided_steps: int
     mean_step: StepTime
     """Where the time of a step goes."""
+
+    def of_more(self, times: float) -> Outcome:
+        """Of so many times the copies and the load."""
+        return replace(
+            self,
+            output_tokens_per_s=times * self.output_tokens_per_s,
+            answer_tokens_per_s=times * self.answer_tokens_per_s,
+            mean_running=times * self.mean_running,
+        )
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -29,17 +29,20 @@ def add_scenario_flags(parser: argparse.ArgumentParser) -> None:
     }
     for kind in _KINDS:
         upsets.add_argument(f"--{kind}", action="append", default=[], metavar="TIME", help=words[kind])
-    upsets.add_argument("--for", dest="duration", metavar="TIME", help="how long to look (default half an hour more)")
-    fleet = parser.add_argument_group("fleet", "many copies over time, behind gateways; needs a load")
+    upsets.add_argument(
+        "--for",
+        dest="duration",
+        metavar="TIME",
+        help="how long to look; default half an hour behind the last of those, or a day, or four bursts",
+    )
+    fleet = parser.add_argument_group(
+        "fleet", "many copies over time, behind gateways; --for, --max-copies or --gateways asks for it, with a load"
+    )
     fleet.add_argument("--copies", type=int, help="so many copies share the --gpus")
     fleet.add_argument("--max-copies", type=int, help="autoscaling from --copies up to so many, on more GPUs")
     fleet.add_argument("--gateways", type=int, help="default: as many as the load needs")
     fleet.add_argument("--tenants", type=int, help="that share the load unevenly (Zipf), each with its own prefix")
     fleet.add_argument("--day", help="of --pattern diurnal: how long a day is (default 1d); shorter is quicker")
-
-
-def is_fleet(args: argparse.Namespace) -> bool:
-    return any(getattr(args, name) is not None for name in _FLEET)
 
 
 def scenario_of(args: argparse.Namespace, load: Load | None) -> Scenario | None:
@@ -49,7 +52,7 @@ def scenario_of(args: argparse.Namespace, load: Load | None) -> Scenario | None:
         for kind in _KINDS
         for text in getattr(args, kind.replace("-", "_"))
     ]
-    if not upsets and not is_fleet(args):
+    if not upsets and all(getattr(args, name) is None for name in ("duration", "max_copies", "gateways")):
         return None
     _check(args, load, upsets)
     duration_s = parse_duration_s(args.duration) if args.duration else _default_s(args, load, upsets)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cluster.planner.layouts import Fit
@@ -17,6 +17,8 @@ from cluster.planner.simulate import Span, replay, simulate
 
 _WARM_UP, _MEASURED = 1.2, 0.6
 """In lifetimes of a request: what comes before the measured arrivals, and how long those come."""
+_MOST_COPIES = 8
+"""That are simulated where nothing happens to them."""
 _LEAST_REQUESTS, _MOST_REQUESTS = 100, 1500
 """To be measured, whatever the rate."""
 
@@ -73,12 +75,16 @@ def merit(trial: Trial) -> tuple[bool, float, float]:
 
 
 def _try(setting: Setting, fit: Fit, guess: Settled, load: Load) -> Trial:
-    fleet = setting.fleet(fit, load)
     match load:
         case TraceLoad():
-            outcome = replay(fleet, load.trace, fit)
+            outcome = replay(setting.fleet(fit, load), load.trace, fit)
         case DrawnLoad():
-            outcome = simulate(fleet, load.arrivals(fit.limits.context), measured_span(load, guess), fit)
+            # Copies beside each other do not matter to each other: some, with their part of the load, stand for all.
+            copies = min(fit.candidate.copies, _MOST_COPIES)
+            part = replace(load, rate_per_s=load.rate_per_s * copies / fit.candidate.copies)
+            fleet = setting.fleet(fit, part, copies=copies)
+            outcome = simulate(fleet, part.arrivals(fit.limits.context), measured_span(part, guess), fit)
+            outcome = outcome.of_more(fit.candidate.copies / copies)
     return Trial(fit=fit, settled=guess, outcome=outcome)
 
 

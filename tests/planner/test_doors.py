@@ -30,10 +30,9 @@ def test_a_door_sends_each_request_where_the_gateways_recovery_sends_it(seed: in
             case "open":
                 flight, (send,) = recovery.open(pb.Submit(prompt_ids=[1] * 10), 0.0)
                 assert isinstance(send, Send)
-                name = door.choose(10, (), ())
-                assert name == send.copy
-                door.sent(name, ())
-                open_flights.append((name, flight))
+                assert door.choose(10, (), ()) == send.copy
+                door.sent(send.copy, ())
+                open_flights.append((send.copy, flight))
             case "end" if open_flights:
                 name, flight = open_flights.pop(draw.randrange(len(open_flights)))
                 recovery.release(flight)

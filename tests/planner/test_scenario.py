@@ -52,7 +52,8 @@ def test_requests_of_a_lost_rank_stand_still_until_it_is_back_and_are_computed_a
     back_s = 3.0 + OPERATIONS.starting.rank_s(copies_of(1))
     for flight in fleet.flights:
         ((since_s, until_s),) = flight.pauses
-        assert (since_s, until_s) == (3.0, pytest.approx(back_s, abs=0.8))
+        assert since_s == 3.0
+        assert until_s == pytest.approx(back_s, abs=1.0)
         assert flight.end_s is not None
         assert flight.num_moves == 0
     # Prompts and what had come of the outputs: at most three seconds of it.
@@ -69,7 +70,7 @@ def test_requests_of_a_lost_router_go_on_at_another_copy_at_once() -> None:
     assert len(moved) == 2
     for flight in moved:
         ((_, until_s),) = flight.pauses
-        assert until_s < 3.6
+        assert until_s < 4.0
     assert all(flight.end_s is not None for flight in fleet.flights)
 
 
