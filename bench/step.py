@@ -3,8 +3,8 @@
     python -m bench.step [--model DIR] [--streams 1,8,32] [--out bench/results/step.json]
 
 Scheduler and ModelRunner in this process, greedy. A decode step reads every weight once that has a row, and the KV of
-each sequence; a prompt multiplies each token with the weights. The limits are measured in the same run: reading 1 GiB,
-and torch's fp32 product of a layer's size.
+each sequence; a prompt multiplies each token with the weights. The limits are measured in the same run. Layers
+go by halves here, to be told apart: all in one call, as a lone rank's do, they are a little faster.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from bench.limits import Limits
 from bench.report import Spread, arguments, machine, versions, write
 from cluster.router.blocks import BlockAllocator
 from cluster.router.scheduler import Scheduler
@@ -90,6 +91,7 @@ class Engine:
             ),
             BlockAllocator(runner.num_blocks, runner.config.block_size, enable_prefix_cache=False),
         )
+        decoder.stack = None
         self._watch(runner.batches, "build", "layout")
         self._watch(runner.sampler, "sample", "sampling")
         self._watch(decoder, "embedding", "embedding")
@@ -131,32 +133,6 @@ class Engine:
         return steps, parts
 
 
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """Of this machine, in this run."""
-
-    read_gb_s: float
-    gemm_gflop_s: float
-
-    @classmethod
-    def measure(cls) -> Limits:
-        memory = torch.zeros(2**28)
-        x, weight = torch.randn(1024, 1024), torch.randn(4096, 1024)
-        return cls(
-            read_gb_s=memory.nbytes / _best_s(memory.sum) / 1e9,
-            gemm_gflop_s=2 * len(x) * weight.numel() / _best_s(lambda: x @ weight.t()) / 1e9,
-        )
-
-
-def _best_s(function: Callable[[], object]) -> float:
-    times = []
-    for _ in range(10):
-        start_s = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start_s)
-    return min(times)
-
-
 def read_bytes(runner: ModelRunner, num_seqs: int, context: int) -> float:
     """What a decode step of so many sequences must read: weights with rows, and KV. Experts are hit evenly."""
     model, weights = runner.model, runner.weights or {}
@@ -178,12 +154,12 @@ def decode(engine: Engine, streams: int, args: argparse.Namespace, limits: Limit
     step_s = statistics.median(steps)
     shares = {name: sum(part.get(name, 0.0) for part in parts) / sum(steps) for name in (*PARTS, "kernels")}
     num_bytes = read_bytes(engine.runner, streams, args.prompt + args.tokens // 2)
-    result = {
+    result: dict[str, Any] = {
         "step_ms": Spread.of([1e3 * step for step in steps]),
         "shares": shares,
         "read_gb_s": num_bytes / step_s / 1e9,
-        "of_read_limit": num_bytes / step_s / 1e9 / limits.read_gb_s,
-        "of_gemm_limit": streams * engine.runner.threads.flops_per_token / step_s / 1e9 / limits.gemm_gflop_s,
+        "of_read_limit": num_bytes / step_s / 1e9 / limits.read_gb_per_s,
+        "of_gemm_limit": streams * engine.runner.threads.flops_per_token / step_s / 1e9 / limits.fp32_gflop_per_s,
     }
     named = "  ".join(f"{name} {100 * share:.1f}" for name, share in shares.items())
     print(f"{streams:3d} streams: step {result['step_ms']} ms; % of it: {named}")
@@ -196,12 +172,14 @@ def decode(engine: Engine, streams: int, args: argparse.Namespace, limits: Limit
 
 def prefill(engine: Engine, args: argparse.Namespace, limits: Limits) -> dict[str, Any]:
     """Time to the first token of a long prompt, against its products alone at torch's speed."""
-    draw, times, parts = random.Random(0), [], []
+    draw = random.Random(0)
+    times: list[float] = []
+    parts: list[dict[str, float]] = []
     for _ in range(args.runs):
         steps, parts = engine.run([[draw.randrange(256) for _ in range(args.long)]], 1)
         times.append(sum(steps))
     ttft = Spread.of(times)
-    limit_s = args.long * _prompt_flops(engine.runner) / limits.gemm_gflop_s / 1e9
+    limit_s = args.long * _prompt_flops(engine.runner) / limits.fp32_gflop_per_s / 1e9
     shares = {name: sum(part.get(name, 0.0) for part in parts) / times[-1] for name in (*PARTS, "kernels")}
     named = "  ".join(f"{name} {100 * share:.1f}" for name, share in shares.items())
     print(f"prompt of {args.long}: {ttft} s, {ttft.median / limit_s:.2f} of the product limit; % of it: {named}")
@@ -225,8 +203,12 @@ def main() -> None:
     parser.add_argument("--kv-gib", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    limits = Limits.measure()
-    print(machine(), f"read {limits.read_gb_s:.1f} GB/s, fp32 products {limits.gemm_gflop_s:.0f} GFLOP/s", sep="\n")
+    limits = Limits.measure(args.threads)
+    print(
+        machine(),
+        f"read {limits.read_gb_per_s:.1f} GB/s, fp32 products {limits.fp32_gflop_per_s:.0f} GFLOP/s",
+        sep="\n",
+    )
     engine = Engine(args)
     streams = {count: decode(engine, count, args, limits) for count in map(int, args.streams.split(","))}
     first = prefill(engine, args, limits)

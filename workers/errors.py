@@ -29,3 +29,7 @@ class PeerLate(MullError):
 
 class GrammarError(MullError):
     """A grammar that cannot be used; the message says what is wrong with it."""
+
+
+class KernelError(MullError):
+    """The compiled kernels are not those of this version."""

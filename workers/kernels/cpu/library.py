@@ -11,14 +11,19 @@ import ctypes
 import functools
 import logging
 import os
+import sysconfig
 from pathlib import Path
 
 import torch
+
+from workers.errors import KernelError
 
 log = logging.getLogger(__name__)
 
 CHOICE_VARIABLE = "MULL_CPU_KERNELS"
 """One of BUILDS takes these kernels, torch none of them; unset, the best that the CPU can run."""
+ABI = 2
+"""`MULL_ABI` of native/kernels.h."""
 BUILDS = {
     "avx512vbmi": ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl", "avx512_vbmi"),
     "avx512": ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl"),
@@ -68,13 +73,19 @@ def native() -> ctypes.CDLL | None:
     choice = os.environ.get(CHOICE_VARIABLE, "")
     builds = (choice,) if choice else runnable()
     for build in builds:
-        for file in Path(__file__).parent.glob(f"native_{build}.*.so"):
-            return _declared(ctypes.CDLL(str(file)))
+        file = Path(__file__).parent / f"native_{build}{sysconfig.get_config_var('EXT_SUFFIX')}"
+        if file.exists():
+            return _declared(file)
     log.warning("CPU kernels: none for this machine (%s); torch computes, several times slower", builds or "no AVX2")
     return None
 
 
-def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
+def _declared(file: Path) -> ctypes.CDLL:
+    """Raises KernelError where it was compiled from other sources than these."""
+    library = ctypes.CDLL(str(file))
+    abi = library.mull_abi() if hasattr(library, "mull_abi") else 1
+    if abi != ABI:
+        raise KernelError(f"{file} has version {abi} of the kernels, mull needs {ABI}; compile it: pip install -e .")
     for name, types in SIGNATURES.items():
         function = getattr(library, name)
         function.argtypes, function.restype = types, _flag if "host" in name else None

@@ -28,7 +28,8 @@ struct Pages {
 
     const float* block(std::int64_t index) const { return cells + block_ids[index] * block_size * head_dim; }
 
-    // The processor's own prefetching ends with each page of memory, and a block is a few of them.
+    // The processor's own prefetching ends with each page of memory, and a block is a few of them. Where a block is
+    // shorter than KEYS_AHEAD, what is asked for may be another's: that is of no use and does no harm.
     template <class Visit>
     void each(const Visit& visit) const {
         for (std::int64_t key = 0, index = 0; key < num_keys; ++index) {

@@ -1,4 +1,4 @@
-// Half a layer in one call, which is what stands between two sums over ranks; and where a rank is alone, all layers. The same kernels in the same order as one by one,
+// Half a layer in one call, which is what stands between two sums over ranks; where a rank is alone, all of them.
 // without a tensor and a call from Python for each: of a decode step of one stream those are a good part.
 #include <memory>
 
@@ -59,6 +59,8 @@ struct LayerHalves {
     const FeedForwardHalf* feed_forward;
     float* pool;
 };
+
+extern "C" std::int64_t mull_abi() { return MULL_ABI; }
 
 extern "C" void mull_attention_half(float* x, const float* delta, const AttentionHalf* layer, const StepRows* rows,
                                     float* pool, float* out) {

@@ -1,7 +1,8 @@
-// Collectives of ranks on one host, through memory they share: a sum takes microseconds where sockets take a millisecond.
+// Collectives of ranks on one host, through memory they share: a sum takes microseconds, over sockets a millisecond.
 //
-// Every rank has a mailbox of two halves, used in turns, and counts its posts. To have seen everyone's post n is to know
-// that everyone has read the posts before it, so a half is free again two posts later and nothing else needs a barrier.
+// Every rank has a mailbox of two halves, used in turns, and counts its posts. To have seen everyone's post n is to
+// know that everyone has read the posts before it, so a half is free again two posts later and nothing else needs a
+// barrier.
 #include <linux/futex.h>
 #include <sys/syscall.h>
 #include <time.h>

@@ -153,7 +153,8 @@ private:
             float (*out)[PANEL] = panel.out + column * PANEL;
             for (int row = 0; row < panel.rows; ++row) {
                 const Floats factor = Floats::broadcast(factors[row]);
-                for (int d = 0; d < PANEL; d += Floats::width) (Floats::load(out[row] + d) * factor).store(out[row] + d);
+                for (int d = 0; d < PANEL; d += Floats::width)
+                    (Floats::load(out[row] + d) * factor).store(out[row] + d);
             }
             gather(panel.rows, scores[0], count, copied + column * KEYS * PANEL, out);
         }
@@ -163,8 +164,8 @@ private:
 }  // namespace
 
 // Chunk c is `sizes[c]` tokens of a sequence whose blocks row c of `tables` names, the first at position `starts[c]`;
-// chunks follow one another in q and out. Their own K and V are stored already. The pool is [2 * num_kv_heads, num_cells,
-// head_dim], K before V.
+// chunks follow one another in q and out. Their own K and V are stored already. The pool is [2 * num_kv_heads,
+// num_cells, head_dim], K before V.
 extern "C" void mull_prefill_attention(const float* q, std::int64_t q_stride, std::int64_t num_chunks,
                                        const std::int64_t* starts, const std::int64_t* sizes, std::int64_t num_heads,
                                        std::int64_t num_kv_heads, std::int64_t head_dim, const float* pool,
