@@ -106,6 +106,7 @@ class ShapeBench:
         job = RunJob(prompts, AGREEMENT.tokens_out, AGREEMENT.length, AGREEMENT.bound_s)
         outputs = {}
         for name, engine in list(engines.items()):
+            self._tell(f"{self._result.shape}: first tokens of {name}")
             try:
                 with running(engine):
                     outputs[name] = engine.run(job)

@@ -8,7 +8,7 @@ else may happen the scheduler itself decides again. `tests/planner/test_fast_for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable
 
 from cluster.router.copy_scheduler import CopyScheduler
 from cluster.router.pace import StepLoad
@@ -20,6 +20,8 @@ FILLER_ID, THINK_END_ID = 0, 1
 """All that simulated ranks ever say."""
 
 _FILLER = [FILLER_ID] * 65536
+_PACE_REMEMBERS = 128
+"""Steps: what it learnt before them has no weight left that a float could show."""
 _ENDLESS = 1 << 30
 
 
@@ -69,15 +71,15 @@ def skip(
     return answers
 
 
-def pass_time(scheduler: CopyScheduler, seconds: Iterable[float]) -> None:
-    """What the pace of prompts learns from foreseen steps that last so long, one after another."""
+def pass_time(scheduler: CopyScheduler, num_steps: int, seconds: Callable[[int], float]) -> None:
+    """What the pace of prompts learns from so many foreseen steps, of which each lasts so long."""
     pace = scheduler.pace
     if not pace.is_limiting:
         return
     load = StepLoad(max(group.num_running for group in scheduler.groups), 0)
     is_asked = scheduler.num_unfinished > sum(group.num_running for group in scheduler.groups)
-    for step_s in seconds:
-        pace.took(step_s)
+    for step in range(max(0, num_steps - _PACE_REMEMBERS), num_steps):
+        pace.took(seconds(step))
         if is_asked:
             scheduler.most_prompt_tokens()
         pace.sent(load)

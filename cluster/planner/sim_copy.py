@@ -356,7 +356,7 @@ class SimCopy:
         work.take(middle, total_s, num_steps, self.kv_share)
         work.decode_tokens += num_steps * num_decodes
         work.gaps.add(total_s / num_steps, num_steps * num_decodes)
-        pass_time(self.scheduler, (ahead.first_s + step * ahead.growth_s for step in range(num_steps)))
+        pass_time(self.scheduler, num_steps, lambda step: ahead.first_s + step * ahead.growth_s)
         self._num_steps_of_life += num_steps
         self._started_s = ahead.behind(num_steps)
         for key in end_those_who_are_full(self.scheduler):
