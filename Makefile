@@ -75,7 +75,7 @@ clean:
 		|| { echo "mull needs Python 3.11+ with its venv module: apt-get install python3-venv, or make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@$(PYTHON) -m venv .venv
 
-.venv/installed: pyproject.toml constraints.txt | .venv/bin/pip
+.venv/installed: pyproject.toml constraints.txt setup.py $(wildcard workers/kernels/cpu/native/*) | .venv/bin/pip
 	@echo "installing pinned packages into .venv (minutes, once)"
 	@$(PIP) --editable .
 	@touch $@

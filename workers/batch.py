@@ -1,15 +1,13 @@
 """One step's inputs as tensors, built from the slots' integers: prefill chunks, one token per decoding slot, guesses.
 
 Hop 7's first half: `BatchBuilder` lays out what a plan computes, with the slots' states at hand; `ForwardBatch` is
-what the layers read. Knows nothing of weights. T tokens, B decoding sequences, C tokens of a chunk, S keys, D head_dim.
+what the layers read. Knows nothing of weights. T tokens, B decoding sequences, S scored rows, D head_dim.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -18,27 +16,20 @@ from torch import Tensor
 
 from workers.config import ModelConfig
 from workers.errors import PlanError
+from workers.kernels.cpu.halves import StepRows
+from workers.kernels.cpu.library import native
 from workers.kernels.decode_attention import PagedKeys
-from workers.kernels.paged import Blocks
+from workers.kernels.prefill_attention import Chunks
 from workers.slots import Ints, SlotStates
 from workers.step import Draft, Prefill, StepPlan
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prompts:
-    """Chunks of equal size that start their sequences: nothing but their own rows is attended to."""
+class Prefills:
+    """Chunks of known tokens, each behind what earlier steps computed of its sequence."""
 
     rows: slice
-    num_seqs: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrefillChunk:
-    """One sequence's chunk behind tokens of earlier steps."""
-
-    rows: slice
-    blocks: Blocks
-    mask_CS: Tensor
+    chunks: Chunks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +40,7 @@ class Decodes:
     keys: PagedKeys
 
 
-BatchPart = Prompts | PrefillChunk | Decodes
+BatchPart = Prefills | Decodes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +62,8 @@ class ForwardBatch:
     cells_T: Tensor
     parts: list[BatchPart]
     """In the order of their rows."""
+    step_rows: StepRows | None
+    """The same for half a layer in one call; None where there is no such call."""
     scored_rows_S: Tensor | None
     """Rows whose logits tell the logprobs of prompt tokens, chunk by chunk; None where nobody asks."""
     ends: SequenceEnds | None
@@ -81,6 +74,11 @@ class ForwardBatch:
     """Of the tokens to be sampled."""
     group_tokens: list[int]
     """Rows of every attention group in this step, this one's among them."""
+
+    @property
+    def is_every_row_sampled(self) -> bool:
+        """A step of decodes alone."""
+        return self.ends is None and self.scored_rows_S is None and len(self.sample_slots) > 0
 
 
 class _Rows(NamedTuple):
@@ -94,7 +92,7 @@ class BatchBuilder:
     """Turns a plan into a ForwardBatch on one device."""
 
     def __init__(self, slots: SlotStates, model: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
-        self.slots, self.device, self.dtype = slots, device, dtype
+        self.slots, self.device = slots, device
         self.vocab_size = model.vocab_size
         self.rotations_P2D = _rotations(model, slots.max_model_len).to(device, dtype)
 
@@ -110,16 +108,22 @@ class BatchBuilder:
         starts = [np.arange(p.start, p.start + len(p.token_ids)) for p in plan.prefills]
         positions = np.concatenate([*starts, singles.positions])
         rotations_T2D = self.rotations_P2D.index_select(0, self._tensor(positions))
-        parts: list[BatchPart] = list(self._prefill_parts(plan.prefills))
-        if len(singles.slots):
-            rows = slice(len(positions) - len(singles.slots), len(positions))
-            parts.append(Decodes(rows=rows, keys=self._keys(singles)))
+        cells_T = self._tensor(self.slots.cells(slots, positions))
+        chunks = self._chunks(plan.prefills) if plan.prefills else None
+        keys = self._keys(singles) if len(singles.slots) else None
+        num_known = len(positions) - len(singles.slots)
+        parts: list[BatchPart] = []
+        if chunks is not None:
+            parts.append(Prefills(rows=slice(0, num_known), chunks=chunks))
+        if keys is not None:
+            parts.append(Decodes(rows=slice(num_known, len(positions)), keys=keys))
         sampled = self._sampled(plan, singles)
         return ForwardBatch(
             token_ids_T=self._token_ids(plan, last_tokens),
             rotations_T2D=rotations_T2D,
-            cells_T=self._tensor(self.slots.cells(slots, positions)),
+            cells_T=cells_T,
             parts=parts,
+            step_rows=self._step_rows(rotations_T2D, cells_T, chunks, keys),
             scored_rows_S=self._scored_rows(plan.prefills),
             ends=self._ends(plan, sampled, rotations_T2D) if plan.prefills else None,
             sample_slots=sampled.slots,
@@ -149,11 +153,6 @@ class BatchBuilder:
     def _tensor(self, values: Ints) -> Tensor:
         return torch.from_numpy(values).to(self.device, non_blocking=True)
 
-    def _blocks(self, ids: Ints) -> Blocks:
-        if (ids[1:] - ids[:-1] == 1).all():
-            return slice(int(ids[0]), int(ids[-1]) + 1)
-        return self._tensor(ids)
-
     def _token_ids(self, plan: StepPlan, last_tokens: Tensor) -> Tensor:
         parts = []
         if plan.prefills:
@@ -172,22 +171,20 @@ class BatchBuilder:
             )
         return self._tensor(known)
 
-    def _prefill_parts(self, prefills: list[Prefill]) -> Iterator[BatchPart]:
-        first = 0
-        for (is_prompt, size), group in groupby(prefills, key=lambda p: (p.start == 0, len(p.token_ids))):
-            chunks = list(group)
-            if is_prompt:
-                yield Prompts(rows=slice(first, first + size * len(chunks)), num_seqs=len(chunks))
-            else:
-                yield from (self._chunk(p, first + size * index) for index, p in enumerate(chunks))
-            first += size * len(chunks)
+    def _chunks(self, prefills: list[Prefill]) -> Chunks:
+        starts = np.array([prefill.start for prefill in prefills], dtype=np.int64)
+        sizes = np.array([len(prefill.token_ids) for prefill in prefills], dtype=np.int64)
+        num_blocks = -(-int((starts + sizes).max()) // self.slots.block_size)
+        tables = self.slots.blocks[[prefill.slot for prefill in prefills], :num_blocks]
+        return Chunks(tables_CM=self._tensor(tables), starts=starts, sizes=sizes)
 
-    def _chunk(self, prefill: Prefill, first: int) -> PrefillChunk:
-        size, start = len(prefill.token_ids), prefill.start
-        num_blocks = -(-(start + size) // self.slots.block_size)
-        blocks = self._blocks(self.slots.blocks[prefill.slot, :num_blocks])
-        mask_CS = torch.full((size, start + size), -math.inf, device=self.device, dtype=self.dtype)
-        return PrefillChunk(rows=slice(first, first + size), blocks=blocks, mask_CS=mask_CS.triu_(start + 1))
+    def _step_rows(
+        self, rotations_T2D: Tensor, cells_T: Tensor, chunks: Chunks | None, keys: PagedKeys | None
+    ) -> StepRows | None:
+        if self.device.type != "cpu" or native() is None:
+            return None
+        num_blocks, block_size = self.slots.num_blocks, self.slots.block_size
+        return StepRows(rotations_T2D, cells_T, chunks, keys, num_blocks=num_blocks, block_size=block_size)
 
     def _scored_rows(self, prefills: list[Prefill]) -> Tensor | None:
         firsts = np.cumsum([0] + [len(prefill.token_ids) for prefill in prefills])

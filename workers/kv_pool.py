@@ -9,6 +9,7 @@ import torch
 
 from workers.config import ModelConfig, ShardSpec
 from workers.errors import KVMemoryError
+from workers.kernels.cpu import large_pages
 from workers.kv_memory import kv_token_bytes
 
 
@@ -29,7 +30,11 @@ class KVPool:
         dtype: torch.dtype,
     ) -> None:
         shape = (2 * spec.kv_heads(config).size, num_blocks, block_size, config.head_dim)
-        self.layers = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
+        is_cpu = device.type == "cpu"
+        self.layers = [
+            large_pages.zeros(shape, dtype) if is_cpu else torch.zeros(shape, device=device, dtype=dtype)
+            for _ in range(config.num_layers)
+        ]
 
     def free(self) -> None:
         """Give the memory back; nothing can be computed any more."""

@@ -17,7 +17,8 @@ from bench.peers.weights import write_fp32
 from bench.peers.work import Work
 from workers.config import ModelConfig
 
-POCKET = Path(__file__).parents[2] / "deploy" / "models" / "pocket"
+ROOT = Path(__file__).parents[2]
+POCKET = ROOT / "deploy" / "models" / "pocket"
 VOCAB_SIZE = 32768
 """Of the random checkpoints: what is measured is layers, not the embedding of a language or two."""
 FIRST_FREE_ID = 1024
@@ -102,8 +103,17 @@ class Checkpoints:
         if not self._gguf_python.exists():
             raise EngineFailed(f"not installed: no {self._gguf_python}")
         kind = file.name.split(".")[0]
-        command = [self._gguf_python, "-m", "bench.peers.gguf_file", self.path(Form.FP8), file, kind]
-        subprocess.run(command, cwd=Path(__file__).parents[2], check=True)
+        command = [
+            self._gguf_python,
+            "-m",
+            "bench.peers.gguf_file",
+            self.path(Form.FP8).absolute(),
+            file.absolute(),
+            kind,
+        ]
+        ended = subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True)
+        if ended.returncode != 0:
+            raise EngineFailed(f"its file cannot be written: {ended.stderr.strip().splitlines()[-1:]}")
 
 
 def _make(path: Path, make: Callable[[Path], None]) -> None:

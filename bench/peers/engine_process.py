@@ -110,8 +110,12 @@ class EngineProcess:
         return (self._cpu_s() - before_s) / seconds
 
     def _cpu_s(self) -> float:
-        times_s = [process.cpu_times() for process in self._family()]
-        return sum(it.user + it.system for it in times_s)
+        total_s = 0.0
+        for process in self._family():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                times_s = process.cpu_times()
+                total_s += times_s.user + times_s.system
+        return total_s
 
     def stop(self) -> None:
         """Close its stdin; kill what is left of it after a while."""

@@ -10,21 +10,20 @@ from pathlib import Path
 import psutil
 
 from bench.limits import Limits
+from bench.peers.capacity import Batch, Room, batches, groups
 from bench.peers.cells import Cell, Figures, agreement
 from bench.peers.checkpoints import Checkpoints
 from bench.peers.engine_process import EngineProcess
 from bench.peers.protocol import EngineFailed, LoadJob, RunJob
-from bench.peers.registry import ENGINES, MULL, PEERS, EngineSpec, groups
+from bench.peers.registry import ENGINES, MULL, PEERS, EngineSpec
 from bench.peers.results import CellResult, ShapeResult
 
 Tell = Callable[[str], None]
 
 SPARE = 0.9
 """Of the memory that is free, what engines may be loaded into."""
-KV_MARGIN = 64
-"""Tokens of a stream beside prompt and output: half a block, and the draft of a step."""
 IDLE_S = 2.0
-AGREEMENT = Cell(2, 48, 16, rounds=1, bound_s=60)
+AGREEMENT = Cell(2, 48, 16, rounds=1, bound_s=300)
 
 
 class ShapeBench:
@@ -37,56 +36,53 @@ class ShapeBench:
         self._tell = tell
         self._result = ShapeResult(checkpoints.shape.name, [CellResult(cell) for cell in cells])
         self._num_groups = 0
-        self._kv_tokens = max(cell.streams * (cell.length + KV_MARGIN) for cell in [*cells, AGREEMENT])
-        self._max_model_len = max(cell.length for cell in [*cells, AGREEMENT]) + KV_MARGIN
-        self._max_streams = max(cell.streams for cell in [*cells, AGREEMENT])
 
     def run(self, names: Sequence[str]) -> ShapeResult:
         """Measure them all; what fails is in the result, by name."""
-        needs_mb = {name: self._needs_mb(name) for name in names}
-        available_mb = SPARE * psutil.virtual_memory().available / 1e6
-        found = groups({name: need for name, need in needs_mb.items() if need is not None}, available_mb)
-        for name, need in needs_mb.items():
-            if need is not None and not any(name in group for group in found):
-                self._result.missing[name] = (
-                    f"needs {need / 1e3:.1f} GB of the {available_mb / 1e3:.1f} GB that are free"
-                )
-        for group in found:
-            self._run_group(group)
+        for name in names:
+            if not ENGINES[name].python.exists():
+                self._result.missing[name] = f"not installed: no {ENGINES[name].python}"
+        for batch in batches(self._result.cells):
+            self._run_batch(batch, [name for name in names if name not in self._result.missing])
         return self._result
 
-    def _needs_mb(self, name: str) -> float | None:
-        spec = ENGINES[name]
-        try:
-            if not spec.python.exists():
-                raise EngineFailed(f"not installed: no {spec.python}")
-            return spec.needs_mb(self._checkpoints, self._kv_tokens)
-        except EngineFailed as error:
-            self._result.missing[name] = str(error)
-            return None
+    def _run_batch(self, batch: Batch[CellResult], names: Sequence[str]) -> None:
+        room = Room.of([AGREEMENT, *[result.cell for result in batch.items]])
+        needs_mb = {name: ENGINES[name].needs_mb(self._checkpoints, room.kv_tokens) for name in names}
+        available_mb = SPARE * psutil.virtual_memory().available / 1e6
+        found = groups(needs_mb, available_mb)
+        for name, need in needs_mb.items():
+            if not any(name in group for group in found):
+                why = f"needs {need / 1e3:.1f} GB of the {available_mb / 1e3:.1f} GB that are free"
+                for result in batch.items:
+                    result.failures[name] = why
+        for group in found:
+            self._run_group([name for name in group if name not in self._result.missing], batch.items, room)
 
-    def _run_group(self, group: Sequence[str]) -> None:
+    def _run_group(self, group: Sequence[str], results: Sequence[CellResult], room: Room) -> None:
         self._num_groups += 1
         with ExitStack() as stack:
-            engines = dict(self._started(group, stack))
+            engines = dict(self._started(group, room, stack))
             self._compare(engines)
-            for result in self._result.cells:
+            for result in results:
                 result.limits.append(Limits.measure(self._threads))
                 for round_number in range(-1, result.cell.rounds):
                     for name, engine in engines.items():
                         self._run_cell(name, engine, result, round_number)
             for name, engine in engines.items():
-                self._result.memory[name] = engine.memory()
+                if name not in self._result.missing:
+                    self._result.memory[name] = engine.memory()
 
-    def _started(self, group: Sequence[str], stack: ExitStack) -> Iterator[tuple[str, EngineProcess]]:
+    def _started(self, group: Sequence[str], room: Room, stack: ExitStack) -> Iterator[tuple[str, EngineProcess]]:
         for name in group:
             spec = ENGINES[name]
             self._tell(f"{self._result.shape}: loading {name}")
             log = self._logs / f"{self._result.shape} {name}.log".replace(" ", "-")
-            engine = EngineProcess(spec.python, spec.program, spec.environment, log)
-            stack.callback(engine.stop)
             try:
-                engine.load(self._job(spec), spec.load_timeout_s)
+                job = self._job(spec, room)
+                engine = EngineProcess(spec.python, spec.program, spec.environment, log)
+                stack.callback(engine.stop)
+                engine.load(job, spec.load_timeout_s)
             except EngineFailed as error:
                 self._result.missing[name] = f"does not load: {error}"
                 self._tell(f"{name} {self._result.missing[name]}")
@@ -95,13 +91,13 @@ class ShapeBench:
             engine.pause()
             yield name, engine
 
-    def _job(self, spec: EngineSpec) -> LoadJob:
+    def _job(self, spec: EngineSpec, room: Room) -> LoadJob:
         return LoadJob(
             model_dir=str(self._checkpoints.path(spec.form).absolute()),
             threads=self._threads,
-            max_model_len=self._max_model_len,
-            max_streams=self._max_streams,
-            kv_tokens=self._kv_tokens,
+            max_model_len=room.max_model_len,
+            max_streams=room.max_streams,
+            kv_tokens=room.kv_tokens,
         )
 
     def _compare(self, engines: dict[str, EngineProcess]) -> None:
@@ -110,6 +106,7 @@ class ShapeBench:
         job = RunJob(prompts, AGREEMENT.tokens_out, AGREEMENT.length, AGREEMENT.bound_s)
         outputs = {}
         for name, engine in list(engines.items()):
+            self._tell(f"{self._result.shape}: first tokens of {name}")
             try:
                 with running(engine):
                     outputs[name] = engine.run(job)
@@ -117,7 +114,7 @@ class ShapeBench:
                 self._result.missing[name] = f"does not generate: {error}"
                 self._tell(f"{name} {self._result.missing[name]}")
                 del engines[name]
-        if MULL not in outputs:
+        if MULL not in outputs or outputs[MULL].over:
             return
         for name, reply in outputs.items():
             if not reply.over:

@@ -146,24 +146,3 @@ ENGINES = {
     )
 }
 PEERS = [name for name in ENGINES if name not in (MULL, MULL_GRPC)]
-
-
-def groups(needs_mb: Mapping[str, float], available_mb: float) -> list[list[str]]:
-    """Engines that are loaded at the same time: ours in each group, so that every peer is measured beside it.
-
-    An engine that does not fit beside ours alone is in no group.
-    """
-    ours = [name for name in needs_mb if name not in PEERS]
-    left_mb = available_mb - sum(needs_mb[name] for name in ours)
-    found: list[list[str]] = []
-    room_mb: list[float] = []
-    for name in (name for name in needs_mb if name in PEERS and needs_mb[name] <= left_mb):
-        for place, room in enumerate(room_mb):
-            if needs_mb[name] <= room:
-                found[place].append(name)
-                room_mb[place] -= needs_mb[name]
-                break
-        else:
-            found.append([*ours, name])
-            room_mb.append(left_mb - needs_mb[name])
-    return found or ([ours] if ours and left_mb >= 0 else [])

@@ -46,11 +46,17 @@ class CellResult:
         return Spread.of(values) if values else None
 
     def ratio(self, engine: str, other: str, value: Value) -> Spread | None:
-        """The engine's figure over the other's, of the turns that both had: the machine's mood is in both."""
+        """The engine's figure over the other's, of the turns that both had: the machine's mood is in both.
+
+        Of their medians where they had none together, as they did not fit into memory together.
+        """
         ours, theirs = self.figures.get(engine, {}), self.figures.get(other, {})
         pairs = [(value(ours[turn]), value(theirs[turn])) for turn in ours if turn in theirs]
         ratios = [a / b for a, b in pairs if a is not None and b is not None]
-        return Spread.of(ratios) if ratios else None
+        if ratios:
+            return Spread.of(ratios)
+        our_spread, their_spread = self.spread(engine, value), self.spread(other, value)
+        return Spread.of([our_spread.median / their_spread.median]) if our_spread and their_spread else None
 
     def is_far_behind(self, engine: str) -> bool:
         """Less than half as fast as the fastest so far: more rounds of it would change nothing."""

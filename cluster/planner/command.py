@@ -15,7 +15,7 @@ from cluster.planner.devices import Device, find_device, known_devices, measured
 from cluster.planner.layouts import Limits
 from cluster.planner.load import DrawnLoad, Load, TraceLoad
 from cluster.planner.models import PlannedModel, find_model, known_models
-from cluster.planner.operations import known_operations
+from cluster.planner.operations import described_operations, known_operations
 from cluster.planner.quantities import parse_count, parse_rate_per_s
 from cluster.planner.recommendation import helm_values, serve_flags
 from cluster.planner.scenario import Course, follow
@@ -109,6 +109,7 @@ class Plan:
             out["simulated"] = [trial.as_json() for trial in self.trials]
             out["recommendation"] = {"flags": self.flags, "helm_values": self.values}
         if self.course is not None:
+            out["operations"] = described_operations()
             out["what_if" if self.course.scenario.upsets else "fleet"] = self.course.as_json()
         return out
 

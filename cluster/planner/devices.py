@@ -63,8 +63,8 @@ class Kernels:
     """The same of one sequence."""
     gemm_share: float
     """Of the FP8 peak, dense layers with many rows."""
-    expert_gemm_share: float
-    """Of the FP8 peak, experts with many rows."""
+    expert_gemm_tflop_s: float
+    """Experts with many rows, as far as dense layers reach as much."""
     prefill_attention_share: float
     """Of the bf16 peak."""
     layer_overhead_us: float

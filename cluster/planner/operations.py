@@ -92,9 +92,13 @@ def known_operations() -> Operations:
     )
 
 
-def operation_sources() -> dict[str, dict[str, str]]:
-    """Where each number comes from, by its table."""
-    return {name: table["sources"] for name, table in tomllib.loads(_FILE.read_text()).items()}
+def described_operations() -> dict[str, dict[str, Any]]:
+    """Each number with its source."""
+    return {
+        name: {"value": value, "source": table["sources"][name]}
+        for table in tomllib.loads(_FILE.read_text()).values()
+        for name, value in _numbers(table).items()
+    }
 
 
 def _numbers(table: dict[str, Any]) -> dict[str, float]:

@@ -8,6 +8,7 @@ long as in the fullest group, experts see the tokens of all.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 
 from cluster.planner.devices import Device, Kernels
 from cluster.planner.rank_work import RankWork
@@ -66,7 +67,7 @@ FLOOR = Kernels(
     attention_share=1.0,
     single_attention_share=1.0,
     gemm_share=1.0,
-    expert_gemm_share=1.0,
+    expert_gemm_tflop_s=inf,
     prefill_attention_share=1.0,
     layer_overhead_us=0.0,
     step_overhead_us=0.0,
@@ -143,9 +144,10 @@ class Roofline:
         # Of few tokens, the fullest of several ranks has more experts than the mean, but not more than it holds.
         busy = min(work.num_local_experts, self._fullest(work.num_local_experts * touched, places))
         rows = num_tokens * model.num_experts_per_token / places * (self._imbalance if places > 1 else 1.0)
-        computed_rows = max(rows, busy * _EXPERT_ROW_TILE)
         read_s = busy * work.expert_bytes / (self._bandwidth * kernels.weight_share)
-        compute_s = 2 * work.expert_params * computed_rows / (self._gemm_peak * kernels.expert_gemm_share)
+        dense_rate = self._gemm_peak * kernels.gemm_share
+        rate = min(kernels.expert_gemm_tflop_s * 1e12, dense_rate)
+        compute_s = 2 * work.expert_params * max(rows / rate, busy * _EXPERT_ROW_TILE / dense_rate)
         return work.num_moe_layers * max(read_s, compute_s)
 
     @staticmethod

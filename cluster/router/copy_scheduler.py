@@ -143,12 +143,12 @@ class CopyScheduler:
 
         Raises EngineError when a result is of another step or has not one token per sampling slot.
         """
-        self._pace.took(max(result.compute_s for result in results))
         updates = [
             update
             for group, result in zip(self._groups, results, strict=True)
             for update in group.scheduler.apply(result)
         ]
+        self._pace.took(max(result.compute_s for result in results))
         for update in updates:
             if update.finish is not None:
                 del self._group_of[update.key]

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from bench.limits import Limits
+from bench.peers.capacity import batches, groups
 from bench.peers.cells import Cell, Figures, agreement, grid
 from bench.peers.gguf_file import EXPERT_NAMES, gguf_name, is_expert, metadata
 from bench.peers.protocol import RunReply
-from bench.peers.registry import F32, MULL, MULL_GRPC, PEERS, Q8_0, VLLM_FP32, groups
+from bench.peers.registry import F32, MULL, MULL_GRPC, PEERS, Q8_0, VLLM_FP32
 from bench.peers.results import CellResult, ShapeResult, throughput, tpot
 from bench.peers.targets import targets
 from bench.peers.weights import Fp8Checkpoint, dequantised, e4m3_values
@@ -104,6 +105,19 @@ def test_ours_are_loaded_beside_every_peer_as_far_as_there_is_room() -> None:
     assert groups(needs_mb, 100) == [[MULL, MULL_GRPC, Q8_0, VLLM_FP32], [MULL, MULL_GRPC, F32]]
     assert groups({MULL: 10, Q8_0: 200}, 100) == [[MULL]]
     assert groups({Q8_0: 30}, 100) == [[Q8_0]]
+    assert groups({MULL: 60, MULL_GRPC: 60, Q8_0: 30, F32: 200}, 100) == [[MULL, Q8_0], [MULL_GRPC]]
+    assert groups({MULL: 40, Q8_0: 30, F32: 80}, 100) == [[MULL, Q8_0], [F32]]
+
+
+def test_cells_of_like_need_are_measured_without_loading_anew() -> None:
+    results = [CellResult(cell) for cell in grid("dense-0.6b", full=True)]
+    found = batches(results)
+    assert sorted(str(it.cell) for batch in found for it in batch.items) == sorted(str(it.cell) for it in results)
+    assert len(found) < 6
+    short = found[0].room
+    assert (short.max_streams, short.max_model_len) == (32, 4096 + 128 + 64)
+    assert found[-1].room.kv_tokens == 32 * (4096 + 128 + 64)
+    assert len(batches([CellResult(cell) for cell in grid("dense-0.6b", full=False)])) == 1
 
 
 def test_a_target_is_held_against_the_peer_that_did_best() -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from cluster.cli import main
 from cluster.planner.command import add_plan_command, make_plan
+from cluster.planner.operations import described_operations
 from cluster.planner.report.axes import clock, from_zero, powers_of_two, seconds_from_zero
 from cluster.planner.report.page import render, seconds
 
@@ -37,7 +38,15 @@ def simulated() -> dict[str, Any]:
 def with_what_if(simulated: dict[str, Any]) -> dict[str, Any]:
     plan = copy.deepcopy(simulated)
     event = {"time_s": 70.0, "what": "lose-rank", "words": "a rank is lost", "longest_queue": 9, "pause_p50_s": 30.0}
-    event |= {"pause_max_s": 31.0, "paused": 12, "refused": 0, "ttft_p95_before_s": 0.2, "ttft_p95_worst_s": 31.5}
+    event |= {
+        "pause_max_s": 31.0,
+        "paused": 12,
+        "moved": 3,
+        "recomputed_tokens": 700,
+        "refused": 0,
+        "ttft_p95_before_s": 0.2,
+        "ttft_p95_worst_s": 31.5,
+    }
     core = {"part": "gateway's core", "used": 1.2, "limit": 1.0, "unit": "cores", "words": "busy", "is_over": True}
     plan["what_if"] = {
         "candidate": {"copies": 2, "tp": 1, "dp": 1, "expert_tp": 1},
@@ -142,9 +151,10 @@ def test_a_mean_step_is_drawn_in_all_its_parts(simulated: dict[str, Any]) -> Non
 
 
 def test_every_constant_is_there_with_its_source(simulated: dict[str, Any]) -> None:
-    cells = texts(parsed(simulated), "td")
+    operations = described_operations()
+    cells = texts(parsed(simulated | {"operations": operations}), "td")
 
-    for constants in (simulated["device"]["constants"], simulated["kernels"]):
+    for constants in (simulated["device"]["constants"], simulated["kernels"], operations):
         assert constants
         for name, constant in constants.items():
             assert name in cells

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
+import itertools
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from workers.kernels import reference
-from workers.kernels.cpu.library import BUILDS, CHOICE_VARIABLE, native
+from workers.kernels.cpu.library import BUILDS, CHOICE_VARIABLE, native, runnable
 from workers.kernels.cpu.panels import PanelWeight, Tiling, dense
 from workers.kernels.decode_attention import PagedKeys, decode_attention
 from workers.kernels.dequant import dequantize_into
@@ -20,13 +21,12 @@ from workers.kernels.gate import choose_experts
 from workers.kernels.linear import empty_weight, linear, rows_of, swiglu_linear
 from workers.kernels.moe import apply_experts
 from workers.kernels.norm import add_rms_norm, rms_norm
-from workers.kernels.paged import read_blocks
-from workers.kernels.prefill_attention import chunk_attention, prompt_attention
+from workers.kernels.prefill_attention import Chunks, prefill_attention
 from workers.kernels.qk_norm_rope import qk_norm_rope_store
 from workers.kernels.swiglu import swiglu
 
 SEEDS = st.integers(0, 2**31)
-RUNNABLE = BUILDS.get(torch.backends.cpu.get_cpu_capability(), ())
+RUNNABLE = runnable()
 
 
 def chosen(build: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
@@ -39,13 +39,13 @@ def chosen(build: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     native.cache_clear()
 
 
-@pytest.fixture(params=["avx512", "avx2", "torch"])
+@pytest.fixture(params=[*BUILDS, "torch"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Every implementation that this machine can run."""
     yield from chosen(request.param, monkeypatch)
 
 
-@pytest.fixture(params=["avx512", "avx2"])
+@pytest.fixture(params=BUILDS)
 def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The compiled ones, for what only they read."""
     yield from chosen(request.param, monkeypatch)
@@ -121,9 +121,10 @@ def panel_weight(seed: int, kind: str, shape: tuple[int, ...], tiling: Tiling, *
     return weight
 
 
-def accurate(got: Tensor, want_fp64: Tensor) -> None:
-    """To fp32 rounding, measured by the largest result: e4m3 spans six orders of magnitude."""
-    assert (got - want_fp64).abs().max() <= 3e-6 * want_fp64.abs().max()
+def accurate(got: Tensor, x_TI: Tensor, weight_OI: Tensor) -> None:
+    """A product to fp32 rounding, measured by the sizes of what is added: e4m3 spans six orders of magnitude."""
+    x, weight = x_TI.double(), weight_OI.double()
+    assert ((got - x @ weight.T).abs() <= 1e-6 * (x.abs() @ weight.abs().T)).all()
 
 
 KINDS = pytest.mark.parametrize("kind", ["e4m3", "bf16", "fp32"])
@@ -144,7 +145,7 @@ def test_panels_multiply_like_the_weight_they_stand_for(
 ) -> None:
     weight = panel_weight(seed, kind, (size_out, size_in), tiling, is_paired=False)
     x = normal(seed, num_rows, size_in)
-    accurate(linear(x, weight), x.double() @ dense(weight).double().T)
+    accurate(linear(x, weight), x, dense(weight))
 
 
 @pytest.mark.usefixtures("compiled")
@@ -290,12 +291,6 @@ def test_tokens_without_local_experts_add_nothing() -> None:
     assert torch.equal(got, torch.zeros(3, 4))
 
 
-@pytest.mark.parametrize("blocks", [torch.tensor([3, 0, 4]), slice(1, 4)], ids=["scattered", "in a row"])
-def test_blocks_read_equal_their_reference(blocks: Tensor | slice) -> None:
-    pool = normal(0, 4, 6, 3, 8)
-    assert torch.equal(read_blocks(pool, blocks), reference.read_blocks(pool, blocks))
-
-
 @pytest.mark.usefixtures("kernels")
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
@@ -317,37 +312,50 @@ def test_decode_attention_equals_its_reference(
     close(decode_attention(q, pool, keys), reference.decode_attention(q, pool, keys))
 
 
-@settings(max_examples=25, deadline=None)
-@given(
-    num_seqs=st.integers(1, 4),
-    size=st.integers(1, 30),
-    num_kv_heads=st.integers(1, 3),
-    group=st.integers(1, 4),
-    seed=SEEDS,
-)
-def test_prompt_attention_equals_its_reference(
-    num_seqs: int, size: int, num_kv_heads: int, group: int, seed: int
-) -> None:
-    q = normal(seed, num_seqs * size, num_kv_heads * group, 8)
-    kv = normal(seed + 1, num_seqs * size, 2 * num_kv_heads, 8)
-    close(prompt_attention(q, kv, num_seqs), reference.prompt_attention(q, kv, num_seqs))
+def chunk_of(pool: Tensor, table: Tensor, start: int, size: int) -> Tensor:
+    """K and V of a chunk's tokens, [size, 2G, D]."""
+    positions = torch.arange(start, start + size)
+    block_size = pool.shape[2]
+    return pool[:, table[positions // block_size], positions % block_size].transpose(0, 1)
 
 
-@settings(max_examples=25, deadline=None)
+@pytest.mark.usefixtures("kernels")
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    start=st.integers(0, 30),
-    size=st.integers(1, 30),
+    chunks=st.lists(
+        st.tuples(st.sampled_from([0, 0, 1, 30, 129, 260]), st.sampled_from([1, 2, 5, 30, 140])), min_size=1, max_size=4
+    ),
     num_kv_heads=st.integers(1, 3),
     group=st.integers(1, 4),
     block_size=st.sampled_from([1, 4, 16]),
+    head_dim=st.sampled_from([2, 8, 24, 72, 128]),
     seed=SEEDS,
 )
-def test_chunk_attention_equals_its_reference(
-    start: int, size: int, num_kv_heads: int, group: int, block_size: int, seed: int
+def test_prefill_attention_equals_its_reference(
+    chunks: list[tuple[int, int]], num_kv_heads: int, group: int, block_size: int, head_dim: int, seed: int
 ) -> None:
-    end = start + size
-    pool = normal(seed, 2 * num_kv_heads, 70, block_size, 8)
-    q = normal(seed + 1, size, num_kv_heads * group, 8)
-    blocks = torch.randperm(70, generator=torch.Generator().manual_seed(seed))[: -(-end // block_size)]
-    mask = torch.full((size, end), -math.inf).triu(start + 1)
-    close(chunk_attention(q, pool, blocks, mask), reference.chunk_attention(q, pool, blocks, mask))
+    starts, sizes = (np.array(values) for values in zip(*chunks, strict=True))
+    pool = normal(seed, 2 * num_kv_heads, 410, block_size, head_dim)
+    q = normal(seed + 1, int(sizes.sum()), num_kv_heads * group, head_dim)
+    generator = torch.Generator().manual_seed(seed)
+    tables = torch.stack([torch.randperm(410, generator=generator)[: -(-400 // block_size)] for _ in chunks])
+    kv = torch.cat([chunk_of(pool, table, *chunk) for table, chunk in zip(tables, chunks, strict=True)])
+    described = Chunks(tables_CM=tables, starts=starts, sizes=sizes)
+    close(prefill_attention(q, kv, pool, described), reference.prefill_attention(q, pool, described))
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("cut", [1, 50, 128, 199])
+def test_a_token_attends_with_the_same_bits_however_its_prompt_is_cut(cut: int) -> None:
+    pool, q = normal(0, 4, 30, 16, 64), normal(1, 300, 6, 64)
+    table = torch.randperm(30)[None, :19]
+
+    def attend(*ends: int) -> Tensor:
+        """The chunks between these positions, in a step each."""
+        outs = []
+        for start, stop in itertools.pairwise(ends):
+            chunk = Chunks(tables_CM=table, starts=np.array([start]), sizes=np.array([stop - start]))
+            outs.append(prefill_attention(q[start:stop], chunk_of(pool, table[0], start, stop - start), pool, chunk))
+        return torch.cat(outs)
+
+    assert torch.equal(attend(0, cut, 300), attend(0, 300))

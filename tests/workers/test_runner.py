@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.workers.engine import (
     BLOCKS_PER_SLOT,
@@ -115,6 +116,29 @@ def test_results_name_the_step_and_only_rank_zero_names_tokens(moe_fp8: Path, tw
         (1, 0, 2),
         (1, 1, 0),
     ]
+
+
+@pytest.mark.parametrize("call", ["all layers", "half a layer"])
+@pytest.mark.parametrize("checkpoint", ["dense_fp8", "moe_fp8"])
+def test_many_kernels_in_one_call_give_the_bits_of_one_by_one(
+    call: str, checkpoint: str, request: pytest.FixtureRequest
+) -> None:
+    directory = request.getfixturevalue(checkpoint)
+    cut = StepPlan(step=2, open=[open_slot(12)], prefills=[Prefill(12, 0, PROMPTS[4], False)], decodes=list(range(12)))
+    last = StepPlan(step=3, prefills=[Prefill(12, len(PROMPTS[4]), PROMPTS[5], True)], decodes=list(range(12)))
+    plans = [whole_prompts(PROMPTS), cut, last, *decode_steps(list(range(13)), 3)]
+    runner, one_by_one = load(directory), load(directory)
+    if runner.decoder.stack is None:
+        pytest.skip("no compiled kernels on this machine")
+    for decoder in (runner.decoder, one_by_one.decoder) if call == "half a layer" else (one_by_one.decoder,):
+        decoder.stack = None
+    for layer in one_by_one.decoder.layers:
+        layer.attention_half, layer.feed_forward_half = None, None
+
+    want, got = run(one_by_one, plans), run(runner, plans)
+
+    assert len(got.logits) == len(want.logits) == len(plans)
+    assert all(torch.equal(one, other) for one, other in zip(got.logits, want.logits, strict=True))
 
 
 def test_a_small_step_runs_on_one_thread_and_a_large_one_on_all(moe_fp8: Path) -> None:

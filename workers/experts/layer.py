@@ -15,6 +15,7 @@ from workers.config import ModelConfig, ShardSpec
 from workers.experts.dispatch import Dispatcher
 from workers.experts.rows import RoutedRows
 from workers.experts.slots import ReplicaTable, SlotLoads
+from workers.kernels.cpu.halves import FeedForwardHalf, panels
 from workers.kernels.gate import choose_experts
 from workers.kernels.linear import Weight, linear, parts_of
 from workers.kernels.moe import apply_experts
@@ -41,6 +42,19 @@ class ExpertLayer:
         """Route by another placement from now on; the weights have been moved."""
         self.placement = placement
         self.table = ReplicaTable(placement, self.num_experts, self.device)
+
+    def half(self, norm_H: Tensor, eps: float) -> FeedForwardHalf | None:
+        """All of it and the norm before it in one call, where it can be; only while `is_in_order`, on a lone rank."""
+        found = panels(self.gate_EH, self.gate_up_eXH, self.down_eHF)
+        if found is None:
+            return None
+        gate, gate_up, down = found
+        return FeedForwardHalf(norm_H, gate_up, down, eps, gate, self.num_chosen, is_normalized=self.is_normalized)
+
+    @property
+    def is_in_order(self) -> bool:
+        """Each expert lies in the slot of its own number."""
+        return self.table.is_identity
 
     def __call__(self, x_TH: Tensor, dispatcher: Dispatcher[Any]) -> Tensor:
         """[T, H]: each token's experts, summed over all ranks. Every rank takes part, with tokens or without."""

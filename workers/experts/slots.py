@@ -21,11 +21,11 @@ class ReplicaTable:
         table = [[replicas[index % len(replicas)] for index in range(most)] for replicas in slots]
         self.slots_ER = torch.tensor(table, dtype=torch.int64, device=device)
         self.num_replicas_E = torch.tensor([len(replicas) for replicas in slots], dtype=torch.int64, device=device)
-        self._is_identity = slots == [[expert] for expert in range(num_experts)]
+        self.is_identity = slots == [[expert] for expert in range(num_experts)]
 
     def slots(self, topk_ids_TK: Tensor) -> Tensor:
         """Physical slots, [T, K]. Neighbouring tokens take different replicas."""
-        if self._is_identity:
+        if self.is_identity:
             return topk_ids_TK
         if self.slots_ER.shape[1] == 1:
             return self.slots_ER[:, 0][topk_ids_TK]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from workers.kernels.decode_attention import PagedKeys
+from workers.kernels.prefill_attention import Chunks
 
 
 def dequantize_into(
@@ -74,11 +75,6 @@ def apply_experts(
     return out
 
 
-def read_blocks(pool: Tensor, blocks: Tensor | slice) -> Tensor:
-    ids = range(pool.shape[1])[blocks] if isinstance(blocks, slice) else blocks.tolist()
-    return torch.stack([pool[:, block] for block in ids], dim=1)
-
-
 def decode_attention(q_BND: Tensor, pool: Tensor, keys: PagedKeys) -> Tensor:
     rows = []
     for q_ND, table, num_keys in zip(q_BND, keys.tables_BM, keys.num_keys_B.tolist(), strict=True):
@@ -86,15 +82,12 @@ def decode_attention(q_BND: Tensor, pool: Tensor, keys: PagedKeys) -> Tensor:
     return torch.cat(rows)
 
 
-def prompt_attention(q_TND: Tensor, kv_TXD: Tensor, num_seqs: int) -> Tensor:
-    size = q_TND.shape[0] // num_seqs
-    mask_CC = torch.full((size, size), -math.inf).triu(1)
-    pairs = zip(torch.split(q_TND, size), torch.split(kv_TXD, size), strict=True)
-    return torch.cat([_attend(q_CND, kv_CXD, mask_CC) for q_CND, kv_CXD in pairs])
-
-
-def chunk_attention(q_CND: Tensor, pool: Tensor, block_ids: Tensor, mask_CS: Tensor) -> Tensor:
-    return _attend(q_CND, _sequence(pool, block_ids, mask_CS.shape[1]), mask_CS)
+def prefill_attention(q_TND: Tensor, pool: Tensor, chunks: Chunks) -> Tensor:
+    outs, starts, sizes = [], chunks.starts.tolist(), chunks.sizes.tolist()
+    for q_CND, table, start, size in zip(torch.split(q_TND, sizes), chunks.tables_CM, starts, sizes, strict=True):
+        mask_CS = torch.full((size, start + size), -math.inf).triu(start + 1)
+        outs.append(_attend(q_CND, _sequence(pool, table, start + size), mask_CS))
+    return torch.cat(outs)
 
 
 def _sequence(pool: Tensor, block_ids: Tensor, num_keys: int) -> Tensor:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from workers.batch import BatchPart, ForwardBatch, PrefillChunk, Prompts, SequenceEnds
+from workers.batch import BatchPart, ForwardBatch, Prefills, SequenceEnds
 from workers.config import ModelConfig, ShardSpec
+from workers.kernels.cpu.halves import AttentionHalf, panels
 from workers.kernels.decode_attention import decode_attention
-from workers.kernels.linear import Weight, linear, rows_of, vector
-from workers.kernels.prefill_attention import chunk_attention, prompt_attention
+from workers.kernels.linear import Rows, Weight, linear, rows_of, vector
+from workers.kernels.prefill_attention import prefill_attention
 from workers.kernels.qk_norm_rope import qk_norm_rope_store
 from workers.kv_pool import KVPool
 
@@ -32,7 +33,16 @@ class Attention:
         # Each head of Q and K has its row of weights, so that one kernel takes all of them.
         self.norms_YD = torch.cat([q_norm.expand(self.num_heads, -1), k_norm.expand(num_kv_heads, -1)])
 
-    def __call__(self, x_TH: Tensor, batch: ForwardBatch, kv: KVPool) -> Tensor:
+    def half(self, norm_H: Tensor) -> AttentionHalf | None:
+        """All of it and the norm before it in one call, where it can be."""
+        found = panels(self.qkv, self.o)
+        return (
+            None
+            if found is None
+            else AttentionHalf(norm_H, found[0], self.norms_YD, found[1], self.num_heads, self.eps)
+        )
+
+    def __call__(self, x_TH: Rows, batch: ForwardBatch, kv: KVPool) -> Tensor:
         """Attend the batch's tokens to their sequences, and store their K and V."""
         heads_TXD, pool = self._heads(x_TH, self.qkv), kv.layers[self.layer]
         qk_norm_rope_store(heads_TXD, self.norms_YD, self.eps, batch.rotations_T2D, pool, batch.cells_T)
@@ -51,18 +61,17 @@ class Attention:
         qk_norm_rope_store(q_BND, self.norms_YD[: self.num_heads], self.eps, ends.rotations_B2D, None, None)
         return linear(decode_attention(q_BND, kv.layers[self.layer], ends.keys).flatten(1), self.o)
 
-    def _heads(self, x_TH: Tensor, weight: Weight) -> Tensor:
-        return linear(x_TH, weight).view(len(x_TH), -1, self.head_dim)
+    def _heads(self, x_TH: Rows, weight: Weight) -> Tensor:
+        heads_TX = linear(x_TH, weight)
+        return heads_TX.view(len(heads_TX), -1, self.head_dim)
 
 
 def _attend(parts: list[BatchPart], q_TND: Tensor, kv_TXD: Tensor, pool: Tensor) -> Tensor:
     """[T, N * D]"""
     outs = []
     for part in parts:
-        if isinstance(part, Prompts):
-            outs.append(prompt_attention(q_TND[part.rows], kv_TXD[part.rows], part.num_seqs))
-        elif isinstance(part, PrefillChunk):
-            outs.append(chunk_attention(q_TND[part.rows], pool, part.blocks, part.mask_CS))
+        if isinstance(part, Prefills):
+            outs.append(prefill_attention(q_TND[part.rows], kv_TXD[part.rows], pool, part.chunks))
         else:
             outs.append(decode_attention(q_TND[part.rows], pool, part.keys))
     return (outs[0] if len(outs) == 1 else torch.cat(outs)).flatten(1)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from workers.kernels.linear import Weight, linear, swiglu_linear
+from workers.kernels.cpu.halves import FeedForwardHalf, panels
+from workers.kernels.linear import Rows, Weight, feed_forward
 
 
 class DenseMLP:
@@ -13,5 +14,15 @@ class DenseMLP:
     def __init__(self, layer: int, weights: dict[str, Weight]) -> None:
         self.gate_up, self.down = weights[f"layers.{layer}.gate_up"], weights[f"layers.{layer}.down"]
 
-    def __call__(self, x_TH: Tensor) -> Tensor:
-        return linear(swiglu_linear(x_TH, self.gate_up), self.down)
+    def half(self, norm_H: Tensor, eps: float) -> FeedForwardHalf | None:
+        """All of it and the norm before it in one call, where it can be."""
+        found = panels(self.gate_up, self.down)
+        return None if found is None else FeedForwardHalf(norm_H, found[0], found[1], eps)
+
+    @property
+    def is_in_order(self) -> bool:
+        """There are no experts to be out of it."""
+        return True
+
+    def __call__(self, x_TH: Rows) -> Tensor:
+        return feed_forward(x_TH, self.gate_up, self.down)

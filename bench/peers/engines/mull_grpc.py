@@ -31,6 +31,8 @@ class MullOverGrpc:
         command += ["--threads-per-rank", job.threads, "--max-model-len", job.max_model_len]
         command += ["--kv-memory-bytes", kv_bytes(job)]
         command += ["--max-num-seqs", job.max_streams]
+        # The peers draft nothing of themselves, and random weights repeat themselves: every guess would come true.
+        command += ["--num-speculative-tokens", 0]
         command += ["--grpc-port", 0, "--http-port", 0, "--metrics-port", 0, "--router-metrics-port", 0]
         self._server = subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE, text=True)
         self._stub = GenerationServiceStub(self._loop.run_until_complete(self._connect(self._address())))

@@ -85,7 +85,7 @@ def lines(x: Axis, y: Axis, shown: Sequence[Line], moments: Sequence[Moment] = (
     for line in shown:
         for run in _runs(line.points):
             frame.drawing.polyline([frame.place(*point) for point in run], f"line {line.css}")
-            if len(run) <= _DOTTED:
+            if len(line.points) <= _DOTTED or len(run) == 1:
                 for point in run:
                     hint = f"{line.name}: {y.label(point[1])} at {x.label(point[0])}"
                     frame.drawing.dot(frame.place(*point), _DOT, f"dot {line.css}", hint)

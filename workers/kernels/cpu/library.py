@@ -18,9 +18,13 @@ import torch
 log = logging.getLogger(__name__)
 
 CHOICE_VARIABLE = "MULL_CPU_KERNELS"
-"""avx512 or avx2 takes these kernels, torch none of them; unset, the best that the CPU can run."""
-BUILDS = {"AVX512": ("avx512", "avx2"), "AVX2": ("avx2",)}
-"""By the capability that torch reports."""
+"""One of BUILDS takes these kernels, torch none of them; unset, the best that the CPU can run."""
+BUILDS = {
+    "avx512vbmi": ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl", "avx512_vbmi"),
+    "avx512": ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl"),
+    "avx2": ("avx2", "fma3", "f16c"),
+}
+"""Best first, and what a CPU must have for them."""
 
 _pointer, _int, _float, _flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int32
 SIGNATURES = {
@@ -38,6 +42,13 @@ SIGNATURES = {
         *(_pointer, _int, _int, _int, _int, _int),
         *(_pointer, _int, _int, _pointer, _int, _pointer, _pointer),
     ),
+    "mull_prefill_attention": (
+        *(_pointer, _int, _int, _pointer, _pointer, _int, _int, _int),
+        *(_pointer, _int, _int, _pointer, _int, _pointer),
+    ),
+    "mull_attention_half": (_pointer, _pointer, _pointer, _pointer, _pointer, _pointer),
+    "mull_feed_forward_half": (_pointer, _pointer, _int, _pointer, _pointer),
+    "mull_layers": (_pointer, _pointer, _int, _pointer, _pointer),
     "mull_host_all_reduce": (_pointer, _pointer, _int),
     "mull_host_all_gather": (_pointer, _pointer, _int, _pointer),
     "mull_host_all_to_all": (_pointer, _pointer, _pointer, _pointer, _pointer),
@@ -45,11 +56,17 @@ SIGNATURES = {
 """Argument types. Functions of a group return the rank that was late, the others nothing."""
 
 
+def runnable() -> tuple[str, ...]:
+    """The builds that this CPU can run, best first."""
+    has = torch.cpu.get_capabilities()
+    return tuple(build for build, needed in BUILDS.items() if all(has.get(name) for name in needed))
+
+
 @functools.cache
 def native() -> ctypes.CDLL | None:
     """The library for this CPU, or None: then torch computes, and the log says why."""
     choice = os.environ.get(CHOICE_VARIABLE, "")
-    builds = (choice,) if choice else BUILDS.get(torch.backends.cpu.get_cpu_capability(), ())
+    builds = (choice,) if choice else runnable()
     for build in builds:
         for file in Path(__file__).parent.glob(f"native_{build}.*.so"):
             return _declared(ctypes.CDLL(str(file)))

@@ -1,7 +1,7 @@
-"""Weights as the CPU kernels read them: stored values, not floats, in panels of 64 outputs.
+"""Weights as the CPU kernels read them: stored values, not floats, in panels of 32 outputs.
 
 An e4m3 code stays one byte and is widened in registers, which makes a decode step read a quarter of the memory; bf16
-takes two. Shapes: O out, I in, P panels, e experts, t tiles along the inputs.
+takes two. Shapes: O out, I in, P panels, L lanes (outputs) of one, e experts, t tiles along the inputs.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from workers.kernels.cpu import large_pages
 from workers.kernels.cpu.library import native
 
-PANEL = 64
+PANEL = 32
 PAIR = PANEL // 2
 CODE_SHIFT = 256.0
 """The kernels read a code's bits as fp16, 2**8 too small; the scales make up for it."""
@@ -56,15 +57,15 @@ class Tiling:
 class PanelWeight:
     """A matrix [O, I], or a stack [e, O, I] of them; read by `linear`, `swiglu_linear` and `apply_experts` alone."""
 
-    panels_ePI64: Tensor
+    panels_ePIL: Tensor
     """uint8 (e4m3 codes), bf16 or fp32; zeros behind the last row."""
     scale_etX: Tensor | None
-    """fp32, one per tile and lane; X is 64 P. None where values need no scale."""
+    """fp32, one per tile and lane; X is P L. None where values need no scale."""
     num_rows: int
     """O."""
     tiling: Tiling
     is_paired: bool
-    """The rows are a gate above an up: 32 of the one and the same 32 of the other share a panel."""
+    """The rows are a gate above an up: 16 of the one and the same 16 of the other share a panel."""
     is_stacked: bool
     first_row: int = 0
     """Of the first panel: rows before it are computed and cut off."""
@@ -76,12 +77,12 @@ class PanelWeight:
         """Room for a weight [O, I] or [e, O, I]; without a tiling there are no scales."""
         *stack, num_rows, num_inputs = shape
         num_experts, num_panels = math.prod(stack), num_panels_of(num_rows, is_paired)
-        panels = torch.zeros(num_experts, num_panels, num_inputs, PANEL, dtype=dtype)
+        panels = large_pages.zeros((num_experts, num_panels, num_inputs, PANEL), dtype)
         scale = None
         if tiling is not None:
             scale = torch.zeros(num_experts, tiling.count(num_inputs), num_panels * PANEL)
         return cls(
-            panels_ePI64=panels,
+            panels_ePIL=panels,
             scale_etX=scale,
             num_rows=num_rows,
             tiling=tiling or Tiling(first=num_inputs, size=num_inputs),
@@ -91,8 +92,8 @@ class PanelWeight:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        matrix = (self.num_rows, self.panels_ePI64.shape[2])
-        return (self.panels_ePI64.shape[0], *matrix) if self.is_stacked else matrix
+        matrix = (self.num_rows, self.panels_ePIL.shape[2])
+        return (self.panels_ePIL.shape[0], *matrix) if self.is_stacked else matrix
 
     @property
     def nbytes(self) -> int:
@@ -103,14 +104,14 @@ class PanelWeight:
 
     def tensors(self) -> tuple[Tensor, ...]:
         """What it is made of, each stacked over experts in its first dimension."""
-        return (self.panels_ePI64,) if self.scale_etX is None else (self.panels_ePI64, self.scale_etX)
+        return (self.panels_ePIL,) if self.scale_etX is None else (self.panels_ePIL, self.scale_etX)
 
     def rows(self, start: int, stop: int) -> PanelWeight:
         """Rows [start, stop) of a matrix, without a copy of its values."""
         first, last = start // PANEL, -(-stop // PANEL)
         scale = self.scale_etX
         return PanelWeight(
-            panels_ePI64=self.panels_ePI64[:, first:last],
+            panels_ePIL=self.panels_ePIL[:, first:last],
             scale_etX=None if scale is None else scale[:, :, first * PANEL : last * PANEL].contiguous(),
             num_rows=stop - start,
             tiling=self.tiling,
@@ -123,12 +124,12 @@ class PanelWeight:
         """Put rows of the panels' dtype into place; other rows may be stored at the same time."""
         library = native()
         assert library is not None, "panels exist only where there are kernels to read them"
-        panels_PI64, num_inputs = self.panels_ePI64[expert], values_RI.shape[1]
-        assert values_RI.dtype == panels_PI64.dtype, f"{values_RI.dtype} values for panels of {panels_PI64.dtype}"
+        panels_PIL, num_inputs = self.panels_ePIL[expert], values_RI.shape[1]
+        assert values_RI.dtype == panels_PIL.dtype, f"{values_RI.dtype} values for panels of {panels_PIL.dtype}"
         pair_rows = self.num_rows // 2 if self.is_paired else 0
         source = values_RI.contiguous()
         library.mull_pack(
-            source.data_ptr(), len(source), num_inputs, source.itemsize, first_row, pair_rows, panels_PI64.data_ptr()
+            source.data_ptr(), len(source), num_inputs, source.itemsize, first_row, pair_rows, panels_PIL.data_ptr()
         )
 
     def store_scales(self, expert: int, first_row: int, scale_Rt: Tensor) -> None:
@@ -139,12 +140,12 @@ class PanelWeight:
 
     def lookup(self, rows_T: Tensor) -> Tensor:
         """Rows of a matrix without scales, as fp32 [T, I]: an embedding that shares its table with the head."""
-        return self.panels_ePI64[0, rows_T // PANEL, :, rows_T % PANEL].float()
+        return self.panels_ePIL[0, rows_T // PANEL, :, rows_T % PANEL].float()
 
     def dense(self) -> Tensor:
         """The fp32 weight that the panels stand for, row by row: for tests and for a look at it."""
         places = self.first_row + lanes(range(self.num_rows), self.num_rows, self.is_paired)
-        values = self.panels_ePI64
+        values = self.panels_ePIL
         values = (values.view(torch.float8_e4m3fn) if values.dtype == torch.uint8 else values).float()
         rows_eOI = values.transpose(2, 3).flatten(1, 2)[:, places]
         if self.scale_etX is not None:
@@ -160,10 +161,10 @@ class PanelWeight:
 
     @cached_property
     def _structure(self) -> _Weight:
-        num_experts, num_panels, num_inputs, _ = self.panels_ePI64.shape
+        num_experts, num_panels, num_inputs, _ = self.panels_ePIL.shape
         out = self.num_rows // 2 if self.is_paired else self.first_row + self.num_rows
         return _Weight(
-            self.panels_ePI64.data_ptr(),
+            self.panels_ePIL.data_ptr(),
             None if self.scale_etX is None else self.scale_etX.data_ptr(),
             out,
             num_inputs,
@@ -172,7 +173,7 @@ class PanelWeight:
             self.tiling.first,
             self.tiling.size,
             num_experts,
-            KINDS[self.panels_ePI64.dtype],
+            KINDS[self.panels_ePIL.dtype],
             int(self.is_paired),
         )
 
@@ -187,7 +188,7 @@ def dense(weight: Tensor | PanelWeight) -> Tensor:
 
 
 def lanes(rows: range, num_rows: int, is_paired: bool) -> Tensor:
-    """Where rows of a weight lie: 64 * panel + lane."""
+    """Where rows of a weight lie: PANEL * panel + lane."""
     row = torch.arange(rows.start, rows.stop)
     if not is_paired:
         return row

@@ -2,40 +2,21 @@
 #include <memory>
 #include <vector>
 
+#include "kernels.h"
 #include "matmul.h"
-#include "threads.h"
 
 using namespace mull;
 
 namespace {
 
-// Some of one expert's rows and one panel of its weight.
-struct Item {
-    std::int64_t expert, first, rows;
-};
-
-std::vector<Item> chunks_of(const std::vector<std::int64_t>& starts) {
-    std::vector<Item> items;
+std::vector<Chunk> chunks_of(const std::vector<std::int64_t>& starts) {
+    std::vector<Chunk> chunks;
     for (std::size_t expert = 0; expert + 1 < starts.size(); ++expert)
-        for (std::int64_t at = starts[expert]; at < starts[expert + 1]; at += CHUNK_ROWS)
-            items.push_back({static_cast<std::int64_t>(expert), at,
-                             std::min<std::int64_t>(CHUNK_ROWS, starts[expert + 1] - at)});
-    return items;
-}
-
-template <class RowOf>
-void multiply_all(const Weight& w, const std::vector<Item>& items, const RowOf& row_of, float* out,
-                  std::int64_t out_stride) {
-    parallel_for(static_cast<std::int64_t>(items.size()) * w.num_panels, [&](std::int64_t index) {
-        const Item& item = items[index / w.num_panels];
-        const std::int64_t panel = index % w.num_panels;
-        const float* rows[CHUNK_ROWS];
-        for (int r = 0; r < item.rows; ++r) rows[r] = row_of(item.first + r);
-        Accumulator sums;
-        multiply_panel_of(w, item.expert, panel, static_cast<int>(item.rows), rows, sums);
-        for (int r = 0; r < item.rows; ++r)
-            write_outputs(w, panel, sums.rows[r], out + (item.first + r) * out_stride);
-    });
+        for (std::int64_t at = starts[expert]; at < starts[expert + 1]; at += CHUNK_ROWS) {
+            const std::int64_t rows = std::min<std::int64_t>(CHUNK_ROWS, starts[expert + 1] - at);
+            chunks.push_back({static_cast<std::int64_t>(expert), at, static_cast<int>(rows)});
+        }
+    return chunks;
 }
 
 }  // namespace
@@ -60,9 +41,14 @@ extern "C" void mull_experts(const float* x, std::int64_t x_stride, std::int64_t
         }
     const std::int64_t hidden = gate_up->out, size = down->out, num_rows = starts[num_experts];
     const std::unique_ptr<float[]> gated(new float[num_rows * hidden]), results(new float[num_rows * size]);
-    const std::vector<Item> items = chunks_of(starts);
-    multiply_all(*gate_up, items, [&](std::int64_t row) { return x + token_of[row] * x_stride; }, gated.get(), hidden);
-    multiply_all(*down, items, [&](std::int64_t row) { return gated.get() + row * hidden; }, results.get(), size);
+    const std::vector<Chunk> chunks = chunks_of(starts);
+    const auto multiply_all = [&](const Weight& w, const auto& row_of, float* to) {
+        multiply_chunks(w, chunks.data(), static_cast<std::int64_t>(chunks.size()), num_rows, row_of, to, w.out);
+    };
+    multiply_all(
+        *gate_up, [&](std::int64_t row) { return x + token_of[row] * x_stride; }, gated.get());
+    multiply_all(
+        *down, [&](std::int64_t row) { return gated.get() + row * hidden; }, results.get());
     parallel_for((num_tokens + 15) / 16, [&](std::int64_t part) {
         for (std::int64_t token = part * 16; token < std::min(num_tokens, part * 16 + 16); ++token) {
             float* to = out + token * size;

@@ -1,22 +1,22 @@
 // x @ weight.T, and how a weight gets into panels.
+#include <vector>
+
+#include "kernels.h"
 #include "matmul.h"
-#include "threads.h"
 
 using namespace mull;
 
 extern "C" void mull_linear(const float* x, std::int64_t x_stride, std::int64_t num_rows, const Weight* weight,
                             float* out, std::int64_t out_stride) {
-    const std::int64_t chunks = (num_rows + CHUNK_ROWS - 1) / CHUNK_ROWS;
-    parallel_for(weight->num_panels * chunks, [&](std::int64_t item) {
-        const std::int64_t panel = item / chunks, chunk = item % chunks;
-        const std::int64_t start = num_rows * chunk / chunks, stop = num_rows * (chunk + 1) / chunks;
-        const int rows = static_cast<int>(stop - start);
-        const float* row_of[CHUNK_ROWS];
-        for (int r = 0; r < rows; ++r) row_of[r] = x + (start + r) * x_stride;
-        Accumulator sums;
-        multiply_panel_of(*weight, 0, panel, rows, row_of, sums);
-        for (int r = 0; r < rows; ++r) write_outputs(*weight, panel, sums.rows[r], out + (start + r) * out_stride);
-    });
+    const std::int64_t num_chunks = (num_rows + CHUNK_ROWS - 1) / CHUNK_ROWS;
+    std::vector<Chunk> chunks(num_chunks);
+    for (std::int64_t i = 0; i < num_chunks; ++i) {
+        const std::int64_t start = num_rows * i / num_chunks, stop = num_rows * (i + 1) / num_chunks;
+        chunks[i] = {0, start, static_cast<int>(stop - start)};
+    }
+    multiply_chunks(
+        *weight, chunks.data(), num_chunks, num_rows, [&](std::int64_t row) { return x + row * x_stride; }, out,
+        out_stride);
 }
 
 // Rows [first_row, first_row + num_rows) of a weight, each of `in` items of `item_bytes`, into its panels.

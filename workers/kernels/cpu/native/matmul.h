@@ -4,36 +4,78 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <memory>
 
 #include "simd.h"
+#include "threads.h"
 #include "weight.h"
 
 namespace mull {
 
-constexpr int RUN = 128;        // inputs summed before a tile's scale is applied
-constexpr int CHUNK_ROWS = 96;  // rows that share one conversion of a run
-constexpr int VECTORS = Floats::width == 16 ? 4 : 2;
-constexpr int MAX_ROWS = 6;  // with VECTORS accumulators each, and the weights, they fill the registers
+constexpr int RUN = 128;    // inputs summed before a tile's scale is applied
+constexpr int VECTORS = 2;  // of a panel's outputs at a time
+constexpr int COLUMNS = VECTORS * Floats::width;
+constexpr int INPUTS = Floats::width == 16 ? 2 : 1;     // converted at a time
+constexpr int MAX_ROWS = Floats::width == 16 ? 12 : 6;  // with VECTORS sums each they nearly fill the registers
+constexpr int CHUNK_ROWS = 16 * MAX_ROWS;               // rows that may share one conversion of a run
+constexpr int DIRECT_BLOCKS = 2;  // up to so many blocks of rows, converting again is as fast as storing floats
 
 struct Accumulator {
     alignas(64) float rows[CHUNK_ROWS][PANEL];
 };
 
-// sums[r] += scale * (x[r][0:count] @ codes[0:count])
-template <int ROWS, class Code>
-inline void multiply(const float* const* x, std::int64_t first, int count, const Code* codes, const float* scale,
-                     float (*sums)[PANEL]) {
-    for (int column = 0; column < PANEL; column += VECTORS * Floats::width) {
+// Rows lie in blocks of at most MAX_ROWS: the rows of a block side by side, one input after another, so that a step
+// along the inputs reads one place. The blocks of a chunk are as even as can be.
+inline int blocks_of(int rows) { return (rows + MAX_ROWS - 1) / MAX_ROWS; }
+inline int block_start(int rows, int block) { return rows * block / blocks_of(rows); }
+
+// Some rows, at most CHUNK_ROWS, in that form: `in` values each.
+struct PackedChunk {
+    const float* values;
+    std::int64_t in;
+    int rows;
+};
+
+// Puts the rows of a chunk into that form.
+template <class RowOf>
+void pack_chunk(int rows, std::int64_t in, const RowOf& row_of, float* to) {
+    constexpr std::int64_t STEP = 64;  // inputs at a time: what is written stays in the first cache
+    for (int block = 0; block < blocks_of(rows); ++block) {
+        const int first = block_start(rows, block), width = block_start(rows, block + 1) - first;
+        float* of_block = to + first * in;
+        for (std::int64_t start = 0; start < in; start += STEP) {
+            const std::int64_t stop = std::min(in, start + STEP);
+            for (int r = 0; r < width; ++r) {
+                const float* from = row_of(first + r);
+                for (std::int64_t k = start; k < stop; ++k) of_block[k * width + r] = from[k];
+            }
+        }
+    }
+}
+
+// sums[r] += scale * (x[r][0:count] @ codes[0:count]), for x of one block: STRIDE values from one input to the next.
+template <int ROWS, int STRIDE, class Code>
+void multiply(const float* x, int count, const Code* codes, const float* scale, float (*sums)[PANEL]) {
+    for (int column = 0; column < PANEL; column += COLUMNS) {
         Floats sum[ROWS][VECTORS];
         for (int r = 0; r < ROWS; ++r)
             for (int v = 0; v < VECTORS; ++v) sum[r][v] = Floats::zero();
-        for (int k = 0; k < count; ++k) {
-            Floats weights[VECTORS];
-            for (int v = 0; v < VECTORS; ++v) weights[v] = widen(codes + k * PANEL + column + v * Floats::width);
+        const auto add = [&](int k, const Floats* weights) {
             for (int r = 0; r < ROWS; ++r) {
-                const Floats value = Floats::broadcast(x[r][first + k]);
+                const Floats value = Floats::broadcast(x[k * STRIDE + r]);
                 for (int v = 0; v < VECTORS; ++v) sum[r][v] = multiply_add(value, weights[v], sum[r][v]);
             }
+        };
+        int k = 0;
+        for (; k + INPUTS <= count; k += INPUTS) {
+            Floats weights[INPUTS * VECTORS];
+            widen_all(codes + k * PANEL + column, weights);
+            for (int i = 0; i < INPUTS; ++i) add(k + i, weights + i * VECTORS);
+        }
+        for (; k < count; ++k) {
+            Floats weights[VECTORS];
+            widen_all(codes + k * PANEL + column, weights);
+            add(k, weights);
         }
         for (int r = 0; r < ROWS; ++r)
             for (int v = 0; v < VECTORS; ++v) {
@@ -44,37 +86,39 @@ inline void multiply(const float* const* x, std::int64_t first, int count, const
     }
 }
 
-template <class Code>
-inline void multiply_rows(int rows, const float* const* x, std::int64_t first, int count, const Code* codes,
-                          const float* scale, float (*sums)[PANEL]) {
-    switch (rows) {
-        case 1: return multiply<1>(x, first, count, codes, scale, sums);
-        case 2: return multiply<2>(x, first, count, codes, scale, sums);
-        case 3: return multiply<3>(x, first, count, codes, scale, sums);
-        case 4: return multiply<4>(x, first, count, codes, scale, sums);
-        case 5: return multiply<5>(x, first, count, codes, scale, sums);
-        default: return multiply<6>(x, first, count, codes, scale, sums);
-    }
+template <class Code, int ROWS = MAX_ROWS>
+inline void multiply_rows(int rows, const float* x, int count, const Code* codes, const float* scale,
+                          float (*sums)[PANEL]) {
+    if (rows == ROWS) return multiply<ROWS, ROWS>(x, count, codes, scale, sums);
+    if constexpr (ROWS > 1) multiply_rows<Code, ROWS - 1>(rows, x, count, codes, scale, sums);
 }
 
-// All rows of a chunk: where there are several blocks of them, codes are converted once for all.
+// One run of inputs, from `first` on, with all rows of a chunk.
 template <class Code>
-inline void multiply_chunk(int rows, const float* const* x, std::int64_t first, int count, const Code* codes,
-                           const float* scale, Accumulator& sums) {
-    const int blocks = (rows + MAX_ROWS - 1) / MAX_ROWS;
-    if (blocks == 1) return multiply_rows(rows, x, first, count, codes, scale, sums.rows);
+inline void multiply_run(const PackedChunk& x, std::int64_t first, int count, const Code* codes, const float* scale,
+                         Accumulator& sums) {
+    const int blocks = blocks_of(x.rows);
+    const auto each_block = [&](const auto* weights) {
+        for (int block = 0; block < blocks; ++block) {
+            const int start = block_start(x.rows, block), rows = block_start(x.rows, block + 1) - start;
+            multiply_rows(rows, x.values + start * x.in + first * rows, count, weights, scale, sums.rows + start);
+        }
+    };
+    if (blocks <= DIRECT_BLOCKS) return each_block(codes);
     alignas(64) float converted[RUN * PANEL];
-    for (int i = 0; i < count * PANEL; i += Floats::width) widen(codes + i).store(converted + i);
-    for (int block = 0; block < blocks; ++block) {
-        const int start = rows * block / blocks, stop = rows * (block + 1) / blocks;
-        multiply_rows(stop - start, x + start, first, count, converted, scale, sums.rows + start);
-    }
+    for (int k = 0; k < count; ++k)
+        for (int column = 0; column < PANEL; column += COLUMNS) {
+            Floats weights[VECTORS];
+            widen_all(codes + k * PANEL + column, weights);
+            for (int v = 0; v < VECTORS; ++v) weights[v].store(converted + k * PANEL + column + v * Floats::width);
+        }
+    each_block(converted);
 }
 
 template <class Code>
-inline void multiply_panel(const Weight& w, std::int64_t expert, std::int64_t panel, int rows, const float* const* x,
+inline void multiply_panel(const Weight& w, std::int64_t expert, std::int64_t panel, const PackedChunk& x,
                            Accumulator& sums) {
-    std::memset(sums.rows, 0, sizeof(float) * PANEL * rows);
+    std::memset(sums.rows, 0, sizeof(float) * PANEL * x.rows);
     const Code* codes = static_cast<const Code*>(w.panels) + (expert * w.num_panels + panel) * w.in * PANEL;
     const float* scales = w.scale ? w.scale + (expert * w.num_tiles * w.num_panels + panel) * PANEL : nullptr;
     std::int64_t first = 0, tile_end = w.first_tile;
@@ -83,19 +127,19 @@ inline void multiply_panel(const Weight& w, std::int64_t expert, std::int64_t pa
         const float* scale = scales ? scales + tile * w.num_panels * PANEL : nullptr;
         while (first < end) {
             const int count = static_cast<int>(std::min<std::int64_t>(RUN, end - first));
-            multiply_chunk(rows, x, first, count, codes + first * PANEL, scale, sums);
+            multiply_run(x, first, count, codes + first * PANEL, scale, sums);
             first += count;
         }
     }
 }
 
 // sums[r] = x[r] @ one panel of an expert's weight.
-inline void multiply_panel_of(const Weight& w, std::int64_t expert, std::int64_t panel, int rows,
-                              const float* const* x, Accumulator& sums) {
+inline void multiply_panel_of(const Weight& w, std::int64_t expert, std::int64_t panel, const PackedChunk& x,
+                              Accumulator& sums) {
     switch (w.kind) {
-        case E4M3: return multiply_panel<std::uint8_t>(w, expert, panel, rows, x, sums);
-        case BF16: return multiply_panel<Bf16>(w, expert, panel, rows, x, sums);
-        default: return multiply_panel<float>(w, expert, panel, rows, x, sums);
+        case E4M3: return multiply_panel<std::uint8_t>(w, expert, panel, x, sums);
+        case BF16: return multiply_panel<Bf16>(w, expert, panel, x, sums);
+        default: return multiply_panel<float>(w, expert, panel, x, sums);
     }
 }
 
@@ -118,6 +162,32 @@ inline void write_outputs(const Weight& w, std::int64_t panel, const float* sums
         (gate / (one + exp(Floats::zero() - gate)) * up).store(gated + lane);
     }
     std::memcpy(out + panel * PAIR, gated, sizeof(float) * count);
+}
+
+// Rows [first, first + rows) of a product's input, and the expert that they are for.
+struct Chunk {
+    std::int64_t expert, first;
+    int rows;
+};
+
+// Every chunk times its expert's weight: row r of the input, row_of(r), gives row r of `out`.
+template <class RowOf>
+void multiply_chunks(const Weight& w, const Chunk* chunks, std::int64_t num_chunks, std::int64_t num_rows,
+                     const RowOf& row_of, float* out, std::int64_t out_stride) {
+    const std::unique_ptr<float[]> packed(new float[num_rows * w.in]);
+    parallel_for(num_chunks, [&](std::int64_t index) {
+        const Chunk& chunk = chunks[index];
+        pack_chunk(
+            chunk.rows, w.in, [&](int r) { return row_of(chunk.first + r); }, packed.get() + chunk.first * w.in);
+    });
+    parallel_for(num_chunks * w.num_panels, [&](std::int64_t item) {
+        const Chunk& chunk = chunks[item / w.num_panels];
+        const std::int64_t panel = item % w.num_panels;
+        Accumulator sums;
+        multiply_panel_of(w, chunk.expert, panel, {packed.get() + chunk.first * w.in, w.in, chunk.rows}, sums);
+        for (int r = 0; r < chunk.rows; ++r)
+            write_outputs(w, panel, sums.rows[r], out + (chunk.first + r) * out_stride);
+    });
 }
 
 }  // namespace mull

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "kernels.h"
 #include "simd.h"
 #include "threads.h"
 

@@ -1,4 +1,4 @@
-// A weight [out, in] as the kernels read it: panels of 64 outputs, in each the inputs one after another, so that a step
+// A weight [out, in] as the kernels read it: panels of 32 outputs, in each the inputs one after another, so that a step
 // along the inputs loads one cache line of codes and needs no sum over lanes.
 #pragma once
 
@@ -6,15 +6,15 @@
 
 namespace mull {
 
-constexpr int PANEL = 64;
+constexpr int PANEL = 32;
 constexpr int PAIR = PANEL / 2;
 
 enum Kind : std::int32_t { E4M3 = 0, BF16 = 1, FP32 = 2 };
 
 // Mirrored by `workers.kernels.cpu.panels`.
 struct Weight {
-    const void* panels;     // [experts, num_panels, in, 64]
-    const float* scale;     // [experts, tiles, num_panels * 64], or null; of e4m3 codes times 2**8
+    const void* panels;     // [experts, num_panels, in, 32]
+    const float* scale;     // [experts, tiles, num_panels * 32], or null; of e4m3 codes times 2**8
     std::int64_t out;       // of a paired weight, half its rows
     std::int64_t in;
     std::int64_t num_panels;
@@ -23,7 +23,7 @@ struct Weight {
     std::int64_t tile;        // of the others
     std::int64_t num_experts;
     std::int32_t kind;
-    std::int32_t is_paired;  // lanes 0-31 of a panel are rows of the gate, 32-63 the same rows of up
+    std::int32_t is_paired;  // lanes 0-15 of a panel are rows of the gate, 16-31 the same rows of up
 };
 
 }  // namespace mull

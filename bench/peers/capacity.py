@@ -1,0 +1,91 @@
+"""Which cells and which engines are in memory at the same time."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+from bench.peers.cells import Cell
+from bench.peers.registry import PEERS
+
+MARGIN = 64
+"""Tokens of a stream beside prompt and output: half a block, and the draft of a step."""
+FEW_TOKENS = 2**13
+
+
+class HasCell(Protocol):
+    @property
+    def cell(self) -> Cell: ...
+
+
+Item = TypeVar("Item", bound=HasCell)
+
+
+@dataclass(frozen=True)
+class Room:
+    """What engines are loaded for: enough for each of some cells."""
+
+    kv_tokens: int
+    max_model_len: int
+    max_streams: int
+
+    @classmethod
+    def of(cls, cells: Sequence[Cell]) -> Room:
+        return cls(
+            kv_tokens=max(map(_num_tokens, cells)),
+            max_model_len=max(cell.length for cell in cells) + MARGIN,
+            max_streams=max(cell.streams for cell in cells),
+        )
+
+
+@dataclass(frozen=True)
+class Batch(Generic[Item]):
+    """Cells that are measured without loading anew."""
+
+    items: list[Item]
+
+    @property
+    def room(self) -> Room:
+        return Room.of([item.cell for item in self.items])
+
+
+def batches(items: Sequence[Item]) -> list[Batch[Item]]:
+    """Cells of like need, the least first: those of short streams should not wait for room that only long ones want."""
+    found: dict[int, list[Item]] = defaultdict(list)
+    for item in items:
+        found[max(_num_tokens(item.cell), FEW_TOKENS).bit_length()].append(item)
+    return [Batch(found[size]) for size in sorted(found)]
+
+
+def _num_tokens(cell: Cell) -> int:
+    return cell.streams * (cell.length + MARGIN)
+
+
+def groups(needs_mb: Mapping[str, float], available_mb: float) -> list[list[str]]:
+    """Engines that are loaded at the same time: ours in each group, so that every peer is measured beside it.
+
+    Where that does not fit, each is alone; one that does not fit alone is in no group.
+    """
+    fitting = {name: need for name, need in needs_mb.items() if need <= available_mb}
+    ours = [name for name in fitting if name not in PEERS]
+    left_mb = available_mb - sum(fitting[name] for name in ours)
+    beside = [name for name in fitting if name in PEERS and fitting[name] <= left_mb]
+    if ours and left_mb >= 0 and beside:
+        alone = [[name] for name in fitting if name in PEERS and name not in beside]
+        return [[*ours, *peers] for peers in _packed({name: fitting[name] for name in beside}, left_mb)] + alone
+    return _packed(fitting, available_mb)
+
+
+def _packed(needs_mb: Mapping[str, float], room_mb: float) -> list[list[str]]:
+    """Each into the first group that has room for it."""
+    found: list[list[str]] = []
+    for name, need in needs_mb.items():
+        for group in found:
+            if sum(needs_mb[it] for it in group) + need <= room_mb:
+                group.append(name)
+                break
+        else:
+            found.append([name])
+    return found

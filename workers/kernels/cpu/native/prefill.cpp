@@ -1,0 +1,205 @@
+// Causal attention of chunks of known tokens to their sequences' K and V, read where they lie.
+//
+// Rows are (token, query head) pairs that share a KV head, 32 side by side. Their scores are a product with rows of K,
+// their sums one with V: both take the path of every product. Keys come in blocks that begin at multiples of 64, so
+// a row's result depends on its position alone, and not on how its sequence was cut into chunks.
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "kernels.h"
+#include "matmul.h"
+
+using namespace mull;
+
+namespace {
+
+constexpr int KEYS = 64;        // of a block
+constexpr int TILE_PANELS = 6;  // of 32 rows, which share one copy of a block's K and V
+constexpr float LOWEST = -3e38f;
+
+struct Pages {
+    const float* cells;  // [num_blocks * block_size, head_dim] of one head
+    const std::int64_t* block_ids;
+    std::int64_t block_size, head_dim;
+
+    const float* row(std::int64_t key) const {
+        return cells + (block_ids[key / block_size] * block_size + key % block_size) * head_dim;
+    }
+};
+
+// 32 rows: queries, and what they have gathered so far.
+struct Panel {
+    float* queries;            // [head_dim][32], scaled
+    float (*out)[PANEL];       // [panels of the head dimension][32 rows][32]
+    alignas(64) float positions[PANEL], largest[PANEL], sums[PANEL];
+    int rows;
+    std::int64_t last_position;
+};
+
+// From scores to weights: e to the power of their distance to the largest so far; what was gathered before is scaled to
+// it. Keys behind a row's position weigh nothing.
+void weigh(Panel& panel, std::int64_t first_key, int count, float (*scores)[PANEL], float* factors) {
+    const bool is_cut = first_key + count - 1 > static_cast<std::int64_t>(panel.positions[0]);
+    for (int lane = 0; lane < PANEL; lane += Floats::width) {
+        const Floats zero = Floats::zero(), one = Floats::broadcast(1.0f), low = Floats::broadcast(LOWEST);
+        const Floats position = Floats::load(panel.positions + lane), before = Floats::load(panel.largest + lane);
+        const auto is_seen = [&](int key) {  // 1 or 0
+            return min(max(position - Floats::broadcast(static_cast<float>(first_key + key) - 1.0f), zero), one);
+        };
+        Floats largest = before, sum = zero;
+        for (int key = 0; key < count; ++key) {
+            Floats score = Floats::load(scores[key] + lane);
+            if (is_cut) score = multiply_add(one - is_seen(key), low, score);
+            largest = max(largest, score);
+        }
+        for (int key = 0; key < count; ++key) {
+            Floats weight = exp(Floats::load(scores[key] + lane) - largest);
+            if (is_cut) weight = weight * is_seen(key);
+            weight.store(scores[key] + lane);
+            sum = sum + weight;
+        }
+        const Floats factor = exp(before - largest);
+        factor.store(factors + lane);
+        largest.store(panel.largest + lane);
+        multiply_add(Floats::load(panel.sums + lane), factor, sum).store(panel.sums + lane);
+    }
+}
+
+// out += weights @ values, for all rows of a panel and each 32 values of the head dimension.
+template <int ROWS = MAX_ROWS>
+void gather(int rows, const float* weights, int count, const float* values, float (*out)[PANEL]) {
+    if (rows >= ROWS) {
+        multiply<ROWS, PANEL>(weights, count, values, nullptr, out);
+        return rows > ROWS ? gather(rows - ROWS, weights + ROWS, count, values, out + ROWS) : void();
+    }
+    if constexpr (ROWS > 1) gather<ROWS - 1>(rows, weights, count, values, out);
+}
+
+// The rows of one tile of a chunk that share a KV head.
+struct Tile {
+    std::int64_t group, head_dim, first_position;
+    int rows;
+    Pages keys, values;
+
+    template <class QueryOf, class OutOf>
+    void attend(const QueryOf& query_of, const OutOf& out_of) const {
+        const std::int64_t columns = (head_dim + PANEL - 1) / PANEL;  // panels of the head dimension
+        const int num_panels = (rows + PANEL - 1) / PANEL;
+        const auto floats = [](std::int64_t count) { return std::unique_ptr<float[]>(new float[count]); };
+        const auto queries = floats(num_panels * head_dim * PANEL), out = floats(num_panels * columns * PANEL * PANEL);
+        const auto packed = floats(KEYS * head_dim), copied = floats(columns * KEYS * PANEL);
+        std::fill_n(out.get(), num_panels * columns * PANEL * PANEL, 0.0f);
+        std::fill_n(copied.get(), columns * KEYS * PANEL, 0.0f);
+        std::vector<Panel> panels(num_panels);
+        for (int p = 0; p < num_panels; ++p)
+            open(panels[p], p, queries.get() + p * head_dim * PANEL,
+                 reinterpret_cast<float (*)[PANEL]>(out.get() + p * columns * PANEL * PANEL), query_of);
+        const std::int64_t num_keys = panels.back().last_position + 1;
+        for (std::int64_t first = 0; first < num_keys; first += KEYS) {
+            const int count = static_cast<int>(std::min<std::int64_t>(KEYS, num_keys - first));
+            pack_chunk(
+                count, head_dim, [&](int key) { return keys.row(first + key); }, packed.get());
+            for (int key = 0; key < count; ++key) {
+                const float* row = values.row(first + key);
+                for (std::int64_t column = 0; column < columns; ++column)
+                    std::memcpy(copied.get() + (column * KEYS + key) * PANEL, row + column * PANEL,
+                                sizeof(float) * std::min<std::int64_t>(PANEL, head_dim - column * PANEL));
+            }
+            for (Panel& panel : panels)
+                if (first <= panel.last_position) take_in(panel, first, count, packed.get(), copied.get());
+        }
+        for (int row = 0; row < rows; ++row) {
+            const Panel& panel = panels[row / PANEL];
+            const int lane = row % PANEL;
+            float* to = out_of(row);
+            for (std::int64_t d = 0; d < head_dim; ++d)
+                to[d] = panel.out[d / PANEL * PANEL + lane][d % PANEL] / panel.sums[lane];
+        }
+    }
+
+private:
+    template <class QueryOf>
+    void open(Panel& panel, int index, float* queries, float (*out)[PANEL], const QueryOf& query_of) const {
+        const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
+        panel.queries = queries;
+        panel.out = out;
+        panel.rows = std::min(PANEL, rows - index * PANEL);
+        for (int lane = 0; lane < PANEL; ++lane) {
+            const int row = index * PANEL + std::min(lane, panel.rows - 1);  // lanes without a row repeat the last
+            panel.last_position = first_position + row / group;
+            panel.positions[lane] = static_cast<float>(panel.last_position);
+            panel.largest[lane] = LOWEST;
+            panel.sums[lane] = 0;
+            const float* query = query_of(row);
+            for (std::int64_t d = 0; d < head_dim; ++d) queries[d * PANEL + lane] = query[d] * scale;
+        }
+    }
+
+    // One block of keys: `packed` K, `copied` V.
+    void take_in(Panel& panel, std::int64_t first, int in_block, const float* packed, const float* copied) const {
+        const int count = static_cast<int>(std::min<std::int64_t>(in_block, panel.last_position + 1 - first));
+        alignas(64) float scores[KEYS][PANEL], factors[PANEL];
+        std::memset(scores, 0, sizeof(float) * PANEL * in_block);
+        for (int block = 0; block < blocks_of(in_block) && block_start(in_block, block) < count; ++block) {
+            const int start = block_start(in_block, block), width = block_start(in_block, block + 1) - start;
+            multiply_rows(width, packed + start * head_dim, static_cast<int>(head_dim), panel.queries, nullptr,
+                          scores + start);
+        }
+        weigh(panel, first, count, scores, factors);
+        for (std::int64_t column = 0; column * PANEL < head_dim; ++column) {
+            float (*out)[PANEL] = panel.out + column * PANEL;
+            for (int row = 0; row < panel.rows; ++row) {
+                const Floats factor = Floats::broadcast(factors[row]);
+                for (int d = 0; d < PANEL; d += Floats::width) (Floats::load(out[row] + d) * factor).store(out[row] + d);
+            }
+            gather(panel.rows, scores[0], count, copied + column * KEYS * PANEL, out);
+        }
+    }
+};
+
+}  // namespace
+
+// Chunk c is `sizes[c]` tokens of a sequence whose blocks row c of `tables` names, the first at position `starts[c]`;
+// chunks follow one another in q and out. Their own K and V are stored already. The pool is [2 * num_kv_heads, num_cells,
+// head_dim], K before V.
+extern "C" void mull_prefill_attention(const float* q, std::int64_t q_stride, std::int64_t num_chunks,
+                                       const std::int64_t* starts, const std::int64_t* sizes, std::int64_t num_heads,
+                                       std::int64_t num_kv_heads, std::int64_t head_dim, const float* pool,
+                                       std::int64_t num_cells, std::int64_t block_size, const std::int64_t* tables,
+                                       std::int64_t table_stride, float* out) {
+    struct Item {
+        std::int64_t chunk, first_token, num_tokens, first_row;
+    };
+    const std::int64_t group = num_heads / num_kv_heads;
+    const std::int64_t tokens_per_tile = std::max<std::int64_t>(1, TILE_PANELS * PANEL / group);
+    std::vector<Item> items;
+    for (std::int64_t chunk = 0, row = 0; chunk < num_chunks; row += sizes[chunk++])
+        for (std::int64_t at = 0; at < sizes[chunk]; at += tokens_per_tile)
+            items.push_back({chunk, at, std::min(tokens_per_tile, sizes[chunk] - at), row + at});
+    // The longest first, so that no thread begins one when the others end.
+    const auto last_key = [&](const Item& item) { return starts[item.chunk] + item.first_token + item.num_tokens; };
+    std::stable_sort(items.begin(), items.end(),
+                     [&](const Item& a, const Item& b) { return last_key(a) > last_key(b); });
+    parallel_for(static_cast<std::int64_t>(items.size()) * num_kv_heads, [&](std::int64_t index) {
+        const Item& item = items[index / num_kv_heads];
+        const std::int64_t kv_head = index % num_kv_heads;
+        const auto pages = [&](std::int64_t head) {
+            return Pages{pool + head * num_cells * head_dim, tables + item.chunk * table_stride, block_size, head_dim};
+        };
+        const auto at = [&](int row) { return std::pair{item.first_row + row / group, kv_head * group + row % group}; };
+        const Tile tile{group, head_dim, starts[item.chunk] + item.first_token,
+                        static_cast<int>(item.num_tokens * group), pages(kv_head), pages(num_kv_heads + kv_head)};
+        tile.attend(
+            [&](int row) {
+                const auto [token, head] = at(row);
+                return q + token * q_stride + head * head_dim;
+            },
+            [&](int row) {
+                const auto [token, head] = at(row);
+                return out + (token * num_heads + head) * head_dim;
+            });
+    });
+}
