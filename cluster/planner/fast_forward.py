@@ -76,7 +76,7 @@ def pass_time(scheduler: CopyScheduler, num_steps: int, seconds: Callable[[int],
     pace = scheduler.pace
     if not pace.is_limiting:
         return
-    load = StepLoad(max(group.num_running for group in scheduler.groups), 0)
+    load = StepLoad(sum(group.num_running for group in scheduler.groups), 0)
     is_asked = scheduler.num_unfinished > sum(group.num_running for group in scheduler.groups)
     for step in range(max(0, num_steps - _PACE_REMEMBERS), num_steps):
         pace.took(seconds(step))
@@ -103,7 +103,7 @@ def end_those_who_are_full(scheduler: CopyScheduler) -> list[Hashable]:
     for key in ended:
         scheduler.cancel(key)
     plans = zip(*(group.in_flight for group in scheduler.groups), strict=True)
-    scheduler.pace.are_under_way(StepLoad(max(len(plan.sampled) for plan in step), 0) for step in plans)
+    scheduler.pace.are_under_way(StepLoad(sum(len(plan.sampled) for plan in step), 0) for step in plans)
     return ended
 
 

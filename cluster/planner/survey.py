@@ -87,7 +87,7 @@ def survey(setting: Setting, num_ranks: int, limits: Limits) -> list[Row]:
 
 
 def without_lesser(rows: Sequence[Row]) -> list[Row]:
-    """Of layouts that differ in `expert_tp` alone: the one with whole experts, and the fastest where it is clearly so."""
+    """Of layouts that differ in `expert_tp` alone: that with whole experts, and the fastest where it is clearly so."""
     places: dict[tuple[int, int, int], list[Row]] = {}
     for row in rows:
         candidate = row.fit.candidate

@@ -178,7 +178,8 @@ class CopyScheduler:
         schedulers = [group.scheduler for group in self._groups]
         num_prefilling = sum(scheduler.num_prefilling for scheduler in schedulers)
         num_decoding = sum(scheduler.num_running for scheduler in schedulers) - num_prefilling
-        num_waiting = len(self._queue) + sum(scheduler.num_waiting for scheduler in schedulers)
+        # Not those in the queue: for them there is no room, so that they are no prompts of the next step.
+        num_waiting = sum(scheduler.num_waiting for scheduler in schedulers)
         num_free_slots = self.num_groups * self._config.max_num_seqs - num_decoding - num_prefilling
         return self._pace.limit(num_decoding, num_prefilling + min(num_waiting, num_free_slots))
 
@@ -199,7 +200,7 @@ class CopyScheduler:
 def _load(plans: Sequence[StepPlan]) -> StepLoad:
     """Of the step that these plans make."""
     num_prompt_tokens = max(sum(len(prefill.token_ids) for prefill in plan.prefills) for plan in plans)
-    return StepLoad(max(len(plan.decodes) for plan in plans), num_prompt_tokens)
+    return StepLoad(sum(len(plan.decodes) for plan in plans), num_prompt_tokens)
 
 
 _STATS = [field.name for field in fields(SchedulerStats)]
