@@ -13,7 +13,7 @@ import argparse
 import random
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def live(args: argparse.Namespace) -> dict[str, Any]:
-    """Medians of rounds in which the loads take turns."""
+    """Medians of rounds in which the loads take turns; with one thread, the least of its CPU times."""
     from bench.plan_engine import TimedEngine
 
     streams, prompts = [[int(one) for one in text.split(",")] for text in (args.streams, args.prompts)]
@@ -63,7 +63,8 @@ def live(args: argparse.Namespace) -> dict[str, Any]:
             run = engine.run(ids, OUTPUT)
             if round_number:
                 samples[count, prompt].append(run)
-    runs = [_median(samples[load]) for load in loads]
+    settle = min if args.threads == 1 else statistics.median
+    runs = [_settled(samples[load], settle) for load in loads]
     for run in runs:
         print(f"{run.streams:3d} × {run.prompt:4d}: {run.tokens_per_s:8.1f} tokens/s, token {run.tpot_s * 1e3:7.2f} ms")
     return {
@@ -76,15 +77,16 @@ def live(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _median(runs: Sequence[Run]) -> Run:
+def _settled(runs: Sequence[Run], settle: Callable[[Iterable[float]], float]) -> Run:
+    """Of CPU times the least: others on the machine only add to them."""
     first = runs[0]
     return Run(
         streams=first.streams,
         prompt=first.prompt,
         output=first.output,
-        seconds=statistics.median(run.seconds for run in runs),
-        ttft_s=statistics.median(run.ttft_s for run in runs),
-        tpot_s=statistics.median(run.tpot_s for run in runs),
+        seconds=settle(run.seconds for run in runs),
+        ttft_s=settle(run.ttft_s for run in runs),
+        tpot_s=settle(run.tpot_s for run in runs),
     )
 
 

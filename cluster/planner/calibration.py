@@ -7,7 +7,6 @@ are linear in the costs. What is least is the sum of squared relative errors, wi
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,12 +105,8 @@ def fit_costs(model: ModelConfig, engine: Engine, runs: Sequence[Run]) -> Costs:
     """Raises ConfigError with fewer than 3 runs."""
     if len(runs) < 3:
         raise ConfigError(f"{len(runs)} runs are too few to fit costs to; give 3 or more, of different loads")
-    rows: list[list[float]] = []
-    for run in runs:
-        watched = _Watched(model, engine, run)
-        for amounts, measured in ((watched.total, run.seconds), (watched.decoding, watched.decode_s)):
-            if measured > 0:
-                rows.append([amounts[name] / measured for name in Costs.names()])
+    figures = [figure for run in runs for figure in _Watched(model, engine, run).figures]
+    rows = [amounts / measured for amounts, measured in figures if measured > 0]
     return Costs(**dict(zip(Costs.names(), _least_squares(np.array(rows)), strict=True)))
 
 
@@ -135,23 +130,22 @@ def _cost(model: ModelConfig, costs: Costs) -> FittedCost:
 
 
 class _Watched:
-    """What the steps of a run do, all of them and those between the first tokens and the end."""
+    """What the steps of a run do until each of its figures is known: amounts by the names of Costs."""
 
     def __init__(self, model: ModelConfig, engine: Engine, run: Run) -> None:
-        self.total: Counter[str] = Counter()
-        self.decoding: Counter[str] = Counter()
-        # Every shape matters, not its time: any costs will do.
+        # Which steps there are does not depend on their times. Each lasts a second here, so that times count them.
         cost = _Recording(_cost(model, Costs(step=1.0)))
-        _simulate(cost, engine, run, may_skip=False)
-        pure = Counter[str]()
+        flights = _simulate(cost, engine, run, may_skip=False).ended
+        done = [np.zeros(len(Costs.names()))]
         for shape in cost.shapes:
             amounts = cost.inner.amounts(shape[0])
-            self.total.update(amounts)
-            if not shape[0].prefill_tokens:
-                pure.update(amounts)
-        # A stream's later tokens come in steps that may hold others' prompts, too: those of one stream are pure.
-        self.decoding = pure if run.streams * run.prompt <= engine.max_num_batched_tokens else Counter()
-        self.decode_s = run.tpot_s * (run.output - 1) if self.decoding else 0.0
+            done.append(done[-1] + np.array([amounts[name] for name in Costs.names()]))
+        firsts = [done[round(flight.first_token_s or 0.0)] for flight in flights]
+        lasts = [done[round(flight.end_s or 0.0)] for flight in flights]
+        first, last = np.mean(firsts, axis=0), np.mean(lasts, axis=0)
+        self.figures = [(done[-1], run.seconds), (first, run.ttft_s)]
+        if run.output > 1:
+            self.figures.append(((last - first) / (run.output - 1), run.tpot_s))
 
 
 class _Recording:

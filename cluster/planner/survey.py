@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 from cluster.planner.layouts import Candidate, Fit, Limits, candidates, fit
@@ -16,7 +17,7 @@ STREAMS = (1, 32)
 _MOST_STREAMS = 4096
 """For which they are given, where so many have room."""
 SHOWN_CONTEXT = 4096
-_CLEARLY = 0.97
+_CLEARLY = 0.9
 """Times another step: faster by more than what estimates are worth."""
 
 
@@ -86,25 +87,24 @@ def survey(setting: Setting, num_ranks: int, limits: Limits) -> list[Row]:
 
 
 def without_lesser(rows: Sequence[Row]) -> list[Row]:
-    """Without layouts that split experts (`expert_tp`) and are no faster and no larger than those that do not."""
-    whole = {_place(row): row for row in rows if row.fit.candidate.layout.expert_tp == 1}
-    return [row for row in rows if row is whole.get(_place(row)) or _is_better(row, whole.get(_place(row)))]
+    """Of layouts that differ in `expert_tp` alone: that with whole experts, and the fastest where it is clearly so."""
+    places: dict[tuple[int, int, int], list[Row]] = {}
+    for row in rows:
+        candidate = row.fit.candidate
+        places.setdefault((candidate.copies, candidate.layout.tp, candidate.layout.dp), []).append(row)
+    kept = {id(row) for alike in places.values() for row in _worth_showing(alike)}
+    return [row for row in rows if id(row) in kept]
 
 
-def _place(row: Row) -> tuple[int, int, int]:
-    candidate = row.fit.candidate
-    return candidate.copies, candidate.layout.tp, candidate.layout.dp
+def _worth_showing(alike: Sequence[Row]) -> list[Row]:
+    whole = min(alike, key=lambda row: row.fit.candidate.layout.expert_tp)
+    best = min(alike, key=_step_s)
+    return [whole, best] if _step_s(best) < _CLEARLY * _step_s(whole) else [whole]
 
 
-def _is_better(row: Row, whole: Row | None) -> bool:
-    """In memory, or by more than a few percent in the time of some step."""
-    if whole is None or whole.fit.problem is not None:
-        return whole is None or row.fit.problem is None
-    if row.fit.problem is not None:
-        return False
-    pairs = zip(row.shown_steps, whole.shown_steps, strict=True)
-    is_faster = any(step.estimate.total_s < _CLEARLY * other.estimate.total_s for step, other in pairs)
-    return is_faster or row.fit.kv_tokens > whole.fit.kv_tokens
+def _step_s(row: Row) -> float:
+    """Of the most streams that are always shown; without end where it does not fit."""
+    return row.shown_steps[-1].estimate.total_s if row.steps else inf
 
 
 def _row(setting: Setting, fitted: Fit) -> Row:

@@ -13,7 +13,7 @@ from cluster.planner.models import find_model
 from cluster.planner.rank_work import rank_work
 from cluster.planner.roofline import FLOOR, Roofline
 from cluster.planner.setting import Setting
-from cluster.planner.survey import decode_shape, survey
+from cluster.planner.survey import Row, decode_shape, survey, without_lesser
 from tests.real_models import QWEN3_4B, QWEN3_235B
 from workers.checkpoint import Checkpoint
 from workers.errors import MullError
@@ -117,3 +117,22 @@ def test_an_unknown_model_or_device_names_those_that_there_are() -> None:
         find_model("qwen9")
     with pytest.raises(MullError, match="h100, h20, h200"):
         find_device("abacus")
+
+
+def test_layouts_that_split_experts_are_shown_where_they_are_clearly_faster() -> None:
+    setting = Setting(model=QWEN3_235B, device=H200, kernels=published_kernels())
+    everything = survey(setting, 8, LIMITS)
+
+    shown = without_lesser(everything)
+
+    assert 0 < len(shown) < len(everything) / 2
+    assert sum(row.fit.candidate.layout.expert_tp == 1 for row in shown) == len({*map(place_of, everything)})
+    for row in shown:
+        if row.fit.candidate.layout.expert_tp > 1:
+            whole = next(other for other in shown if place_of(other) == place_of(row))
+            assert row.steps[-1].estimate.total_s < whole.steps[-1].estimate.total_s
+
+
+def place_of(row: Row) -> tuple[int, int, int]:
+    candidate = row.fit.candidate
+    return candidate.copies, candidate.layout.tp, candidate.layout.dp

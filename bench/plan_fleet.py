@@ -1,0 +1,96 @@
+"""What happens to fleets, by `mull plan`'s simulation, and how many requests a minute it simulates.
+
+    python -m bench.plan_fleet [--copies 1024] [--out bench/results/plan_fleet.json]
+
+Each row is a fleet of the 235B on H200, four of them a copy, with production schedulers and gateways' routing; only
+ranks are replaced by the cost model. Nothing here was measured on an accelerator.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bench import report
+from cluster.planner.devices import find_device, published_kernels
+from cluster.planner.layouts import Candidate, Limits, fit
+from cluster.planner.load import DrawnLoad
+from cluster.planner.models import find_model
+from cluster.planner.operations import known_operations
+from cluster.planner.scenario import Course, Scenario, follow
+from cluster.planner.setting import Setting
+from cluster.planner.upsets import Upset
+from cluster.planner.workload import Lengths
+from workers.layout import ParallelLayout
+
+CHAT = Lengths(prompt=500, thinking=600, answer=200)
+THINKING = Lengths(prompt=2000, thinking=8000, answer=1000)
+LIMITS = Limits(max_num_seqs=256, max_num_batched_tokens=4096, context=32768)
+
+
+def course(copies: int, load: DrawnLoad, scenario: Scenario) -> Course:
+    """Of so many copies."""
+    model, device = find_model("qwen3-235b").config, find_device("h200")
+    setting = Setting(model=model, device=device, kernels=published_kernels())
+    fitted = fit(model, Candidate(layout=ParallelLayout(tp=4), copies=copies), device, LIMITS)
+    return follow(setting, fitted, load, scenario, known_operations())
+
+
+def cases(most_copies: int) -> dict[str, tuple[int, DrawnLoad, Scenario]]:
+    """By name: copies, what comes, what happens."""
+    thinking = DrawnLoad(rate_per_s=0.4, lengths=THINKING)
+    lost = [Upset(time_s=300.0, kind="lose-rank"), Upset(time_s=900.0, kind="lose-router")]
+    day = DrawnLoad(rate_per_s=8.0, lengths=CHAT, pattern="diurnal", day_s=1800.0)
+    tenants = DrawnLoad(rate_per_s=0.25 * most_copies, lengths=CHAT, pattern="bursty", tenants=100)
+    return {
+        "2 copies lose a rank, then a Router": (2, thinking, Scenario(duration_s=1800.0, upsets=lost)),
+        "10 copies are updated in place": (
+            10,
+            DrawnLoad(rate_per_s=10.0, lengths=CHAT),
+            Scenario(duration_s=600.0, upsets=[Upset(time_s=120.0, kind="rolling-update")]),
+        ),
+        "a day in half an hour, 1 to 8 copies": (1, day, Scenario(duration_s=1800.0, max_copies=8)),
+        f"{most_copies} copies, bursts of 100 tenants": (most_copies, tenants, Scenario(duration_s=60.0)),
+    }
+
+
+def row(name: str, result: Course) -> dict[str, Any]:
+    """The figures, without the columns over time."""
+    values = result.as_json()
+    series = values.pop("series")
+    worst = max((one for one in series["ttft_p95_s"] if one is not None), default=None)
+    values["peak"] = {
+        "running": max(series["running"]),
+        "waiting": max(series["waiting"]),
+        "longest_queue": max(series["longest_queue"]),
+        "tokens_per_s": max(series["output_tokens_per_s"]),
+        "ttft_p95_s": worst,
+        "refused": sum(series["refused"]),
+        "copies": max(series["copies"]),
+    }
+    return {"case": name} | values
+
+
+def main() -> None:
+    parser = report.arguments(__doc__, streams="")
+    parser.add_argument("--copies", type=int, default=1024)
+    args = parser.parse_args()
+    rows = []
+    for name, (copies, load, scenario) in cases(args.copies).items():
+        rows.append(row(name, course(copies, load, scenario)))
+        effort = rows[-1]["simulation"]
+        print(
+            f"{name}: {effort['requests']:,} requests, {effort['steps']:,} steps ({effort['decided_steps']:,} decided) "
+            f"in {effort['cpu_s']:.0f} s of CPU: {60 * effort['requests'] / effort['cpu_s']:,.0f} requests a minute"
+        )
+        for event in rows[-1]["events"]:
+            pauses = f"pauses {event['pause_p50_s']} s, at most {event['pause_max_s']}"
+            print(f"  {event['time_s']:.0f} s: {event['words']}; {pauses}")
+        print(f"  peak: {rows[-1]['peak']}")
+        for part in rows[-1]["control_plane"]:
+            mark = "!" if part["is_over"] else " "
+            print(f"  {mark} {part['part']}: {part['used']:,.4g} of {part['limit']} {part['unit']}")
+    report.write(args.out, {"machine": report.machine(), "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
