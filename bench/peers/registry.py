@@ -50,6 +50,8 @@ def _vllm_environment(dtype: str) -> dict[str, str]:
     return {
         "BENCH_VLLM_DTYPE": dtype,
         "LD_PRELOAD": ":".join(str(library.absolute()) for library in preload if library.exists()),
+        # What it compiles ahead of time it cannot load again (0.32.0), and would compile at each start.
+        "VLLM_USE_AOT_COMPILE": "0",
         "VLLM_CACHE_ROOT": str((ENVIRONMENTS / "vllm-cache").absolute()),
     }
 
