@@ -88,7 +88,8 @@ class ShapeBench:
                 self._tell(f"{name} {self._result.missing[name]}")
                 continue
             self._result.idle_cpu[name] = engine.idle_cpu(IDLE_S)
-            engine.pause()
+            if spec.can_be_stopped:
+                engine.pause()
             yield name, engine
 
     def _job(self, spec: EngineSpec, room: Room) -> LoadJob:
@@ -108,7 +109,7 @@ class ShapeBench:
         for name, engine in list(engines.items()):
             self._tell(f"{self._result.shape}: first tokens of {name}")
             try:
-                with running(engine):
+                with running(name, engine):
                     outputs[name] = engine.run(job)
             except EngineFailed as error:
                 self._result.missing[name] = f"does not generate: {error}"
@@ -132,7 +133,7 @@ class ShapeBench:
         prompts = asked.prompts(self._checkpoints.shape.prompt_ids, round_number)
         job = RunJob(prompts, asked.tokens_out, cell.length, cell.bound_s)
         try:
-            with running(engine):
+            with running(name, engine):
                 reply = engine.run(job)
         except EngineFailed as error:
             # Its process may be in any state: it is not asked again.
@@ -155,9 +156,11 @@ class ShapeBench:
 
 
 @contextlib.contextmanager
-def running(engine: EngineProcess) -> Iterator[None]:
+def running(name: str, engine: EngineProcess) -> Iterator[None]:
+    """It alone, for a while."""
     engine.resume()
     try:
         yield
     finally:
-        engine.pause()
+        if ENGINES[name].can_be_stopped:
+            engine.pause()

@@ -32,6 +32,8 @@ class EngineSpec:
     """Memory that it was seen to take for its weights, over their size in its form."""
     kv_element_bytes: int = 4
     load_timeout_s: float = 300.0
+    can_be_stopped: bool = True
+    """While others are measured; else it is loaded when they are not."""
     environment: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -83,6 +85,7 @@ ENGINES = {
             python=OURS,
             form=Form.FP8,
             libraries_mb=1200,
+            can_be_stopped=False,
             packages=("mull", "torch", "ray", "grpcio"),
             weights_factor=1.2,
         ),

@@ -10,6 +10,7 @@ from typing import Any
 from bench.limits import Limits
 from bench.peers.cells import Cell, Figures
 from bench.peers.engine_process import Memory
+from bench.peers.registry import MULL
 from bench.report import Spread
 
 Turn = tuple[int, int]
@@ -48,15 +49,21 @@ class CellResult:
     def ratio(self, engine: str, other: str, value: Value) -> Spread | None:
         """The engine's figure over the other's, of the turns that both had: the machine's mood is in both.
 
-        Of their medians where they had none together, as they did not fit into memory together.
+        Where they had none together: by way of mull, which was beside both, or else of their medians.
         """
+        if ratios := self._ratios(engine, other, value):
+            return Spread.of(ratios)
+        to_mull, from_mull = self._ratios(engine, MULL, value), self._ratios(MULL, other, value)
+        if to_mull and from_mull:
+            return Spread.of([statistics.median(to_mull) * statistics.median(from_mull)])
+        ours, theirs = self.spread(engine, value), self.spread(other, value)
+        return Spread.of([ours.median / theirs.median]) if ours and theirs else None
+
+    def _ratios(self, engine: str, other: str, value: Value) -> list[float]:
+        """One for each turn that both had."""
         ours, theirs = self.figures.get(engine, {}), self.figures.get(other, {})
         pairs = [(value(ours[turn]), value(theirs[turn])) for turn in ours if turn in theirs]
-        ratios = [a / b for a, b in pairs if a is not None and b is not None]
-        if ratios:
-            return Spread.of(ratios)
-        our_spread, their_spread = self.spread(engine, value), self.spread(other, value)
-        return Spread.of([our_spread.median / their_spread.median]) if our_spread and their_spread else None
+        return [a / b for a, b in pairs if a is not None and b is not None]
 
     def is_far_behind(self, engine: str) -> bool:
         """Less than half as fast as the fastest so far: more rounds of it would change nothing."""

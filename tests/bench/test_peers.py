@@ -84,6 +84,16 @@ def test_a_ratio_is_of_runs_of_the_same_turn() -> None:
     assert not result.is_far_behind(Q8_0)
 
 
+def test_a_ratio_of_engines_that_were_not_loaded_together_goes_by_way_of_ours() -> None:
+    result = CellResult(CELL)
+    result.figures[MULL] = {(1, 0): Figures(10, 1, 0.1), (2, 0): Figures(20, 1, 0.1)}
+    result.figures[F32] = {(1, 0): Figures(5, 1, 0.1)}
+    result.figures[MULL_GRPC] = {(2, 0): Figures(10, 1, 0.1)}
+    ratio = result.ratio(MULL_GRPC, F32, throughput)
+    assert ratio is not None
+    assert ratio.median == 0.5 * 2
+
+
 def test_prompts_are_the_same_for_every_engine_and_others_in_the_next_round() -> None:
     ids = range(100, 200)
     assert CELL.prompts(ids, 0) == CELL.prompts(ids, 0) != CELL.prompts(ids, 1)
@@ -102,7 +112,7 @@ def test_the_whole_grid_has_every_load_and_prompt() -> None:
 
 def test_ours_are_loaded_beside_every_peer_as_far_as_there_is_room() -> None:
     needs_mb = {MULL: 10, MULL_GRPC: 10, Q8_0: 30, F32: 60, VLLM_FP32: 50}
-    assert groups(needs_mb, 100) == [[MULL, MULL_GRPC, Q8_0, VLLM_FP32], [MULL, MULL_GRPC, F32]]
+    assert groups(needs_mb, 100) == [[MULL, Q8_0, VLLM_FP32], [MULL, F32], [MULL, MULL_GRPC]]
     assert groups({MULL: 10, Q8_0: 200}, 100) == [[MULL]]
     assert groups({Q8_0: 30}, 100) == [[Q8_0]]
     assert groups({MULL: 60, MULL_GRPC: 60, Q8_0: 30, F32: 200}, 100) == [[MULL, Q8_0], [MULL_GRPC]]
