@@ -112,7 +112,7 @@ def test_the_whole_grid_has_every_load_and_prompt() -> None:
 
 def test_ours_are_loaded_beside_every_peer_as_far_as_there_is_room() -> None:
     needs_mb = {MULL: 10, MULL_GRPC: 10, Q8_0: 30, F32: 60, VLLM_FP32: 50}
-    assert groups(needs_mb, 100) == [[MULL, Q8_0, VLLM_FP32], [MULL, F32], [MULL, MULL_GRPC]]
+    assert groups(needs_mb, 100) == [[MULL, Q8_0, F32], [MULL, VLLM_FP32], [MULL, MULL_GRPC]]
     assert groups({MULL: 10, Q8_0: 200}, 100) == [[MULL]]
     assert groups({Q8_0: 30}, 100) == [[Q8_0]]
     assert groups({MULL: 60, MULL_GRPC: 60, Q8_0: 30, F32: 200}, 100) == [[MULL, Q8_0], [MULL_GRPC]]
