@@ -137,7 +137,8 @@ ENGINES = {
             form=Form.FP32,
             libraries_mb=1000,
             packages=("transformers", "torch"),
-            weights_factor=1.2,
+            # Loading lays a mixture's experts out anew, beside those that it read.
+            weights_factor=2.0,
         ),
         EngineSpec(
             name=CONTINUOUS,
@@ -146,7 +147,8 @@ ENGINES = {
             form=Form.FP32,
             libraries_mb=1000,
             packages=("transformers", "torch"),
-            weights_factor=1.2,
+            # Loading lays a mixture's experts out anew, beside those that it read.
+            weights_factor=2.0,
         ),
     )
 }
