@@ -45,6 +45,7 @@ class Copy:
             max_num_seqs=num_seqs,
             max_num_batched_tokens=max(512, num_seqs),
             speculation=Speculation(max_tokens=5),
+            max_prefill_slowdown=2.5,
         )
         self.scheduler = CopyScheduler(config, [BlockAllocator(num_seqs * 512, BLOCK_SIZE)])
         for key in range(num_seqs):
@@ -106,9 +107,9 @@ def scheduler_us(num_seqs: int, runs: int) -> dict[str, Spread]:
     return {part: Spread.of(values) for part, values in rows.items()}
 
 
-def model_step_us(num_seqs: int, runs: int) -> Spread:
-    """Wall-µs of a decode of so many sequences through the built-in model, on all cores."""
-    config = OfflineConfig(model_dir=str(MODEL_DIR), num_threads=int(machine()["cores"]), max_num_seqs=num_seqs)
+def model_step_us(num_seqs: int, threads: int, runs: int) -> Spread:
+    """Wall-µs of a decode of so many sequences through the built-in model."""
+    config = OfflineConfig(model_dir=str(MODEL_DIR), num_threads=threads, max_num_seqs=num_seqs)
     engine = OfflineEngine(config)
     draw = random.Random(0)
     prompts = [[draw.randrange(300) for _ in range(PROMPT)] for _ in range(num_seqs)]
@@ -123,7 +124,9 @@ def model_step_us(num_seqs: int, runs: int) -> Spread:
 
 
 def main() -> None:
-    args = arguments(__doc__, streams="1,4,16,64,256,1024").parse_args()
+    parser = arguments(__doc__, streams="1,4,16,64,256,1024")
+    parser.add_argument("--threads", type=int, default=2, help="of the built-in model")
+    args = parser.parse_args()
     results: dict[str, Any] = {"machine": {**machine(), **versions("torch")}, "scheduler_us": {}}
     print("sequences     plan   encode    apply     step   a sequence (CPU-µs)")
     for num_seqs in map(int, args.streams.split(",")):
@@ -131,9 +134,15 @@ def main() -> None:
         results["scheduler_us"][num_seqs] = spent
         parts = " ".join(f"{spent[part].median:8.1f}" for part in (*PARTS, "step"))
         print(f"{num_seqs:9d} {parts} {spent['step'].median / num_seqs:12.2f}", flush=True)
-    step_us, own_us = model_step_us(SHARED, args.runs), scheduler_us(SHARED, args.runs)["step"]
+    step_us, own_us = model_step_us(SHARED, args.threads, args.runs), scheduler_us(SHARED, args.runs)["step"]
     share = own_us.median / step_us.median
-    results["pocket_step_us"] = {"sequences": SHARED, "step": step_us, "scheduler": own_us, "share": share}
+    results["pocket_step_us"] = {
+        "sequences": SHARED,
+        "threads": args.threads,
+        "step": step_us,
+        "scheduler": own_us,
+        "share": share,
+    }
     print(f"of a step of {SHARED} sequences of the built-in model, {step_us} µs, that is {share:.1%}")
     write(args.out, results)
 

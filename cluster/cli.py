@@ -1,4 +1,4 @@
-"""mull serve | chat | status | top | demo | keys | check | drain.
+"""mull serve | chat | status | top | demo | plan | keys | check | drain.
 
 Flags become a ClusterConfig; an error is one line with a remedy, never a traceback.
 """
@@ -29,6 +29,7 @@ from cluster.flags import (
 )
 from cluster.interrupts import Interrupts
 from cluster.keys_command import add_keys_command
+from cluster.planner.command import add_plan_command
 from workers.logs import write_logs
 
 if TYPE_CHECKING:
@@ -279,6 +280,9 @@ def _parser() -> argparse.ArgumentParser:
     top = commands.add_parser("top", help="what a running server does, live")
     add_top_flags(top)
     top.set_defaults(command=_top)
+
+    plan = commands.add_parser("plan", help="what fits on which GPUs, how fast it is, and what to run")
+    add_plan_command(plan)
 
     keys = commands.add_parser("keys", help="API keys: add, list, revoke")
     add_keys_command(keys)

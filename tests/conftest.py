@@ -11,6 +11,9 @@ from hypothesis import settings
 # Torch's threads wait for one another in loops. Where several processes share the cores, those loops are most of what
 # is computed. Read when torch is imported; a test or a server that sets its threads itself has them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Read when triton is imported: its kernels run without a GPU. On a machine that has one, TRITON_INTERPRET=0 compiles
+# them for it.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 settings.register_profile("mull", deadline=None)
 settings.load_profile("mull")

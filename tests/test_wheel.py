@@ -50,3 +50,7 @@ def test_an_installed_wheel_has_the_protocol_and_finds_the_built_in_model(tmp_pa
     assert list(model.glob("*.safetensors"))
     assert (installed / "mull" / "v1" / "generation.proto").is_file()
     assert (installed / "cluster" / "py.typed").is_file()
+    planner = installed / "cluster" / "planner"
+    assert {file.name for file in (planner / "report").iterdir()} >= {"report.html", "report.css"}
+    assert list(planner.glob("data/*.toml"))
+    assert list(planner.glob("data/models/*.json"))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from workers.kernels.triton.choice import has_triton
 from workers.layout import Span
 from workers.rank_group import RankGroup
 
@@ -76,6 +77,10 @@ class CandidateExchange:
 
 def _likeliest(logits_Bv: Tensor, count: int) -> Candidates:
     """The first `count` of one part; ids count from its start."""
+    if has_triton(logits_Bv.device.type):
+        from workers.kernels.triton.candidates import likeliest_keys
+
+        return _candidates(likeliest_keys(logits_Bv, count))
     if count == 1:
         logits_B1, ids_B1 = logits_Bv.max(dim=-1, keepdim=True)  # names the first of equals
         return Candidates(ids_B1, logits_B1)

@@ -23,6 +23,8 @@ from workers.kernels.cpu.library import native
 from workers.kernels.cpu.panels import PanelWeight, Tiling
 from workers.kernels.dequant import dequantize_into
 from workers.kernels.linear import Weight, empty_weight
+from workers.kernels.tiles import TILE, TileWeight
+from workers.kernels.triton.choice import has_triton
 from workers.layout import Span
 from workers.safetensors_header import SCALE_SUFFIX, StoredTensor, check_checkpoint
 from workers.weights import TensorSlice, param_shapes, rank_slices
@@ -69,7 +71,8 @@ class Checkpoint:
         device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> dict[str, Weight]:
-        """This rank's fused parameters: on a CPU with kernels for it, matrices keep their stored values, in panels.
+        """This rank's fused parameters. Where there are kernels for it, matrices keep their stored values: in panels
+        on a CPU, on a GPU the FP8 ones that are cut at tiles.
 
         Raises LayoutError before any byte is read, CheckpointError where a file fails.
         """
@@ -153,6 +156,9 @@ class Checkpoint:
         assert piece.cols is not None, "FP8 tensors are matrices"
         block = self._block()
         origin = (piece.rows.start % block[0], piece.cols.start % block[1])
+        if isinstance(param, TileWeight):
+            param.store_rows(piece.expert, piece.param_row, codes, scale_rc)
+            return
         if isinstance(param, PanelWeight) and param.scale_etX is not None:
             tile_of_row = (torch.arange(piece.rows.size) + origin[0]) // block[0]
             param.store_rows(piece.expert or 0, piece.param_row, codes)
@@ -178,6 +184,8 @@ class Checkpoint:
         is_table = parts[0].param == "embed" and not self.config.tie_word_embeddings
         if len(shape) == 1 or is_table:
             return torch.empty(shape, dtype=torch.bfloat16 if is_table and stored == {"BF16"} else dtype, device=device)
+        if self._has_tiles(parts, torch.device("cpu") if device is None else device) and not has_panels:
+            return TileWeight.empty(shape, device)
         if not has_panels:
             return empty_weight(shape, dtype, device)
         tiling, panel_dtype = None, torch.bfloat16 if stored == {"BF16"} else torch.float32
@@ -185,6 +193,13 @@ class Checkpoint:
             first_col, block_cols = _first_col(parts[0]), self._block()[1]
             tiling, panel_dtype = Tiling(first=block_cols - first_col % block_cols, size=block_cols), torch.uint8
         return PanelWeight.empty(shape, panel_dtype, tiling, is_paired=parts[0].param.endswith("gate_up"))
+
+    def _has_tiles(self, parts: list[TensorSlice], device: torch.device) -> bool:
+        """Whether GPU kernels can read a parameter as it is stored."""
+        if not has_triton(device.type) or not all(self._is_fp8(part) for part in parts):
+            return False
+        cuts = [cut for part in parts for cut in (part.param_row, part.rows.start, *(part.cols or ()))]
+        return self._block() == (TILE, TILE) and all(cut % TILE == 0 for cut in cuts)
 
 
 def _first_col(part: TensorSlice) -> int:
@@ -202,7 +217,7 @@ def _store(param: Weight, piece: TensorSlice, values_RC: Tensor) -> None:
 
 
 def _rows_of(param: Weight, piece: TensorSlice) -> Tensor:
-    assert isinstance(param, Tensor), "panels have no rows to write to"
+    assert isinstance(param, Tensor), "panels and tiles have no rows to write to"
     target = param if piece.expert is None else param[piece.expert]
     return target[piece.param_row : piece.param_row + piece.rows.size]
 

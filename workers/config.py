@@ -59,7 +59,12 @@ class ModelConfig:
     @classmethod
     def from_dir(cls, path: str | Path) -> ModelConfig:
         """Read `path`/config.json. Raises CheckpointError naming the file, the field and the remedy."""
-        return _ConfigReader(Path(path) / "config.json").model_config()
+        return cls.from_file(Path(path) / "config.json")
+
+    @classmethod
+    def from_file(cls, file: Path) -> ModelConfig:
+        """Read a config.json alone, by whatever name. Raises as `from_dir` does."""
+        return _ConfigReader(file).model_config()
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether a layer has experts: not listed as dense, and every `decoder_sparse_step`-th."""

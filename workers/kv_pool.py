@@ -9,6 +9,8 @@ import torch
 
 from workers.config import ModelConfig, ShardSpec
 from workers.errors import KVMemoryError
+from workers.kernels.cpu import large_pages
+from workers.kv_memory import kv_token_bytes
 
 
 class KVPool:
@@ -28,7 +30,11 @@ class KVPool:
         dtype: torch.dtype,
     ) -> None:
         shape = (2 * spec.kv_heads(config).size, num_blocks, block_size, config.head_dim)
-        self.layers = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
+        is_cpu = device.type == "cpu"
+        self.layers = [
+            large_pages.zeros(shape, dtype) if is_cpu else torch.zeros(shape, device=device, dtype=dtype)
+            for _ in range(config.num_layers)
+        ]
 
     def free(self) -> None:
         """Give the memory back; nothing can be computed any more."""
@@ -40,8 +46,7 @@ class KVPool:
 
 def block_bytes(config: ModelConfig, spec: ShardSpec, block_size: int, dtype: torch.dtype) -> int:
     """Bytes of one block over all layers, K and V."""
-    per_token = 2 * config.num_layers * spec.kv_heads(config).size * config.head_dim
-    return block_size * per_token * dtype.itemsize
+    return block_size * kv_token_bytes(config, spec, dtype.itemsize)
 
 
 def num_blocks_in(memory_bytes: int, bytes_per_block: int) -> int:

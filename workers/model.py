@@ -19,7 +19,7 @@ from workers.experts.layer import ExpertLayer
 from workers.experts.traffic import DispatchTraffic
 from workers.kernels.cpu.halves import LayerStack
 from workers.kernels.linear import Weight, linear, vector
-from workers.kernels.norm import add_rms_norm, rms_norm
+from workers.kernels.norm import add_rms_norm, add_rms_norm_for, rms_norm, rms_norm_for
 from workers.kv_pool import KVPool
 from workers.layers.attention import Attention
 from workers.layers.embedding import Embedding
@@ -97,20 +97,20 @@ class DecoderLayer:
         if self.attention_half is not None and batch.step_rows is not None:
             return self.attention_half(x_TH, delta_TH, batch.step_rows, kv.layers[self.layer])
         if delta_TH is None:
-            normed_TH = rms_norm(x_TH, self.input_norm, self.eps)
+            rows = rms_norm_for(x_TH, self.input_norm, self.eps, self.attention.qkv)
         else:
-            normed_TH = add_rms_norm(x_TH, delta_TH, self.input_norm, self.eps)
-        return self.attention(normed_TH, batch, kv)
+            rows = add_rms_norm_for(x_TH, delta_TH, self.input_norm, self.eps, self.attention.qkv)
+        return self.attention(rows, batch, kv)
 
     def _feed_forward(self, x_TH: Tensor, attended_TH: Tensor, dispatcher: Dispatcher[Any]) -> Tensor:
         """Adds the sum of `attended_TH` over ranks to x_TH in place. Returns what is to be added next."""
         attended_TH = self.tp.all_reduce(attended_TH)
         if self.feed_forward_half is not None and self.feed_forward.is_in_order:
             return self.tp.all_reduce(self.feed_forward_half(x_TH, attended_TH))
-        normed_TH = add_rms_norm(x_TH, attended_TH, self.post_norm, self.eps)
         if isinstance(self.feed_forward, ExpertLayer):
-            return self.feed_forward(normed_TH, dispatcher)
-        return self.tp.all_reduce(self.feed_forward(normed_TH))
+            return self.feed_forward(add_rms_norm(x_TH, attended_TH, self.post_norm, self.eps), dispatcher)
+        rows = add_rms_norm_for(x_TH, attended_TH, self.post_norm, self.eps, self.feed_forward.gate_up)
+        return self.tp.all_reduce(self.feed_forward(rows))
 
 
 class Decoder:

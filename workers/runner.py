@@ -24,6 +24,7 @@ from workers.experts.choice import DispatcherChoice
 from workers.experts.rebalance import PlacedExperts
 from workers.grammar import Grammars
 from workers.kernels.linear import Weight
+from workers.kv_memory import default_kv_bytes
 from workers.kv_pool import KVPool, block_bytes, num_blocks_in
 from workers.model import Decoder
 from workers.parallel import ParallelState
@@ -32,10 +33,6 @@ from workers.sampling import Sampler
 from workers.slots import SlotStates
 from workers.step import OpenSlot, PlacementUpdate, Prefill, SamplingParams, StepPlan, StepResult, TokenLogprobs
 from workers.threads import ThreadChooser
-
-CPU_KV_BYTES = 256 * 2**20
-MEMORY_SHARE = 0.88
-"""Of the free memory after loading; the rest is for activations and the allocator."""
 
 
 class _Computed(NamedTuple):
@@ -211,7 +208,8 @@ class ModelRunner:
         """Blocks that fit the KV memory, and no more than all slots at full length can use."""
         config, free_bytes = self.config, _free_bytes(self.device)
         bytes_per_block = block_bytes(self.model, config.spec, config.block_size, dtype)
-        affordable = num_blocks_in(config.kv_memory_bytes or _default_kv_bytes(self.device), bytes_per_block)
+        kv_bytes = config.kv_memory_bytes or default_kv_bytes(free_bytes, self.device.type)
+        affordable = num_blocks_in(kv_bytes, bytes_per_block)
         num_blocks = min(affordable, config.max_num_seqs * -(-config.max_model_len // config.block_size))
         if num_blocks * bytes_per_block > free_bytes:
             raise KVMemoryError(
@@ -268,8 +266,3 @@ def _free_bytes(device: torch.device) -> int:
         return psutil.virtual_memory().available
     free_bytes, _ = torch.cuda.mem_get_info(device)
     return free_bytes
-
-
-def _default_kv_bytes(device: torch.device) -> int:
-    share = int(_free_bytes(device) * MEMORY_SHARE)
-    return min(CPU_KV_BYTES, share) if device.type == "cpu" else share

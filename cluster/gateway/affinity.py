@@ -29,6 +29,13 @@ class CopyLoad:
     num_waiting: int = 0
 
 
+def known_load(said: CopyLoad, num_sent: int) -> CopyLoad:
+    """What a copy said last, or what was sent there since: `num_sent` sequences are there by what we know ourselves."""
+    if num_sent <= said.num_running:
+        return said
+    return CopyLoad(num_running=num_sent, num_waiting=said.num_waiting)
+
+
 def cost_tokens(num_prompt: int, num_cached: int, load: CopyLoad) -> int:
     """What a copy has to do before the first token of a prompt, of which it has `num_cached` tokens."""
     busy = TOKENS_PER_RUNNING * load.num_running + TOKENS_PER_WAITING * load.num_waiting

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from cluster.errors import MullError, NotReady, Overloaded
-from cluster.gateway.affinity import CopyLoad, PrefixMemory, cheapest, prefix_hashes
+from cluster.gateway.affinity import CopyLoad, PrefixMemory, cheapest, known_load, prefix_hashes
 from mull.v1 import router_pb2 as pb
 
 _REFUSALS = (pb.End.REASON_UNAVAILABLE, pb.End.REASON_CANCELLED, pb.End.REASON_OVERLOADED)
@@ -136,9 +136,7 @@ class _Copy:
 
     @property
     def load(self) -> CopyLoad:
-        """What it said, or what was sent there since."""
-        said = self.state.load
-        return CopyLoad(num_running=max(said.num_running, len(self.flights)), num_waiting=said.num_waiting)
+        return known_load(self.state.load, len(self.flights))
 
 
 class Recovery:

@@ -53,6 +53,16 @@ class CopyScheduler:
         return len(self._groups)
 
     @property
+    def pace(self) -> PromptPace:
+        """How many prompt tokens a step takes beside decodes."""
+        return self._pace
+
+    @property
+    def groups(self) -> list[Scheduler]:
+        """The schedulers of the groups, in their order."""
+        return [group.scheduler for group in self._groups]
+
+    @property
     def num_unfinished(self) -> int:
         return len(self._queue) + len(self._group_of)
 
@@ -112,7 +122,7 @@ class CopyScheduler:
         if move is Move.WAIT:
             return None
         self._assign()
-        most_prompt_tokens = self._most_prompt_tokens()
+        most_prompt_tokens = self.most_prompt_tokens()
         built = self._build(move, most_prompt_tokens)
         if most_prompt_tokens is not None and all(plan is None for plan in built):
             built = self._build(move, None)  # those who decode wait for blocks: prompts hold up nobody
@@ -161,14 +171,15 @@ class CopyScheduler:
             group.scheduler.build(drafts=is_drafting, most_prompt_tokens=most_prompt_tokens) for group in self._groups
         ]
 
-    def _most_prompt_tokens(self) -> int | None:
-        """Of each group's plan; None: all that its budget leaves."""
+    def most_prompt_tokens(self) -> int | None:
+        """Of each group's next plan; None: all that its budget leaves."""
         if not self._pace.is_limiting:
             return None
         schedulers = [group.scheduler for group in self._groups]
         num_prefilling = sum(scheduler.num_prefilling for scheduler in schedulers)
         num_decoding = sum(scheduler.num_running for scheduler in schedulers) - num_prefilling
-        num_waiting = len(self._queue) + sum(scheduler.num_waiting for scheduler in schedulers)
+        # Not those in the queue: for them there is no room, so that they are no prompts of the next step.
+        num_waiting = sum(scheduler.num_waiting for scheduler in schedulers)
         num_free_slots = self.num_groups * self._config.max_num_seqs - num_decoding - num_prefilling
         return self._pace.limit(num_decoding, num_prefilling + min(num_waiting, num_free_slots))
 
@@ -189,7 +200,7 @@ class CopyScheduler:
 def _load(plans: Sequence[StepPlan]) -> StepLoad:
     """Of the step that these plans make."""
     num_prompt_tokens = max(sum(len(prefill.token_ids) for prefill in plan.prefills) for plan in plans)
-    return StepLoad(max(len(plan.decodes) for plan in plans), num_prompt_tokens)
+    return StepLoad(sum(len(plan.decodes) for plan in plans), num_prompt_tokens)
 
 
 _STATS = [field.name for field in fields(SchedulerStats)]

@@ -83,6 +83,11 @@ class EngineCore:
         return self._scheduler.stats if self._scheduler else None
 
     @property
+    def scheduler(self) -> CopyScheduler | None:
+        """None before the first start, and at the end."""
+        return self._scheduler
+
+    @property
     def num_in_flight(self) -> int:
         """Plans whose results are not back."""
         return self._scheduler.num_in_flight if self._scheduler else 0

@@ -23,6 +23,20 @@ class StepsInFlight:
     def __len__(self) -> int:
         return len(self._steps)
 
+    def __iter__(self) -> Iterator[StepInFlight]:
+        """Oldest first."""
+        return iter(self._steps)
+
+    @property
+    def oldest(self) -> StepInFlight:
+        """The one whose result comes next."""
+        return self._steps[0]
+
+    @property
+    def newest(self) -> StepInFlight:
+        """The one that was sent last."""
+        return self._steps[-1]
+
     @property
     def are_computing(self) -> bool:
         """One of them computes something."""
@@ -47,6 +61,10 @@ class StepsInFlight:
     def add(self, step: StepInFlight) -> None:
         """It was sent."""
         self._steps.append(step)
+
+    def drop_newest(self) -> None:
+        """It would not be made any more: for the planner, which knows it before it runs."""
+        self._steps.pop()
 
     def clear(self) -> None:
         """None of them has a result any more."""

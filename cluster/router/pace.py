@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 MIN_TOKENS = 16
@@ -19,14 +20,18 @@ RATE = 0.3
 """Weight of the newest step in what is learnt."""
 LOOK_EVERY = 32
 """Steps with prompts after which one without shows what it takes now."""
+MOST_LOOKS = 8
+"""Steps that prompts wait for that, at most: they go on whatever is known."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepLoad:
-    """What a step computes, of its fullest group."""
+    """What a step computes."""
 
     num_decodes: int
+    """Of all groups."""
     num_prompt_tokens: int
+    """Of the group with the most: the others wait for it."""
 
 
 class PromptPace:
@@ -44,7 +49,9 @@ class PromptPace:
         self._token_s: float | None = None
         """What a prompt token adds."""
         self._num_tokens = MIN_TOKENS
-        """That the last step with a limit could take."""
+        """That the last step with prompts had, or could always have had."""
+        self._num_looks = 0
+        """Steps in a row that prompts have waited for."""
 
     @property
     def is_limiting(self) -> bool:
@@ -58,21 +65,27 @@ class PromptPace:
         """
         if self._max_slowdown is None or not 0 < num_prompts <= num_decodes:
             return None
-        if self._plain_s is None or self._num_since_plain >= LOOK_EVERY or not self._is_like(num_decodes):
+        if self.must_look(num_decodes) and self._num_looks < MOST_LOOKS:
+            self._num_looks += 1
             return 0  # the next steps show it
+        self._num_looks = 0
         if not self._plain_s:
             return None
-        num_tokens = MIN_TOKENS
-        if self._token_s is not None:
-            affordable = (self._max_slowdown - 1) * self._plain_s / self._token_s
-            num_tokens = max(num_tokens, int(min(affordable, GROWTH * self._num_tokens)))
-        self._num_tokens = num_tokens
-        return num_tokens
+        if not self._token_s:
+            return MIN_TOKENS
+        affordable = (self._max_slowdown - 1) * self._plain_s / self._token_s
+        return max(MIN_TOKENS, int(min(affordable, GROWTH * self._num_tokens)))
+
+    def must_look(self, num_decodes: int) -> bool:
+        """What a step without prompts takes for so many decodes is not known, or not any more."""
+        return self._plain_s is None or self._num_since_plain >= LOOK_EVERY or not self._is_like(num_decodes)
 
     def sent(self, load: StepLoad) -> None:
         """A step is under way."""
         self._in_flight.append(load)
         self._num_since_plain = self._num_since_plain + 1 if load.num_prompt_tokens else 0
+        if load.num_prompt_tokens:
+            self._num_tokens = max(MIN_TOKENS, load.num_prompt_tokens)
 
     def took(self, seconds: float) -> None:
         """The oldest step under way has."""
@@ -86,6 +99,10 @@ class PromptPace:
             # What costs nothing is measured wrongly: a share of a whole step's tokens is the least.
             added_s = max(seconds - self._plain_s, 0.1 * seconds)
             self._token_s = _learn(self._token_s, added_s / load.num_prompt_tokens)
+
+    def are_under_way(self, loads: Iterable[StepLoad]) -> None:
+        """These steps are, and no others: for the planner, which knows many steps at once."""
+        self._in_flight = deque(loads)
 
     def lost(self) -> None:
         """Steps under way have no results any more."""

@@ -59,6 +59,25 @@ class Scheduler:
         return self._sequences.values()
 
     @property
+    def running(self) -> Iterable[Sequence]:
+        """Those with slots, to read; oldest admission first."""
+        return self._slots.running
+
+    @property
+    def waiting(self) -> Iterable[Sequence]:
+        """Those without, to read; in their order."""
+        return self._waiting
+
+    @property
+    def blocks(self) -> BlockAllocator:
+        return self._blocks
+
+    @property
+    def in_flight(self) -> StepsInFlight:
+        """Plans whose results are not back, oldest first, to read."""
+        return self._in_flight
+
+    @property
     def num_running(self) -> int:
         return len(self._slots)
 

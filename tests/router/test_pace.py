@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.router.pace import LOOK_EVERY, MIN_TOKENS, PromptPace, StepLoad
+from cluster.router.pace import LOOK_EVERY, MIN_TOKENS, MOST_LOOKS, PromptPace, StepLoad
 from tests.router.fake_copy import request
 from tests.router.fake_groups import DECODE_S, PROMPT_TOKEN_S, FakeGroups, num_prompt_tokens
 
@@ -84,6 +84,43 @@ def test_an_outlier_hardly_moves_what_is_known() -> None:
     after = steps.pace.limit(num_decodes=8, num_prompts=1)
     assert after is not None
     assert after > 0.75 * before
+
+
+def test_prompts_wait_for_a_look_only_so_long() -> None:
+    pace = PromptPace(2.0)
+
+    # Steps that always have other decodes than were asked for: nothing is ever learnt of them.
+    limits = []
+    for _ in range(3 * (MOST_LOOKS + 1)):
+        limits.append(pace.limit(num_decodes=8, num_prompts=1))
+        pace.sent(StepLoad(1, 0))
+        pace.took(0.1)
+
+    assert [step for step, limit in enumerate(limits) if limit] == [MOST_LOOKS, 2 * MOST_LOOKS + 1, 3 * MOST_LOOKS + 2]
+
+
+def test_the_first_step_without_time_is_no_knowledge() -> None:
+    steps = Steps(plain_s=0.1)
+    steps.step(8, 0)
+    steps.plain_s = steps.token_s = 0.0
+    steps.step(8, MIN_TOKENS)
+
+    assert steps.pace.limit(8, 1) == MIN_TOKENS
+
+
+@pytest.mark.parametrize("num_groups", [1, 2, 3, 4, 8])
+def test_a_prompt_starts_soon_however_many_groups_stream(num_groups: int) -> None:
+    copy = FakeGroups(num_groups, num_blocks=256, max_prefill_slowdown=2.5)
+    for key in range(2 * num_groups):
+        copy.add(request(key, [key] * 4, max_tokens=400))
+    for _ in range(20):
+        copy.step()
+
+    copy.add(request("new", [7] * 40, max_tokens=1))
+    for _ in range(10):
+        copy.step()
+
+    assert "new" in copy.finish
 
 
 def test_a_long_prompt_does_not_hold_up_those_who_stream_in_any_group() -> None:

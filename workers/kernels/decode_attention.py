@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from workers.kernels.cpu.library import native
+from workers.kernels.triton.choice import has_triton
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,10 @@ class PagedKeys:
 def decode_attention(q_BND: Tensor, pool: Tensor, keys: PagedKeys) -> Tensor:
     """Attend each query to its own blocks of a pool [2G, num_blocks, block_size, D], K before V. Returns [B, N, D]."""
     library = native() if q_BND.device.type == "cpu" else None
+    if library is None and has_triton(q_BND.device.type):
+        from workers.kernels.triton import decode_attention as paged
+
+        return paged.decode_attention(q_BND, pool, keys.tables_BM, keys.num_keys_B, keys.longest)
     if library is None:
         return _gathered_attention(q_BND, pool, keys)
     num_seqs, num_heads, head_dim = q_BND.shape

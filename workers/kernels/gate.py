@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from workers.kernels.cpu.library import native
+from workers.kernels.triton.choice import has_triton
 
 
 def choose_experts(logits_TE: Tensor, num_chosen: int, *, is_normalized: bool) -> tuple[Tensor, Tensor]:
@@ -23,6 +24,10 @@ def choose_experts(logits_TE: Tensor, num_chosen: int, *, is_normalized: bool) -
             *(topk_ids_TK.data_ptr(), weights_TK.data_ptr()),
         )
         return topk_ids_TK, weights_TK
+    if has_triton(logits_TE.device.type):
+        from workers.kernels.triton import gate
+
+        return gate.choose_experts(logits_TE, num_chosen, is_normalized=is_normalized)
     if is_normalized:
         top_TK, topk_ids_TK = logits_TE.topk(num_chosen, dim=-1)
         weights_TK = torch.softmax(top_TK, dim=-1, dtype=torch.float32)

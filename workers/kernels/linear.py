@@ -8,12 +8,21 @@ from torch import Tensor
 from workers.kernels.cpu.library import native
 from workers.kernels.cpu.panels import PanelWeight
 from workers.kernels.swiglu import swiglu
+from workers.kernels.tiles import TileWeight
+from workers.kernels.triton.rows import QuantizedRows
 
-Weight = Tensor | PanelWeight
+Weight = Tensor | PanelWeight | TileWeight
+Rows = Tensor | QuantizedRows
+"""What is multiplied; quantised already where it is for a weight in tiles."""
 
 
-def linear(x_TI: Tensor, weight_OI: Weight) -> Tensor:
-    """x_TI @ weight_OI.T, in fp32 on a CPU, in bf16 on a GPU."""
+def linear(x_TI: Rows, weight_OI: Weight) -> Tensor:
+    """x_TI @ weight_OI.T, in fp32 on a CPU, in bf16 on a GPU, where rows are quantised for a weight in tiles."""
+    if isinstance(weight_OI, TileWeight):
+        from workers.kernels.triton import feed_forward
+
+        return feed_forward.linear(x_TI, weight_OI)
+    assert isinstance(x_TI, Tensor), "rows are quantised for tiles alone"
     if isinstance(weight_OI, PanelWeight):
         return _panel_linear(x_TI, weight_OI, weight_OI.first_row + weight_OI.num_rows)[:, weight_OI.first_row :]
     return torch.mm(x_TI, weight_OI.t())
@@ -26,6 +35,16 @@ def swiglu_linear(x_TI: Tensor, gate_up_XI: Weight) -> Tensor:
     return swiglu(linear(x_TI, gate_up_XI))
 
 
+def feed_forward(x_TH: Rows, gate_up_XH: Weight, down_HF: Weight) -> Tensor:
+    """down(silu(gate(x)) * up(x)), [T, H]."""
+    if isinstance(gate_up_XH, TileWeight) and isinstance(down_HF, TileWeight):
+        from workers.kernels.triton import feed_forward as in_tiles
+
+        return in_tiles.feed_forward(x_TH, gate_up_XH, down_HF)
+    assert isinstance(x_TH, Tensor), "rows are quantised for tiles alone"
+    return linear(swiglu_linear(x_TH, gate_up_XH), down_HF)
+
+
 def vector(weights: dict[str, Weight], name: str) -> Tensor:
     """A parameter that is no matrix."""
     weight = weights[name]
@@ -35,12 +54,12 @@ def vector(weights: dict[str, Weight], name: str) -> Tensor:
 
 def parts_of(weight: Weight) -> tuple[Tensor, ...]:
     """The tensors that a weight is made of; those of an expert parameter are stacked over experts."""
-    return weight.tensors() if isinstance(weight, PanelWeight) else (weight,)
+    return (weight,) if isinstance(weight, Tensor) else weight.tensors()
 
 
 def rows_of(weight_OI: Weight, start: int, stop: int) -> Weight:
     """Rows [start, stop) of a weight, sharing its values."""
-    return weight_OI.rows(start, stop) if isinstance(weight_OI, PanelWeight) else weight_OI[start:stop]
+    return weight_OI[start:stop] if isinstance(weight_OI, Tensor) else weight_OI.rows(start, stop)
 
 
 def _panel_linear(x_TI: Tensor, weight: PanelWeight, num_outputs: int) -> Tensor:

@@ -13,6 +13,8 @@ from workers.kernels.cpu.library import native
 from workers.kernels.cpu.panels import PanelWeight
 from workers.kernels.linear import Weight, linear
 from workers.kernels.swiglu import swiglu
+from workers.kernels.tiles import TileWeight
+from workers.kernels.triton.choice import has_triton
 
 
 def apply_experts(
@@ -25,7 +27,13 @@ def apply_experts(
     if isinstance(gate_up_eXH, PanelWeight):
         assert isinstance(down_eHF, PanelWeight), "one reader makes both, in the same form"
         return _panel_experts(x_TH, topk_ids_TK, weights_TK, gate_up_eXH, down_eHF, first_expert)
-    assert isinstance(down_eHF, Tensor), "one reader makes both, in the same form"
+    assert not isinstance(down_eHF, PanelWeight), "one reader makes both, in the same form"
+    if has_triton(x_TH.device.type):
+        from workers.kernels.triton import experts
+
+        return experts.apply_experts(x_TH, topk_ids_TK, weights_TK, gate_up_eXH, down_eHF, first_expert)
+    assert not isinstance(gate_up_eXH, TileWeight), "tiles exist only where there are kernels to read them"
+    assert not isinstance(down_eHF, TileWeight), "tiles exist only where there are kernels to read them"
     if x_TH.shape[0] == 1:
         return _one_token(x_TH, topk_ids_TK, weights_TK, gate_up_eXH, down_eHF, first_expert)
     return _grouped(x_TH, topk_ids_TK, weights_TK, gate_up_eXH, down_eHF, first_expert)

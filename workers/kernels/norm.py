@@ -6,11 +6,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from workers.kernels.cpu.library import native
+from workers.kernels.linear import Rows, Weight
+from workers.kernels.tiles import TileWeight
+from workers.kernels.triton.choice import has_triton
 
 
 def rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x²) + eps) * weight."""
     library = native() if x_TH.device.type == "cpu" else None
+    if library is None and has_triton(x_TH.device.type):
+        from workers.kernels.triton import norm
+
+        return norm.rms_norm(x_TH, weight_H, eps)
     if library is None:
         return F.rms_norm(x_TH, (x_TH.shape[-1],), weight_H, eps)
     num_rows, size = x_TH.shape
@@ -22,6 +29,10 @@ def rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
 def add_rms_norm(x_TH: Tensor, delta_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
     """Add `delta_TH` to `x_TH` in place and return the sum's norm."""
     library = native() if x_TH.device.type == "cpu" else None
+    if library is None and has_triton(x_TH.device.type):
+        from workers.kernels.triton import norm
+
+        return norm.add_rms_norm(x_TH, delta_TH, weight_H, eps)
     if library is None:
         x_TH += delta_TH
         return rms_norm(x_TH, weight_H, eps)
@@ -33,3 +44,21 @@ def add_rms_norm(x_TH: Tensor, delta_TH: Tensor, weight_H: Tensor, eps: float) -
         x_TH.data_ptr(), delta_TH.data_ptr(), num_rows, size, weight_H.data_ptr(), eps, out_TH.data_ptr()
     )
     return out_TH
+
+
+def rms_norm_for(x_TH: Tensor, weight_H: Tensor, eps: float, consumer: Weight) -> Rows:
+    """`rms_norm` as the product with `consumer` reads it."""
+    if isinstance(consumer, TileWeight):
+        from workers.kernels.triton import norm
+
+        return norm.rms_norm_quantize(x_TH, weight_H, eps)
+    return rms_norm(x_TH, weight_H, eps)
+
+
+def add_rms_norm_for(x_TH: Tensor, delta_TH: Tensor, weight_H: Tensor, eps: float, consumer: Weight) -> Rows:
+    """`add_rms_norm` as the product with `consumer` reads it."""
+    if isinstance(consumer, TileWeight):
+        from workers.kernels.triton import norm
+
+        return norm.add_rms_norm_quantize(x_TH, delta_TH, weight_H, eps)
+    return add_rms_norm(x_TH, delta_TH, weight_H, eps)

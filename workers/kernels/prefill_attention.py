@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from workers.kernels.cpu.library import native
+from workers.kernels.triton.choice import has_triton
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,13 @@ class Chunks:
     starts: npt.NDArray[np.int64]
     """Positions of the chunks' first tokens."""
     sizes: npt.NDArray[np.int64]
+
+    @cached_property
+    def bounds_3C(self) -> Tensor:
+        """On the tables' device: the chunks' first positions, first rows and sizes."""
+        first_rows = np.cumsum(self.sizes) - self.sizes
+        bounds_3C = torch.from_numpy(np.stack([self.starts, first_rows, self.sizes]))
+        return bounds_3C.to(self.tables_CM.device, non_blocking=True)
 
     @cached_property
     def alike(self) -> list[range]:
@@ -57,6 +65,10 @@ def prefill_attention(q_TND: Tensor, kv_TXD: Tensor, pool: Tensor, chunks: Chunk
     The pool is [2G, num_blocks, block_size, D], K before V. Returns [T, N, D].
     """
     library = native() if q_TND.device.type == "cpu" else None
+    if library is None and has_triton(q_TND.device.type):
+        from workers.kernels.triton import prefill_attention as paged
+
+        return paged.prefill_attention(q_TND, pool, chunks.tables_CM, chunks.bounds_3C, chunks.sizes.tolist())
     if library is None:
         return _gathered_attention(q_TND, kv_TXD, pool, chunks)
     num_tokens, num_heads, head_dim = q_TND.shape

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from workers.kernels.cpu.library import native
+from workers.kernels.triton.choice import has_triton
 
 
 def qk_norm_rope_store(
@@ -30,6 +31,11 @@ def qk_norm_rope_store(
     num_kv_heads = 0 if pool is None else pool.shape[0] // 2
     num_q_heads = len(norms_YD) - num_kv_heads
     library = native() if heads_TXD.device.type == "cpu" else None
+    if library is None and has_triton(heads_TXD.device.type):
+        from workers.kernels.triton import qk_norm_rope
+
+        qk_norm_rope.qk_norm_rope_store(heads_TXD, norms_YD, eps, rotations_T2D, pool, cells_T)
+        return
     if library is None:
         _norm_and_rotate(heads_TXD[:, : len(norms_YD)], norms_YD, eps, rotations_T2D)
         if pool is not None and cells_T is not None:

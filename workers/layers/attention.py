@@ -13,7 +13,7 @@ from workers.batch import BatchPart, ForwardBatch, Prefills, SequenceEnds
 from workers.config import ModelConfig, ShardSpec
 from workers.kernels.cpu.halves import AttentionHalf, panels
 from workers.kernels.decode_attention import decode_attention
-from workers.kernels.linear import Weight, linear, rows_of, vector
+from workers.kernels.linear import Rows, Weight, linear, rows_of, vector
 from workers.kernels.prefill_attention import prefill_attention
 from workers.kernels.qk_norm_rope import qk_norm_rope_store
 from workers.kv_pool import KVPool
@@ -42,7 +42,7 @@ class Attention:
             else AttentionHalf(norm_H, found[0], self.norms_YD, found[1], self.num_heads, self.eps)
         )
 
-    def __call__(self, x_TH: Tensor, batch: ForwardBatch, kv: KVPool) -> Tensor:
+    def __call__(self, x_TH: Rows, batch: ForwardBatch, kv: KVPool) -> Tensor:
         """Attend the batch's tokens to their sequences, and store their K and V."""
         heads_TXD, pool = self._heads(x_TH, self.qkv), kv.layers[self.layer]
         qk_norm_rope_store(heads_TXD, self.norms_YD, self.eps, batch.rotations_T2D, pool, batch.cells_T)
@@ -61,8 +61,9 @@ class Attention:
         qk_norm_rope_store(q_BND, self.norms_YD[: self.num_heads], self.eps, ends.rotations_B2D, None, None)
         return linear(decode_attention(q_BND, kv.layers[self.layer], ends.keys).flatten(1), self.o)
 
-    def _heads(self, x_TH: Tensor, weight: Weight) -> Tensor:
-        return linear(x_TH, weight).view(len(x_TH), -1, self.head_dim)
+    def _heads(self, x_TH: Rows, weight: Weight) -> Tensor:
+        heads_TX = linear(x_TH, weight)
+        return heads_TX.view(len(heads_TX), -1, self.head_dim)
 
 
 def _attend(parts: list[BatchPart], q_TND: Tensor, kv_TXD: Tensor, pool: Tensor) -> Tensor:

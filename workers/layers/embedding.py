@@ -29,4 +29,5 @@ class Embedding:
     def _rows(self, rows_T: Tensor) -> Tensor:
         if isinstance(self.weight_vH, PanelWeight):
             return self.weight_vH.lookup(rows_T)
+        assert isinstance(self.weight_vH, Tensor), "an embedding is not stored as FP8"
         return F.embedding(rows_T, self.weight_vH).to(self.dtype)

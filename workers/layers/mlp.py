@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from workers.kernels.cpu.halves import FeedForwardHalf, panels
-from workers.kernels.linear import Weight, linear, swiglu_linear
+from workers.kernels.linear import Rows, Weight, feed_forward
 
 
 class DenseMLP:
@@ -24,5 +24,5 @@ class DenseMLP:
         """There are no experts to be out of it."""
         return True
 
-    def __call__(self, x_TH: Tensor) -> Tensor:
-        return linear(swiglu_linear(x_TH, self.gate_up), self.down)
+    def __call__(self, x_TH: Rows) -> Tensor:
+        return feed_forward(x_TH, self.gate_up, self.down)

@@ -14,6 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from workers.kernels.cpu import large_pages
 from workers.kernels.cpu.library import native
 
 PANEL = 32
@@ -76,7 +77,7 @@ class PanelWeight:
         """Room for a weight [O, I] or [e, O, I]; without a tiling there are no scales."""
         *stack, num_rows, num_inputs = shape
         num_experts, num_panels = math.prod(stack), num_panels_of(num_rows, is_paired)
-        panels = torch.zeros(num_experts, num_panels, num_inputs, PANEL, dtype=dtype)
+        panels = large_pages.zeros((num_experts, num_panels, num_inputs, PANEL), dtype)
         scale = None
         if tiling is not None:
             scale = torch.zeros(num_experts, tiling.count(num_inputs), num_panels * PANEL)

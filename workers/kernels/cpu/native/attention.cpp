@@ -11,6 +11,8 @@ using namespace mull;
 
 namespace {
 
+constexpr std::int64_t KEYS_AHEAD = 8, LINE = 64 / sizeof(float);
+
 // Heads that share a KV head, `head_dim` values each.
 struct Queries {
     const float* rows;
@@ -24,12 +26,19 @@ struct Pages {
     const std::int64_t* block_ids;
     std::int64_t block_size, head_dim, num_keys;
 
+    const float* block(std::int64_t index) const { return cells + block_ids[index] * block_size * head_dim; }
+
+    // The processor's own prefetching ends with each page of memory, and a block is a few of them.
     template <class Visit>
     void each(const Visit& visit) const {
-        for (std::int64_t key = 0, block = 0; key < num_keys; ++block) {
-            const float* row = cells + block_ids[block] * block_size * head_dim;
-            for (std::int64_t end = std::min(num_keys, key + block_size); key < end; ++key, row += head_dim)
+        for (std::int64_t key = 0, index = 0; key < num_keys; ++index) {
+            const float *row = block(index), *ahead = row + KEYS_AHEAD * head_dim;
+            const std::int64_t end = std::min(num_keys, key + block_size);
+            for (; key < end; ++key, row += head_dim, ahead += head_dim) {
+                if (key + KEYS_AHEAD == end && end < num_keys) ahead = block(index + 1);
+                for (std::int64_t d = 0; d < head_dim; d += LINE) _mm_prefetch(ahead + d, _MM_HINT_T0);
                 visit(key, row);
+            }
         }
     }
 };
@@ -103,11 +112,12 @@ void attend(const Queries& q, std::int64_t first, const Pages& keys, const Pages
     dot_keys<HEADS>(q, first, keys, 1.0f / std::sqrt(static_cast<float>(q.head_dim)), scores);
     float norms[HEADS];
     for (int h = 0; h < HEADS; ++h) norms[h] = exponentiate(scores + h * keys.num_keys, keys.num_keys);
-    constexpr int STEP = 4 * Floats::width;
+    constexpr int REGISTERS = Floats::width == 16 ? 16 : 8;  // for sums
+    constexpr int AT_ONCE = std::min(8, REGISTERS / HEADS), STEP = AT_ONCE * Floats::width;
     float* rows = out + first * q.head_dim;
     std::int64_t column = 0;
     for (; column + STEP <= q.head_dim; column += STEP)
-        weigh_values<HEADS, 4>(values, column, Floats::width, scores, norms, rows);
+        weigh_values<HEADS, AT_ONCE>(values, column, Floats::width, scores, norms, rows);
     for (; column < q.head_dim; column += Floats::width) {
         const std::int64_t count = std::min<std::int64_t>(Floats::width, q.head_dim - column);
         weigh_values<HEADS, 1>(values, column, static_cast<int>(count), scores, norms, rows);

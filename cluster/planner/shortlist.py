@@ -1,0 +1,57 @@
+"""Which candidates are worth simulating: a quick estimate of the step time that a load settles at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cluster.planner.cost import CostModel
+from cluster.planner.layouts import Candidate, Fit
+from cluster.planner.step_shape import GroupShape, chunk_pairs
+from cluster.planner.workload import Lengths
+
+_ROUNDS = 40
+_FULL = 0.95
+"""Share of the time that prefills may take before decodes starve."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settled:
+    """A load on a candidate, by Little's law."""
+
+    token_s: float
+    """Time of a token, prefills of others included."""
+    streams: float
+    """Under way at once, over all copies."""
+    fits: bool
+    """Slots and KV hold them, and steps keep up."""
+
+
+def settle(fit: Fit, cost: CostModel, rate_per_s: float, lengths: Lengths) -> Settled:
+    """Streams are rate × output × time of a token; the time of a token depends on the streams."""
+    candidate, limits = fit.candidate, fit.limits
+    output = lengths.thinking + lengths.answer
+    most = fit.most_streams(lengths.mean_held)
+    prefill = GroupShape(
+        prefill_tokens=min(lengths.prompt, limits.max_num_batched_tokens),
+        prefill_pairs=chunk_pairs(0, min(lengths.prompt, limits.max_num_batched_tokens)),
+        num_prefills=1,
+    )
+    idle = [GroupShape()] * (candidate.layout.dp - 1)
+    chunks = max(1.0, lengths.prompt / limits.max_num_batched_tokens)
+    streams = 1.0
+    token_s, prefill_share = 0.0, 0.0
+    for _ in range(_ROUNDS):
+        decode = _decodes(candidate, min(streams, most), lengths.mean_held)
+        step_s = cost.step(decode).total_s
+        # A prefill shares its step with the decodes: it adds what it takes beyond the step's own overhead.
+        extra_s = max(0.0, cost.step([prefill, *idle]).total_s - cost.step([GroupShape(1, 1), *idle]).total_s)
+        prefill_share = min(_FULL, rate_per_s / candidate.copies * chunks * extra_s)
+        token_s = step_s / (1 - prefill_share)
+        streams = (streams + rate_per_s * output * token_s) / 2
+    return Settled(token_s=token_s, streams=streams, fits=streams <= most and prefill_share < _FULL)
+
+
+def _decodes(candidate: Candidate, streams: float, context: int) -> list[GroupShape]:
+    groups = candidate.layout.dp
+    each = max(1, round(streams / candidate.copies / groups))
+    return [GroupShape(num_decodes=each, decode_context=each * context)] * groups

@@ -1,0 +1,96 @@
+"""The best candidates for a load, simulated beside each other, and which of them to take."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+from cluster.planner.layouts import Fit
+from cluster.planner.load import DrawnLoad, Load, TraceLoad
+from cluster.planner.outcome import Outcome
+from cluster.planner.setting import Setting
+from cluster.planner.shortlist import Settled, settle
+from cluster.planner.simulate import Span, replay, simulate
+
+_WARM_UP, _MEASURED = 1.2, 0.6
+"""In lifetimes of a request: what comes before the measured arrivals, and how long those come."""
+_MOST_COPIES = 8
+"""That are simulated where nothing happens to them."""
+_LEAST_REQUESTS, _MOST_REQUESTS = 100, 1500
+"""To be measured, whatever the rate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """A candidate under the load."""
+
+    fit: Fit
+    settled: Settled
+    """What was guessed before."""
+    outcome: Outcome
+
+    def as_json(self) -> dict[str, Any]:
+        candidate = self.fit.candidate
+        layout = candidate.layout
+        where: dict[str, Any] = {"layout": str(candidate), "copies": candidate.copies}
+        where |= {"tp": layout.tp, "dp": layout.dp, "expert_tp": layout.expert_tp}
+        return where | self.outcome.as_json()
+
+
+def shortlist(setting: Setting, fits: Sequence[Fit], load: Load, most: int) -> list[tuple[Fit, Settled]]:
+    """Those that a quick estimate finds fastest; who cannot take the load comes last.
+
+    Of layouts that differ in `expert_tp` alone the fastest stands for all: they differ by little.
+    """
+    guesses = [(fit, settle(fit, setting.cost(fit), load.rate_per_s, load.lengths)) for fit in fits]
+    guesses.sort(key=lambda guess: (not guess[1].fits, guess[1].token_s))
+    best: dict[tuple[int, int, int], tuple[Fit, Settled]] = {}
+    for fit, guess in guesses:
+        candidate = fit.candidate
+        best.setdefault((candidate.copies, candidate.layout.tp, candidate.layout.dp), (fit, guess))
+    return list(best.values())[:most]
+
+
+def try_out(setting: Setting, chosen: Sequence[tuple[Fit, Settled]], load: Load) -> list[Trial]:
+    """All of them, on as many cores as there are; the best first."""
+    settings, loads = [setting] * len(chosen), [load] * len(chosen)
+    fits, guesses = [fit for fit, _ in chosen], [guess for _, guess in chosen]
+    if len(chosen) == 1:
+        trials = [_try(setting, fits[0], guesses[0], load)]
+    else:
+        with ProcessPoolExecutor(min(len(chosen), len(os.sched_getaffinity(0)))) as processes:
+            trials = list(processes.map(_try, settings, fits, guesses, loads))
+    return sorted(trials, key=merit)
+
+
+def merit(trial: Trial) -> tuple[bool, float, float]:
+    """The least is the best: it keeps up with the load; its answers begin soonest; it gives most."""
+    outcome = trial.outcome
+    answer = outcome.time_to_answer
+    seconds = answer.p95 if outcome.keeps_up and answer is not None else 0.0
+    return not outcome.keeps_up, seconds, -outcome.output_tokens_per_s
+
+
+def _try(setting: Setting, fit: Fit, guess: Settled, load: Load) -> Trial:
+    match load:
+        case TraceLoad():
+            outcome = replay(setting.fleet(fit, load), load.trace, fit)
+        case DrawnLoad():
+            # Copies beside each other do not matter to each other: some, with their part of the load, stand for all.
+            copies = min(fit.candidate.copies, _MOST_COPIES)
+            part = replace(load, rate_per_s=load.rate_per_s * copies / fit.candidate.copies)
+            fleet = setting.fleet(fit, part, copies=copies)
+            outcome = simulate(fleet, part.arrivals(fit.limits.context), measured_span(part, guess), fit)
+            outcome = outcome.of_more(fit.candidate.copies / copies)
+    return Trial(fit=fit, settled=guess, outcome=outcome)
+
+
+def measured_span(load: DrawnLoad, guess: Settled) -> Span:
+    """Behind a lifetime or so, in which the load settles; long enough for its requests to say something."""
+    life_s = max(1.0, (load.lengths.thinking + load.lengths.answer) * guess.token_s)
+    least_s, most_s = _LEAST_REQUESTS / load.rate_per_s, _MOST_REQUESTS / load.rate_per_s
+    start_s = _WARM_UP * life_s
+    return Span(start_s=start_s, end_s=start_s + min(max(_MEASURED * life_s, least_s), max(least_s, most_s)))

@@ -1,0 +1,6 @@
+"""The kernels for GPUs, in Triton: one op a file, and `reference.py` with the same signatures in plain torch.
+
+Only `choice.py` may be imported where triton is not installed. Nothing here looks at the device from the host, shapes
+of buffers follow from shapes of arguments alone, and no sum depends on the order in which programs run: whatever calls
+these kernels can be captured in a CUDA graph, and a row's bits do not depend on the rows beside it.
+"""
