@@ -46,7 +46,7 @@ docs: .venv/installed-test
 wheel: .venv/installed-test
 	@$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
 
-# mull beside llama.cpp, vLLM and transformers, 25 minutes; ARGS=--full takes hours. The first time installs them (half an
+# mull beside llama.cpp, vLLM and transformers, 20 minutes; ARGS=--full takes hours. The first time installs them (half an
 # hour on two cores); one that cannot be installed is named in the table, and the others are measured.
 bench-peers: .venv/installed-bench
 	-@$(MAKE) --no-print-directory $(PEERS)/llama/installed

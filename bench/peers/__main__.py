@@ -81,21 +81,29 @@ def main() -> None:
     about: dict[str, Any] = {"machine": machine(), "threads": args.threads, "versions": engine_versions(names)}
     console.print(about)
     results: list[ShapeResult] = []
-    promises: list[Target] = []
-    for name in args.shapes.split(","):
-        checkpoints = Checkpoints(SHAPES[name], args.work, LLAMA)
-        bench = ShapeBench(checkpoints, cells(args, name), args.threads, args.work / "logs", _tell)
-        results.append(bench.run(names))
-        print_shape(console, results[-1])
-        promises += targets(results[-1], checkpoints.work)
+    promises: dict[str, list[Target]] = {}
+
+    def save() -> None:
+        """What there is: a run that is cut leaves it."""
+        for result in results:
+            promises[result.shape] = targets(result, Checkpoints(SHAPES[result.shape], args.work, LLAMA).work)
         about["shapes"] = {result.shape: result.as_json() for result in results}
-        about["targets"] = [{**asdict(target), "met": target.met} for target in promises]
+        about["targets"] = [{**asdict(it), "met": it.met} for found in promises.values() for it in found]
         about["minutes"] = round((time.monotonic() - started_s) / 60, 1)
-        # After each shape: hours of a full run are not lost with the last one.
         write(args.out, about)
-    print_limits(console, results)
-    print_targets(console, promises)
-    plot(results, args.plot)
+
+    try:
+        for name in args.shapes.split(","):
+            checkpoints = Checkpoints(SHAPES[name], args.work, LLAMA)
+            bench = ShapeBench(checkpoints, cells(args, name), args.threads, args.work / "logs", _tell)
+            results.append(bench.result)
+            bench.run(names, save)
+            print_shape(console, bench.result)
+    finally:
+        save()
+        print_limits(console, results)
+        print_targets(console, [target for found in promises.values() for target in found])
+        plot(results, args.plot)
 
 
 def _tell(line: str) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from bench.peers.cells import Cell
-from bench.peers.registry import PEERS
+from bench.peers.registry import MULL, MULL_GRPC, PEERS
 
 MARGIN = 64
 """Tokens of a stream beside prompt and output: half a block, and the draft of a step."""
@@ -64,18 +64,20 @@ def _num_tokens(cell: Cell) -> int:
 
 
 def groups(needs_mb: Mapping[str, float], available_mb: float) -> list[list[str]]:
-    """Engines that are loaded at the same time: ours in each group, so that every peer is measured beside it.
+    """Engines that are loaded at the same time: ours in each group, so that every other is measured beside it.
 
-    Where that does not fit, each is alone; one that does not fit alone is in no group.
+    Our server comes last, beside ours alone: it cannot be stopped while others are measured, as Ray would take its
+    processes for dead. Where two do not fit, each is alone; one that does not fit alone is in no group.
     """
     fitting = {name: need for name, need in needs_mb.items() if need <= available_mb}
-    ours = [name for name in fitting if name not in PEERS]
-    left_mb = available_mb - sum(fitting[name] for name in ours)
-    beside = [name for name in fitting if name in PEERS and fitting[name] <= left_mb]
-    if ours and left_mb >= 0 and beside:
-        alone = [[name] for name in fitting if name in PEERS and name not in beside]
-        return [[*ours, *peers] for peers in _packed({name: fitting[name] for name in beside}, left_mb)] + alone
-    return _packed(fitting, available_mb)
+    left_mb = available_mb - fitting.get(MULL, 0.0)
+    ours = [name for name in (MULL,) if name in fitting]
+    beside = {name: need for name, need in fitting.items() if name in PEERS and need <= left_mb}
+    found = [[*ours, *peers] for peers in _packed(beside, left_mb)] or [ours] * bool(ours)
+    found += [[name] for name in fitting if name in PEERS and name not in beside]
+    if MULL_GRPC in fitting:
+        found.append([*ours, MULL_GRPC] if fitting[MULL_GRPC] <= left_mb else [MULL_GRPC])
+    return found
 
 
 def _packed(needs_mb: Mapping[str, float], room_mb: float) -> list[list[str]]:

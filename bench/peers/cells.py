@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from bench.peers.protocol import RunReply
+from bench.peers.registry import CONTINUOUS
 
 
 @dataclass(frozen=True)
@@ -19,8 +20,13 @@ class Cell:
     prompt: int
     tokens_out: int
     rounds: int
+    """At most."""
     bound_s: float
     """Past it an engine is reported as over it, and not asked for the cell again."""
+    budget_s: float | None = None
+    """Of all engines that are loaded together: no further round begins after it."""
+    without: frozenset[str] = frozenset()
+    """Engines that are not asked: in a run that is to be short, those that were far behind at smaller loads."""
 
     @classmethod
     def parse(cls, text: str) -> Cell:
@@ -41,8 +47,14 @@ class Cell:
 
     @property
     def warm_up(self) -> Cell:
-        """As many streams, hardly any tokens."""
-        return replace(self, prompt=min(self.prompt, 8), tokens_out=min(self.tokens_out, 4))
+        """The same with hardly any output; many streams have short prompts, as they are many rows anyway."""
+        prompt = self.prompt if self.streams == 1 else min(self.prompt, 8)
+        return replace(self, prompt=prompt, tokens_out=min(self.tokens_out, 4))
+
+    @property
+    def decodes(self) -> bool:
+        """Whether its figures are of generating; else it is there for the first token."""
+        return self.tokens_out > 2
 
     def prompts(self, ids: range, round_number: int) -> list[list[int]]:
         """Random, the same for all engines, others in each round: no engine has seen them before."""
@@ -89,17 +101,17 @@ def agreement(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) ->
 
 
 BIG_QUICK = [
-    Cell(1, 32, 32, rounds=3, bound_s=60),
-    Cell(8, 32, 16, rounds=2, bound_s=60),
-    Cell(16, 32, 16, rounds=2, bound_s=60),
-    Cell(32, 32, 16, rounds=2, bound_s=90),
-    Cell(1, 1024, 2, rounds=2, bound_s=60),
+    Cell(1, 32, 32, rounds=3, bound_s=60, budget_s=20),
+    Cell(8, 32, 16, rounds=3, bound_s=60, budget_s=20),
+    Cell(32, 32, 16, rounds=3, bound_s=90, budget_s=20, without=frozenset({CONTINUOUS})),
+    Cell(1, 1024, 2, rounds=3, bound_s=60, budget_s=20),
 ]
+"""Minutes on two cores: without 16 streams, which lie between."""
 QUICK = {
     "pocket": [
-        Cell(1, 32, 64, rounds=5, bound_s=30),
-        *[Cell(streams, 32, 64, rounds=5, bound_s=30) for streams in (4, 8, 16, 32)],
-        Cell(1, 1024, 2, rounds=5, bound_s=30),
+        Cell(1, 32, 64, rounds=4, bound_s=30),
+        *[Cell(streams, 32, 64, rounds=4, bound_s=30) for streams in (4, 8, 16, 32)],
+        Cell(1, 1024, 2, rounds=4, bound_s=30),
     ],
     "dense-0.6b": BIG_QUICK,
     "moe-1.5b": BIG_QUICK,

@@ -48,7 +48,8 @@ class EngineProcess:
                 text=True,
                 env=os.environ | environment | {"PYTHONPATH": f"{ROOT}:{ROOT / 'proto'}"},
                 cwd=ROOT,
-                start_new_session=True,
+                # Ctrl-C is ours to pass on.
+                process_group=0,
             )
         assert self._process.stdout is not None
         self._selector = selectors.DefaultSelector()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -34,17 +35,17 @@ class ShapeBench:
         self._threads = threads
         self._logs = logs
         self._tell = tell
-        self._result = ShapeResult(checkpoints.shape.name, [CellResult(cell) for cell in cells])
+        self.result = ShapeResult(checkpoints.shape.name, [CellResult(cell) for cell in cells])
         self._num_groups = 0
 
-    def run(self, names: Sequence[str]) -> ShapeResult:
-        """Measure them all; what fails is in the result, by name."""
+    def run(self, names: Sequence[str], on_cell: Callable[[], None]) -> None:
+        """Measure them all into `result`, which names what fails; `on_cell` is called when there is more in it."""
+        self._on_cell = on_cell
         for name in names:
             if not ENGINES[name].python.exists():
-                self._result.missing[name] = f"not installed: no {ENGINES[name].python}"
-        for batch in batches(self._result.cells):
-            self._run_batch(batch, [name for name in names if name not in self._result.missing])
-        return self._result
+                self.result.missing[name] = f"not installed: no {ENGINES[name].python}"
+        for batch in batches(self.result.cells):
+            self._run_batch(batch, [name for name in names if name not in self.result.missing])
 
     def _run_batch(self, batch: Batch[CellResult], names: Sequence[str]) -> None:
         room = Room.of([AGREEMENT, *[result.cell for result in batch.items]])
@@ -57,7 +58,7 @@ class ShapeBench:
                 for result in batch.items:
                     result.failures[name] = why
         for group in found:
-            self._run_group([name for name in group if name not in self._result.missing], batch.items, room)
+            self._run_group([name for name in group if name not in self.result.missing], batch.items, room)
 
     def _run_group(self, group: Sequence[str], results: Sequence[CellResult], room: Room) -> None:
         self._num_groups += 1
@@ -66,29 +67,44 @@ class ShapeBench:
             self._compare(engines)
             for result in results:
                 result.limits.append(Limits.measure(self._threads))
-                for round_number in range(-1, result.cell.rounds):
-                    for name, engine in engines.items():
-                        self._run_cell(name, engine, result, round_number)
+                self._run_rounds(engines, result)
+                self._on_cell()
             for name, engine in engines.items():
-                if name not in self._result.missing:
-                    self._result.memory[name] = engine.memory()
+                if name not in self.result.missing:
+                    self.result.memory[name] = engine.memory()
+            self._on_cell()
+
+    def _run_rounds(self, engines: dict[str, EngineProcess], result: CellResult) -> None:
+        """Turns that begin with another engine each round; the round before the first warms up."""
+        names = [name for name in engines if name not in result.cell.without]
+        started_s = 0.0
+        for round_number in range(-1, result.cell.rounds):
+            if round_number == 0:
+                started_s = time.monotonic()
+            budget_s = result.cell.budget_s
+            if round_number > 0 and budget_s is not None and time.monotonic() - started_s > budget_s:
+                return
+            for place in range(len(names)):
+                name = names[(place + round_number) % len(names)]
+                self._run_cell(name, engines[name], result, round_number)
 
     def _started(self, group: Sequence[str], room: Room, stack: ExitStack) -> Iterator[tuple[str, EngineProcess]]:
         for name in group:
             spec = ENGINES[name]
-            self._tell(f"{self._result.shape}: loading {name}")
-            log = self._logs / f"{self._result.shape} {name}.log".replace(" ", "-")
+            self._tell(f"{self.result.shape}: loading {name}")
+            log = self._logs / f"{self.result.shape} {name}.log".replace(" ", "-")
             try:
                 job = self._job(spec, room)
                 engine = EngineProcess(spec.python, spec.program, spec.environment, log)
                 stack.callback(engine.stop)
                 engine.load(job, spec.load_timeout_s)
             except EngineFailed as error:
-                self._result.missing[name] = f"does not load: {error}"
-                self._tell(f"{name} {self._result.missing[name]}")
+                self.result.missing[name] = f"does not load: {error}"
+                self._tell(f"{name} {self.result.missing[name]}")
                 continue
-            self._result.idle_cpu[name] = engine.idle_cpu(IDLE_S)
-            engine.pause()
+            self.result.idle_cpu[name] = engine.idle_cpu(IDLE_S)
+            if spec.can_be_stopped:
+                engine.pause()
             yield name, engine
 
     def _job(self, spec: EngineSpec, room: Room) -> LoadJob:
@@ -106,23 +122,23 @@ class ShapeBench:
         job = RunJob(prompts, AGREEMENT.tokens_out, AGREEMENT.length, AGREEMENT.bound_s)
         outputs = {}
         for name, engine in list(engines.items()):
-            self._tell(f"{self._result.shape}: first tokens of {name}")
+            self._tell(f"{self.result.shape}: first tokens of {name}")
             try:
-                with running(engine):
+                with running(name, engine):
                     outputs[name] = engine.run(job)
             except EngineFailed as error:
-                self._result.missing[name] = f"does not generate: {error}"
-                self._tell(f"{name} {self._result.missing[name]}")
+                self.result.missing[name] = f"does not generate: {error}"
+                self._tell(f"{name} {self.result.missing[name]}")
                 del engines[name]
         if MULL not in outputs or outputs[MULL].over:
             return
         for name, reply in outputs.items():
             if not reply.over:
-                self._result.agreement[name] = agreement(outputs[MULL].tokens, reply.tokens)
+                self.result.agreement[name] = agreement(outputs[MULL].tokens, reply.tokens)
 
     def _run_cell(self, name: str, engine: EngineProcess, result: CellResult, round_number: int) -> None:
         """One run; the round before the first warms the engine up and does not count."""
-        if name in result.failures or name in self._result.missing:
+        if name in result.failures or name in self.result.missing:
             return
         # The fastest peer is what counts; ours are always asked, as each turn is held against them.
         if round_number > 0 and name in PEERS and result.is_far_behind(name):
@@ -132,16 +148,16 @@ class ShapeBench:
         prompts = asked.prompts(self._checkpoints.shape.prompt_ids, round_number)
         job = RunJob(prompts, asked.tokens_out, cell.length, cell.bound_s)
         try:
-            with running(engine):
+            with running(name, engine):
                 reply = engine.run(job)
         except EngineFailed as error:
             # Its process may be in any state: it is not asked again.
-            self._result.missing[name] = f"failed at {cell}: {error}"
-            self._tell(f"{name} {self._result.missing[name]}")
+            self.result.missing[name] = f"failed at {cell}: {error}"
+            self._tell(f"{name} {self.result.missing[name]}")
             return
         if reply.over:
             result.failures[name] = f"over {cell.bound_s:g} s"
-            self._tell(f"{self._result.shape}  {cell!s:16} {name:20} {result.failures[name]}")
+            self._tell(f"{self.result.shape}  {cell!s:16} {name:20} {result.failures[name]}")
             return
         if round_number < 0:
             return
@@ -149,15 +165,17 @@ class ShapeBench:
         result.figures.setdefault(name, {})[self._num_groups, round_number] = figures
         tpot = "" if figures.tpot_s is None else f"{1e3 * figures.tpot_s:8.2f} ms a token"
         self._tell(
-            f"{self._result.shape}  {cell!s:16} {name:20} {figures.tokens_per_s:8.1f} tokens/s  "
+            f"{self.result.shape}  {cell!s:16} {name:20} {figures.tokens_per_s:8.1f} tokens/s  "
             f"first after {figures.ttft_s:7.3f} s {tpot}"
         )
 
 
 @contextlib.contextmanager
-def running(engine: EngineProcess) -> Iterator[None]:
+def running(name: str, engine: EngineProcess) -> Iterator[None]:
+    """It alone, for a while."""
     engine.resume()
     try:
         yield
     finally:
-        engine.pause()
+        if ENGINES[name].can_be_stopped:
+            engine.pause()

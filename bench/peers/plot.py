@@ -41,7 +41,7 @@ def plot(results: Sequence[ShapeResult], out: Path) -> None:
 
 def _loads(result: ShapeResult) -> list[CellResult]:
     """The cells of the shortest prompt, which decode for a while, by streams."""
-    decoding = [cell for cell in result.cells if cell.cell.tokens_out > 8]
+    decoding = [cell for cell in result.cells if cell.cell.decodes]
     prompt = min((cell.cell.prompt for cell in decoding), default=0)
     return sorted((cell for cell in decoding if cell.cell.prompt == prompt), key=lambda cell: cell.cell.streams)
 
@@ -66,8 +66,8 @@ def _plot_throughput(ax: Any, result: ShapeResult) -> None:
 
 
 def _plot_first_token(ax: Any, result: ShapeResult) -> None:
-    cell = result.cell(1, TTFT_PROMPT)
-    found = {} if cell is None else {name: cell.spread(name, ttft) for name in STYLES}
+    cells = result.first_tokens(TTFT_PROMPT)
+    found = {name: cells[0].spread(name, ttft) for name in STYLES} if cells else {}
     bars = [(name, spread) for name, spread in found.items() if spread is not None]
     ax.barh([name for name, _ in bars], [it.median for _, it in bars], color=[STYLES[name][0] for name, _ in bars])
     for row, (_, spread) in enumerate(bars):

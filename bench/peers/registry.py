@@ -32,6 +32,8 @@ class EngineSpec:
     """Memory that it was seen to take for its weights, over their size in its form."""
     kv_element_bytes: int = 4
     load_timeout_s: float = 300.0
+    can_be_stopped: bool = True
+    """While others are measured; else it is loaded when they are not."""
     environment: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -50,6 +52,8 @@ def _vllm_environment(dtype: str) -> dict[str, str]:
     return {
         "BENCH_VLLM_DTYPE": dtype,
         "LD_PRELOAD": ":".join(str(library.absolute()) for library in preload if library.exists()),
+        # What it compiles ahead of time it cannot load again (0.32.0), and would compile at each start.
+        "VLLM_USE_AOT_COMPILE": "0",
         "VLLM_CACHE_ROOT": str((ENVIRONMENTS / "vllm-cache").absolute()),
     }
 
@@ -81,6 +85,7 @@ ENGINES = {
             python=OURS,
             form=Form.FP8,
             libraries_mb=1200,
+            can_be_stopped=False,
             packages=("mull", "torch", "ray", "grpcio"),
             weights_factor=1.2,
         ),
@@ -132,7 +137,8 @@ ENGINES = {
             form=Form.FP32,
             libraries_mb=1000,
             packages=("transformers", "torch"),
-            weights_factor=1.2,
+            # Loading lays a mixture's experts out anew, beside those that it read.
+            weights_factor=2.0,
         ),
         EngineSpec(
             name=CONTINUOUS,
@@ -141,7 +147,8 @@ ENGINES = {
             form=Form.FP32,
             libraries_mb=1000,
             packages=("transformers", "torch"),
-            weights_factor=1.2,
+            # Loading lays a mixture's experts out anew, beside those that it read.
+            weights_factor=2.0,
         ),
     )
 }

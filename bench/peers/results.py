@@ -10,12 +10,14 @@ from typing import Any
 from bench.limits import Limits
 from bench.peers.cells import Cell, Figures
 from bench.peers.engine_process import Memory
+from bench.peers.registry import MULL
 from bench.report import Spread
 
 Turn = tuple[int, int]
 """Which engines were loaded together, and the round: runs of one turn followed each other within a minute or so."""
 Value = Callable[[Figures], float | None]
 FAR_BEHIND = 2.0
+ROUNDS_TO_JUDGE = 2
 
 
 def throughput(figures: Figures) -> float:
@@ -48,18 +50,26 @@ class CellResult:
     def ratio(self, engine: str, other: str, value: Value) -> Spread | None:
         """The engine's figure over the other's, of the turns that both had: the machine's mood is in both.
 
-        Of their medians where they had none together, as they did not fit into memory together.
+        Where they had none together: by way of mull, which was beside both, or else of their medians.
         """
+        if ratios := self._ratios(engine, other, value):
+            return Spread.of(ratios)
+        to_mull, from_mull = self._ratios(engine, MULL, value), self._ratios(MULL, other, value)
+        if to_mull and from_mull:
+            return Spread.of([statistics.median(to_mull) * statistics.median(from_mull)])
+        ours, theirs = self.spread(engine, value), self.spread(other, value)
+        return Spread.of([ours.median / theirs.median]) if ours and theirs else None
+
+    def _ratios(self, engine: str, other: str, value: Value) -> list[float]:
+        """One for each turn that both had."""
         ours, theirs = self.figures.get(engine, {}), self.figures.get(other, {})
         pairs = [(value(ours[turn]), value(theirs[turn])) for turn in ours if turn in theirs]
-        ratios = [a / b for a, b in pairs if a is not None and b is not None]
-        if ratios:
-            return Spread.of(ratios)
-        our_spread, their_spread = self.spread(engine, value), self.spread(other, value)
-        return Spread.of([our_spread.median / their_spread.median]) if our_spread and their_spread else None
+        return [a / b for a, b in pairs if a is not None and b is not None]
 
     def is_far_behind(self, engine: str) -> bool:
-        """Less than half as fast as the fastest so far: more rounds of it would change nothing."""
+        """Less than half as fast as the fastest in two rounds: more of them would change nothing."""
+        if len(self.figures.get(engine, {})) < ROUNDS_TO_JUDGE:
+            return False
         medians = {name: spread.median for name in self.figures if (spread := self.spread(name, throughput))}
         return engine in medians and FAR_BEHIND * medians[engine] < max(medians.values())
 
@@ -82,7 +92,8 @@ class CellResult:
         }
         engines |= {name: {"missing": why} for name, why in self.failures.items()}
         limits = [asdict(it) for it in self.limits]
-        return {"cell": str(self.cell), **asdict(self.cell), "limits": limits, "engines": engines}
+        cell = {**asdict(self.cell), "without": sorted(self.cell.without)}
+        return {"cell": str(self.cell), **cell, "limits": limits, "engines": engines}
 
 
 @dataclass
@@ -98,13 +109,13 @@ class ShapeResult:
     missing: dict[str, str] = field(default_factory=dict)
     """Engines that could not run, and why."""
 
-    def cell(self, streams: int, prompt: int | None = None) -> CellResult | None:
-        """The first cell of so many streams that decodes for a while, or of that prompt."""
-        for result in self.cells:
-            cell = result.cell
-            if cell.streams == streams and (cell.tokens_out > 8 if prompt is None else cell.prompt == prompt):
-                return result
-        return None
+    def decoding(self, streams: int) -> list[CellResult]:
+        """The cells of so many streams that generate."""
+        return [result for result in self.cells if result.cell.streams == streams and result.cell.decodes]
+
+    def first_tokens(self, prompt: int) -> list[CellResult]:
+        """The cells of one stream that are there for the first token after such a prompt."""
+        return [it for it in self.cells if it.cell.prompt == prompt and it.cell.streams == 1 and not it.cell.decodes]
 
     def as_json(self) -> dict[str, Any]:
         return {

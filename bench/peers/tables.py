@@ -76,6 +76,8 @@ def _memory_table(result: ShapeResult) -> Table:
 
 def print_limits(console: Console, results: Iterable[ShapeResult]) -> None:
     limits = [it for result in results for cell in result.cells for it in cell.limits]
+    if not limits:
+        return
     read = Spread.of([it.read_gb_per_s for it in limits])
     gemm = Spread.of([it.fp32_gflop_per_s for it in limits])
     console.print(f"limits, measured before each cell: read {read} GB/s, fp32 GEMM {gemm} GFLOP/s")

@@ -22,7 +22,7 @@ class VllmCpu:
     def load(self, job: LoadJob) -> int:
         # Read at import. Its default for the threads leaves out a core.
         os.environ |= {
-            "VLLM_CPU_OMP_THREADS_BIND": f"0-{job.threads - 1}",
+            "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0))[: job.threads])),
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_LOGGING_LEVEL": "WARNING",
             "VLLM_NO_USAGE_STATS": "1",
