@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 
 class Interrupts:
     """The first signal is remembered until `check` or `wait` asks for it; a second raises KeyboardInterrupt at once.
@@ -23,9 +25,22 @@ class Interrupts:
         self.install()
 
     def install(self) -> None:
-        """Take the signals; again after ray.init, which takes SIGTERM for itself."""
-        for number in (signal.SIGINT, signal.SIGTERM):
+        """Take the signals."""
+        for number in _SIGNALS:
             signal.signal(number, self._on_signal)
+
+    @contextmanager
+    def held_back(self) -> Iterator[None]:
+        """For work that takes the signals for itself, as ray.init does: one that comes meanwhile comes to us after it.
+
+        It must start no process, which would hold them back for ever.
+        """
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        try:
+            yield
+        finally:
+            self.install()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
     def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
         if self._raises or self._received:

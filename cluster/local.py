@@ -74,8 +74,7 @@ class LocalCluster:
         """Start Ray and the app. Raises ConfigError where GPUs are missing, EngineError where something fails."""
         self._interrupts.check()
         self._ray_was_started = True
-        self._ray = start_ray(self._config)
-        self._interrupts.install()
+        self._ray = start_ray(self._config, self._interrupts)
         start_serve()
         if self._config.logs.format is not None and self._config.router.ray_address is None:
             self._logs = LogFollower(self._ray.log_directory, self._config.logs.format)

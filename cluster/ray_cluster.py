@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.config import ClusterConfig
 from cluster.errors import ConfigError, EngineError
+from cluster.interrupts import Interrupts
 
 if TYPE_CHECKING:
     from cluster.ray_node import LeanNode
@@ -31,7 +32,7 @@ class RunningRay:
     """Our own; None: someone else's. Its guard ends Ray when nobody holds it any more."""
 
 
-def start_ray(config: ClusterConfig) -> RunningRay:
+def start_ray(config: ClusterConfig, interrupts: Interrupts) -> RunningRay:
     """Raises ConfigError where the cluster that is named does not answer, EngineError where ours does not start."""
     # Ray starts workers at nice 15, which would let anything else on the machine delay a step.
     os.environ.setdefault("RAY_worker_niceness", "0")
@@ -46,7 +47,7 @@ def start_ray(config: ClusterConfig) -> RunningRay:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     try:
-        return _init_ray(config)
+        return _init_ray(config, interrupts)
     except ConfigError:
         raise
     except Exception as error:  # Ray raises plain ones, such as when the machine is too busy for its start in time
@@ -63,7 +64,7 @@ def start_serve() -> None:
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
 
 
-def _init_ray(config: ClusterConfig) -> RunningRay:
+def _init_ray(config: ClusterConfig, interrupts: Interrupts) -> RunningRay:
     import ray
 
     if (address := config.router.ray_address) is not None:
@@ -73,7 +74,8 @@ def _init_ray(config: ClusterConfig) -> RunningRay:
                 "RAY_AUTH_MODE=token and one RAY_AUTH_TOKEN, or give --insecure where the network is private"
             )
         try:
-            context = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            with interrupts.held_back():
+                context = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except ConnectionError as error:
             raise ConfigError(
                 f"--ray-address {address}: {last_line(str(error))}; run `ray start` on its nodes"
@@ -89,7 +91,8 @@ def _init_ray(config: ClusterConfig) -> RunningRay:
     num_cpus = config.router.most_copies * (config.engine.layout.world_size + 1) + 3
     # Nothing of it is for other machines.
     node = LeanNode("127.0.0.1", num_cpus)
-    context = ray.init(address=node.gcs_address, log_to_driver=False, logging_level=logging.ERROR)
+    with interrupts.held_back():
+        context = ray.init(address=node.gcs_address, log_to_driver=False, logging_level=logging.ERROR)
     return RunningRay(_log_directory(context), node)
 
 

@@ -8,15 +8,20 @@ constraints.txt pins.
 
 from __future__ import annotations
 
+import os
+import secrets
 import subprocess
+import sys
 from pathlib import Path
 
-import psutil
 from ray._private.accelerators import NvidiaGPUAcceleratorManager
 from ray._private.node import Node
 from ray._private.parameter import RayParams
 
 _WORKER_SETUP = Path(__file__).with_name("ray_worker_setup.py")
+_MARK = "MULL_NODE"
+"""The variable in the environment of all processes of a node."""
+_GUARD = Path(__file__).with_name("orphan_guard.py")
 
 
 class LeanNode(Node):
@@ -33,13 +38,14 @@ class LeanNode(Node):
             # By default one that another Ray on this machine has: the agent would try again for seconds.
             dashboard_agent_listen_port=0,
         )
+        self._guard = _start_guard()
         super().__init__(params, head=True, shutdown_at_exit=False)
-        self._guard = _guard_children()
 
     def stop(self) -> None:
         """For who goes on after it; who ends need not call it."""
         self._guard.kill()
         self._guard.communicate()
+        del os.environ[_MARK]
         self.kill_all_processes(check_alive=False, allow_graceful=True)
 
     def start_ray_processes(self) -> None:
@@ -58,13 +64,11 @@ def local_gpus() -> int:
     return count if visible is None else min(count, len(visible))
 
 
-def _guard_children() -> subprocess.Popen[bytes]:
-    """A process that waits for our end and then kills Ray's daemons.
-
-    After a `kill -9` of ours, or a SIGTERM that Ray has taken for itself, ranks and replicas end within seconds, but
-    Ray's agents try for a minute to report it.
-    """
-    pids = [str(child.pid) for child in psutil.Process().children(recursive=True)]
-    # The shell reads a pipe whose other end is ours alone: it closes when we end, however that happens.
-    script = "cat >/dev/null; kill -9 " + " ".join(pids) + " 2>/dev/null"
-    return subprocess.Popen(["/bin/sh", "-c", script], stdin=subprocess.PIPE, start_new_session=True)
+def _start_guard() -> subprocess.Popen[bytes]:
+    """Everything that is started from here on is killed when this process ends, however that happens."""
+    value = f"{os.getpid()}-{secrets.token_hex(8)}"
+    # Without the mark in its own environment.
+    command = [sys.executable, "-I", "-S", str(_GUARD), f"{_MARK}={value}"]
+    guard = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    os.environ[_MARK] = value
+    return guard

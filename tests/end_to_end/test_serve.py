@@ -278,7 +278,7 @@ def test_chat_without_a_server_says_so_in_one_line() -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_server_that_is_stopped_while_it_starts_leaves_no_process(number: signal.Signals) -> None:
     with starting("--tp", "1") as process:
         wait_until(lambda: len(descendants(process)) > 4, "Ray's processes")
