@@ -4,7 +4,6 @@ One library per instruction set, so that no function of the one can be linked in
 compiler with OpenMP and nothing else. Where there is none the package installs without them, and torch computes.
 """
 
-import os
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -17,7 +16,7 @@ INSTRUCTION_SETS = {"avx2": AVX2, "avx512": AVX512, "avx512vbmi": [*AVX512, "-ma
 FLAGS = ["-std=c++17", "-O3", "-fopenmp", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 
 setup(
-    options={"build_ext": {"parallel": os.cpu_count()}},
+    # One after the other: in parallel they would overwrite each other's object files, which have the same names.
     ext_modules=[
         Extension(
             f"workers.kernels.cpu.native_{name}",
