@@ -97,7 +97,7 @@ def read_measured(file: Path) -> Measured:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"--calibrate {file}: no measurements ({type(error).__name__}: {error}); "
-            "give what `python -m bench.plan_validation --out FILE` has written"
+            "give what `python -m bench.plan_validation --live --out FILE` has written"
         ) from error
 
 
