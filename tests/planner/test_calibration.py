@@ -89,7 +89,7 @@ def test_a_file_of_something_else_names_what_writes_such_files(tmp_path: Path) -
     file = tmp_path / "other.json"
     file.write_text('{"streams": 3}')
 
-    with pytest.raises(ConfigError, match=r"bench\.plan_validation --out"):
+    with pytest.raises(ConfigError, match=r"bench\.plan_validation --live --out"):
         read_measured(file)
 
 
