@@ -60,6 +60,9 @@ class EngineConfig(_Part):
     kv_memory_bytes: int | None = Field(None, ge=1)
     """KV pool of one rank; None sizes it from free memory on a GPU and takes 256 MiB on a CPU."""
     enable_prefix_cache: bool = True
+    host_kv_bytes: int = Field(0, ge=0)
+    """Host memory of one rank for KV whose blocks are needed for others, of preempted sequences and of cached
+    prompts; it is brought back where that is quicker than to compute it again. 0: none."""
 
     @property
     def layout(self) -> ParallelLayout:
@@ -74,6 +77,14 @@ class EngineConfig(_Part):
             raise ValueError(
                 f"expert_tp {self.expert_tp} does not divide tp {self.tp} * dp {self.dp} = {world} ranks; "
                 f"use one of {', '.join(map(str, fits))}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _host_keeps_what_is_cached(self) -> Self:
+        if self.host_kv_bytes and not self.enable_prefix_cache:
+            raise ValueError(
+                "host_kv_bytes needs enable_prefix_cache, which names what is kept; set it or leave it out"
             )
         return self
 

@@ -44,6 +44,7 @@ _CONFIG_FLAGS: dict[str, dict[str, tuple[type, str]]] = {
         "num_speculative_tokens": (int, "tokens drafted in a step at most, where that pays; 0: no drafts"),
         "block_size": (int, "tokens per KV block"),
         "kv_memory_bytes": (int, "KV pool of one rank"),
+        "host_kv_bytes": (int, "host memory of one rank for KV whose blocks are needed for others; 0: none"),
     },
     "router": {
         "copies": (int, "whole models, each on ranks of its own; a request goes on at another when one is lost"),

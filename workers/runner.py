@@ -23,6 +23,7 @@ from workers.errors import KVMemoryError, LayoutError, PlanError
 from workers.experts.choice import DispatcherChoice
 from workers.experts.rebalance import PlacedExperts
 from workers.grammar import Grammars
+from workers.host_kv import measure, open_host_kv
 from workers.kernels.linear import Weight
 from workers.kv_memory import default_kv_bytes
 from workers.kv_pool import KVPool, block_bytes, num_blocks_in
@@ -79,7 +80,9 @@ class ModelRunner:
         self.decoder = Decoder(self.model, config.spec, weights, parallel, choice)
         self.num_blocks = parallel.world.minimum(self._affordable_blocks(dtype), self.device)
         self.kv = KVPool(self.model, config.spec, self.num_blocks, config.block_size, self.device, dtype)
-        self.kv_bytes = self.num_blocks * block_bytes(self.model, config.spec, config.block_size, dtype)
+        bytes_per_block = block_bytes(self.model, config.spec, config.block_size, dtype)
+        self.kv_bytes = self.num_blocks * bytes_per_block
+        self.host_kv = open_host_kv(config, self.kv, bytes_per_block, parallel.world)
         self.slots = SlotStates(config.max_num_seqs, config.max_model_len, config.block_size, self.num_blocks)
         self.batches = BatchBuilder(self.slots, self.model, self.device, dtype)
         grammars = Grammars(Path(config.model_dir) / "tokenizer.json", self.model.vocab_size)
@@ -87,6 +90,7 @@ class ModelRunner:
         self.experts = PlacedExperts(self.decoder.expert_layers, config.spec, parallel.world)
         self.last_tokens = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=self.device)
         self._warm_up()
+        self.host_memory = None if self.host_kv is None else measure(self.host_kv, config, self.execute)
 
     @property
     def weights(self) -> dict[str, Weight] | None:
@@ -106,6 +110,8 @@ class ModelRunner:
         """Leave the group and free the KV; only `weights` are of use afterwards."""
         self.parallel.close()
         self.kv.free()
+        if self.host_kv is not None:
+            self.host_kv.free()
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one plan; only tp_rank 0 of a group names its tokens.
@@ -150,6 +156,10 @@ class ModelRunner:
             )
 
     def _apply_deltas(self, plan: StepPlan) -> None:
+        if self.host_kv is not None:
+            self.host_kv.move(plan)
+        elif plan.offload or plan.fetch:
+            raise PlanError(f"step {plan.step} copies blocks, but the rank was started without host_kv_bytes")
         for slot in plan.close:
             self.slots.close(slot)
         for opened in plan.open:

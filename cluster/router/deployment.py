@@ -95,6 +95,7 @@ def runner_configs(config: ClusterConfig, max_model_len: int, device: Device) ->
             max_num_batched_tokens=engine.max_num_batched_tokens,
             block_size=engine.block_size,
             kv_memory_bytes=engine.kv_memory_bytes,
+            host_kv_bytes=engine.host_kv_bytes,
         )
         for rank in range(world)
     ]
