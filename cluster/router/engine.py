@@ -182,6 +182,11 @@ class Engine:
         blocks = "%d ranks in %d groups, each with %d blocks of %d tokens"
         if (words := host_words(memories, host)) is not None:
             log.info(words)
+        if (limit := self.core.context_limit) is not None and limit < self.core.max_model_len:
+            log.warning(
+                "the KV pool holds %d tokens, the context has %d: raise engine.kv_memory_bytes for longer sequences",
+                *(limit, self.core.max_model_len),
+            )
         log.info("engine ready: " + blocks, len(info.ranks), pool.num_groups, info.num_blocks, info.block_size)
 
     def _lose(self, error: Exception) -> float | None:

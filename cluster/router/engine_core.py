@@ -67,6 +67,11 @@ class EngineCore:
         """Of the present ranks; None while there are none."""
 
     @property
+    def max_model_len(self) -> int:
+        """Longest prompt plus output that the model and its operator allow."""
+        return self._config.max_model_len
+
+    @property
     def state(self) -> EngineState:
         return self._supervisor.state
 
