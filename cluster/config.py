@@ -62,6 +62,8 @@ class EngineConfig(_Part):
     kv_memory_bytes: int | None = Field(None, ge=1)
     """KV pool of one rank; None sizes it from free memory on a GPU and takes 256 MiB on a CPU."""
     enable_prefix_cache: bool = True
+    symmetric_memory: bool = True
+    """GPUs of one host may do small sums by reading each other's memory; false: through NCCL alone."""
     host_kv_bytes: int = Field(0, ge=0)
     """Host memory of one rank for KV whose blocks are needed for others, of preempted sequences and of cached
     prompts; it is brought back where that is quicker than to compute it again. 0: none."""

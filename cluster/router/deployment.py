@@ -97,6 +97,7 @@ def runner_configs(config: ClusterConfig, max_model_len: int, device: Device) ->
             block_size=engine.block_size,
             kv_memory_bytes=engine.kv_memory_bytes,
             host_kv_bytes=engine.host_kv_bytes,
+            symmetric_memory=engine.symmetric_memory,
         )
         for rank in range(world)
     ]
