@@ -43,6 +43,8 @@ class EngineConfig(_Part):
     redundant_experts: int = Field(0, ge=0)
     """Room in every layer for replicas of hot experts, over all ranks."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    products: Literal["fp32", "bf16"] = "fp32"
+    """What a CPU multiplies: fp32, or rows rounded to bf16, which takes half the time where it has avx512_bf16."""
     threads_per_rank: int | None = Field(None, ge=1)
     """CPU threads of a rank; None shares the machine's cores among its ranks."""
     max_model_len: int | None = Field(None, ge=2)

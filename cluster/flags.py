@@ -36,6 +36,7 @@ _CONFIG_FLAGS: dict[str, dict[str, tuple[type, str]]] = {
         "expert_tp": (int, "ranks that split each expert; it divides tp * dp"),
         "redundant_experts": (int, "room in every layer for replicas of hot experts"),
         "device": (str, "auto, cpu or cuda"),
+        "products": (str, "what a CPU multiplies: fp32, or bf16 at half the time where it has avx512_bf16"),
         "threads_per_rank": (int, "CPU threads of a rank; default: the cores, shared"),
         "max_model_len": (int, "longest prompt plus output in tokens; default: the checkpoint's"),
         "max_num_seqs": (int, "sequences of an attention group that run at once"),

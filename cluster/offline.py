@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from cluster.router.blocks import BlockAllocator
 from cluster.router.scheduler import Scheduler
@@ -25,6 +26,7 @@ class OfflineConfig:
 
     model_dir: str
     num_threads: int
+    products: Literal["fp32", "bf16"] = "fp32"
     max_model_len: int = 1024
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
@@ -44,6 +46,7 @@ class OfflineEngine:
             layout=ParallelLayout(tp=1),
             device="cpu",
             num_threads=config.num_threads,
+            products=config.products,
             max_model_len=config.max_model_len,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,

@@ -133,7 +133,7 @@ class ModelRunner:
         if weights is None:
             checkpoint = Checkpoint.open(config.model_dir)
             _check_memory(checkpoint, config.spec, self.device)
-            weights = checkpoint.read(config.spec, progress, device=self.device, dtype=dtype)
+            weights = checkpoint.read(config.spec, progress, device=self.device, dtype=dtype, products=config.products)
         self._weights = weights
         self.threads = ThreadChooser(self.model, weights, config.num_threads or torch.get_num_threads())
         if self.device.type == "cpu":

@@ -91,6 +91,7 @@ def runner_configs(config: ClusterConfig, max_model_len: int, device: Device) ->
             layout=engine.layout,
             redundant_experts=engine.redundant_experts,
             device=device,
+            products=engine.products,
             num_threads=engine.threads_per_rank or max(1, (os.cpu_count() or 1) // num_here),
             max_model_len=max_model_len,
             max_num_seqs=engine.max_num_seqs,
