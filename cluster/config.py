@@ -62,6 +62,12 @@ class EngineConfig(_Part):
     kv_memory_bytes: int | None = Field(None, ge=1)
     """KV pool of one rank; None sizes it from free memory on a GPU and takes 256 MiB on a CPU."""
     enable_prefix_cache: bool = True
+    kv_dtype: Literal["auto", "fp8"] = "auto"
+    """How keys and values are kept: as computed, or rounded to e4m3, in half of the bytes; fp8 needs a GPU."""
+    graphs: Literal["auto", "whole", "piecewise", "off"] = "auto"
+    """Decode steps recorded as CUDA graphs: collectives in them, between them, or none; auto chooses by the layout."""
+    deterministic: bool = False
+    """The same request gives the same bits at any load; slower. Experts then stay where they are."""
 
     @property
     def layout(self) -> ParallelLayout:
@@ -76,6 +82,21 @@ class EngineConfig(_Part):
             raise ValueError(
                 f"expert_tp {self.expert_tp} does not divide tp {self.tp} * dp {self.dp} = {world} ranks; "
                 f"use one of {', '.join(map(str, fits))}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _device_has_the_kernels(self) -> Self:
+        if self.kv_dtype == "fp8" and self.device == "cpu":
+            raise ValueError("kv_dtype fp8 needs a GPU, and device is cpu; leave kv_dtype out")
+        return self
+
+    @model_validator(mode="after")
+    def _experts_of_a_deterministic_copy_have_one_place(self) -> Self:
+        if self.deterministic and self.redundant_experts:
+            raise ValueError(
+                f"deterministic allows no redundant_experts, and there are {self.redundant_experts}: which replica "
+                "computes a token depends on the others; use 0"
             )
         return self
 
