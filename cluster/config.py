@@ -64,6 +64,12 @@ class EngineConfig(_Part):
     enable_prefix_cache: bool = True
     symmetric_memory: bool = True
     """GPUs of one host may do small sums by reading each other's memory; false: through NCCL alone."""
+    kv_dtype: Literal["auto", "fp8"] = "auto"
+    """How keys and values are kept: as computed, or rounded to e4m3, in half of the bytes; fp8 needs a GPU."""
+    graphs: Literal["auto", "whole", "piecewise", "off"] = "auto"
+    """Decode steps recorded as CUDA graphs: collectives in them, between them, or none; auto chooses by the layout."""
+    deterministic: bool = False
+    """The same request gives the same bits at any load; slower. Experts then stay where they are."""
     host_kv_bytes: int = Field(0, ge=0)
     """Host memory of one rank for KV whose blocks are needed for others, of preempted sequences and of cached
     prompts; it is brought back where that is quicker than to compute it again. 0: none."""
@@ -81,6 +87,21 @@ class EngineConfig(_Part):
             raise ValueError(
                 f"expert_tp {self.expert_tp} does not divide tp {self.tp} * dp {self.dp} = {world} ranks; "
                 f"use one of {', '.join(map(str, fits))}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _device_has_the_kernels(self) -> Self:
+        if self.kv_dtype == "fp8" and self.device == "cpu":
+            raise ValueError("kv_dtype fp8 needs a GPU, and device is cpu; leave kv_dtype out")
+        return self
+
+    @model_validator(mode="after")
+    def _experts_of_a_deterministic_copy_have_one_place(self) -> Self:
+        if self.deterministic and self.redundant_experts:
+            raise ValueError(
+                f"deterministic allows no redundant_experts, and there are {self.redundant_experts}: which replica "
+                "computes a token depends on the others; use 0"
             )
         return self
 

@@ -24,6 +24,7 @@ from cluster.router.rank_socket import RankSocket
 from cluster.router.rendezvous import Rendezvous
 from cluster.router.shards import GroupBounds, GroupInfo, RankGroup, Survivors
 from workers.config import RunnerConfig
+from workers.launched import Done, Launched
 from workers.layout import ParallelLayout
 from workers.shard import Progress, Runner, ShardConfig
 from workers.step import PlacementUpdate, RankLoading, StepPlan, StepResult
@@ -324,6 +325,9 @@ class EchoRunner:
 
     def leave(self) -> None:
         pass
+
+    def launch(self, plan: StepPlan) -> Launched:
+        return Done(self.execute(plan))
 
     def execute(self, plan: StepPlan) -> StepResult:
         if plan.prefills:

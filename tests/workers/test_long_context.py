@@ -195,6 +195,7 @@ def test_a_whole_step_reads_and_writes_cells_behind_32_bits(dense_fp8: Path) -> 
     far = load(dense_fp8)
     far.kv.layers = [sparse_zeros(layer.shape[0], FAR_BLOCKS, *layer.shape[2:]) for layer in far.kv.layers]
     far.slots = far.batches.slots = SlotStates(40, 128, BLOCK_SIZE, FAR_BLOCKS)
+    far.batches.pool_blocks = FAR_BLOCKS
 
     assert tokens(far, FAR_BLOCKS - 64) == expected
     for ours, theirs in zip(far.kv.layers, near.kv.layers, strict=True):
