@@ -167,7 +167,9 @@ class ModelRunner:
             shared = (self.decoder, self.sampler, self.batches, self.kv, self.last_tokens)
             self._decode_steps = DecodeSteps(*shared, buckets, recorder, config.layout.dp)
             self._prepare(self._decode_steps)
-        self.host_memory = None if self.host_kv is None else measure(self.host_kv, config, self.execute)
+        self.host_memory = None
+        if self.host_kv is not None:
+            self.host_memory = measure(self.host_kv, config, self.num_blocks, self.execute)
 
     @property
     def weights(self) -> dict[str, Weight] | None:
