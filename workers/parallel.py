@@ -5,6 +5,7 @@ Passed to whoever communicates. Every wait is bounded by the timeout given when 
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 
 import torch
@@ -15,6 +16,11 @@ from workers.host_group import share_memory
 from workers.layout import ParallelLayout
 from workers.rank_group import RankGroup
 from workers.symmetric_group import share_symmetric_memory
+
+NCCL_ERRORS = ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+"""A lost connection or a late rank shall neither end this process, with the weights that it could keep, nor abort the
+collectives, behind which it would compute on garbage and answer. It waits: the Router names the rank that the others
+wait for, and has them abort."""
 
 
 class ParallelState:
@@ -56,6 +62,7 @@ class ParallelState:
         timeout = timedelta(seconds=timeout_s)
         store = TCPStore(store_host, store_port, world_size=None, is_master=False, timeout=timeout)
         backend = "nccl" if device == "cuda" else "gloo"
+        os.environ.setdefault(*NCCL_ERRORS)
         size = layout.world_size
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         world = RankGroup(rank, size, dist.group.WORLD)
