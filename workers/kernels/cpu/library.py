@@ -62,7 +62,7 @@ SIGNATURES = {
     "mull_host_all_gather": (_pointer, _pointer, _int, _pointer),
     "mull_host_all_to_all": (_pointer, _pointer, _pointer, _pointer, _pointer),
 }
-"""Argument types, of which `_flag` is 32 bits wide. Functions of a group return the rank that was late, the others nothing."""
+"""Argument types. Functions of a group return the rank that was late, the others nothing."""
 
 
 def runnable() -> tuple[str, ...]:
