@@ -41,7 +41,7 @@ def qk_norm_rope_store(
         if pool is not None and cells_T is not None:
             pool.flatten(1, 2).index_copy_(1, cells_T, heads_TXD[:, num_q_heads:].transpose(0, 1).to(pool.dtype))
         return
-    stored = (None, 0, 0)
+    stored: tuple[int | None, int, int] = (None, 0, 0)
     if pool is not None:
         stored = (pool.data_ptr(), VALUE_KINDS[pool.dtype], pool.shape[1] * pool.shape[2])
     library.mull_rotate_and_store(
