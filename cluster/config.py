@@ -67,8 +67,9 @@ class EngineConfig(_Part):
     the other's tokens travel to their experts. 0: none is; None: from 1,024 on a GPU, and none on a CPU."""
     symmetric_memory: bool = True
     """GPUs of one host may do small sums by reading each other's memory; false: through NCCL alone."""
-    kv_dtype: Literal["auto", "fp8"] = "auto"
-    """How keys and values are kept: as computed, or rounded to e4m3, in half of the bytes; fp8 needs a GPU."""
+    kv_dtype: Literal["auto", "bf16", "fp8"] = "auto"
+    """How keys and values are kept: as computed, which is fp32 on a CPU and bf16 on a GPU, or rounded to half of those
+    bytes: to bf16 on a CPU, to e4m3 (fp8) on a GPU."""
     graphs: Literal["auto", "whole", "piecewise", "off"] = "auto"
     """Decode steps recorded as CUDA graphs: collectives in them, between them, or none; auto chooses by the layout."""
     deterministic: bool = False
