@@ -132,19 +132,19 @@ def test_no_position_behind_the_context_is_computed(tiny_dir: Path) -> None:
 class Pools:
     """The same KV in a small pool, and in one whose blocks lie far behind what 32 bits can count."""
 
-    def __init__(self, num_heads: int = 1) -> None:
+    def __init__(self, dtype: torch.dtype) -> None:
         generator = torch.Generator().manual_seed(1)
-        self.near = torch.randn(2 * num_heads, 64, BLOCK_SIZE, HEAD_DIM, generator=generator)
-        self.far = sparse_zeros(2 * num_heads, FAR_BLOCKS, BLOCK_SIZE, HEAD_DIM)
+        self.near = torch.randn(2, 64, BLOCK_SIZE, HEAD_DIM, generator=generator).to(dtype)
+        self.far = sparse_zeros(2, FAR_BLOCKS, BLOCK_SIZE, HEAD_DIM, dtype=dtype)
         self.far[:, -64:] = self.near
         assert (self.far.shape[1] - 64) * BLOCK_SIZE * HEAD_DIM >= 2**31
         self.tables = torch.randperm(64, generator=generator).view(2, 32)
         self.far_tables = self.tables + FAR_BLOCKS - 64
 
 
-@pytest.fixture(scope="module")
-def pools() -> Pools:
-    return Pools()
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def pools(request: pytest.FixtureRequest) -> Pools:
+    return Pools(request.param)
 
 
 def test_decodes_read_cells_behind_32_bits(pools: Pools) -> None:
@@ -166,8 +166,8 @@ def test_chunks_read_cells_behind_32_bits(pools: Pools) -> None:
     assert torch.equal(attend(pools.far, pools.far_tables), attend(pools.near, pools.tables))
 
 
-def test_keys_are_written_to_cells_behind_32_bits() -> None:
-    pools, heads_TXD = Pools(), torch.randn(3, 6, HEAD_DIM)
+def test_keys_are_written_to_cells_behind_32_bits(pools: Pools) -> None:
+    heads_TXD = torch.randn(3, 6, HEAD_DIM)
     norms, rotations = torch.rand(5, HEAD_DIM), torch.randn(3, 2, HEAD_DIM)
     cells, offset = torch.tensor([5, 700, 1023]), (FAR_BLOCKS - 64) * BLOCK_SIZE
 
