@@ -13,7 +13,7 @@ from tests.workers.engine import GREEDY, Ran, decode_steps, load, open_slot, ran
 from tests.workers.ranks import RankProcesses
 from workers.config import ParallelLayout
 from workers.errors import LayoutError
-from workers.kernels.cpu.library import CHOICE_VARIABLE, native
+from workers.kernels.cpu.library import CHOICE_VARIABLE, build, native
 from workers.runner import ModelRunner
 from workers.step import Prefill, SamplingParams, StepPlan
 
@@ -132,13 +132,15 @@ def test_two_ranks_give_the_same_bits_at_any_load(two_ranks: RankProcesses, moe_
 
 def test_torch_alone_cannot_promise_it(dense_fp8: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(CHOICE_VARIABLE, "torch")
-    native.cache_clear()
+    for cached in (build, native):
+        cached.cache_clear()
     try:
         with pytest.raises(LayoutError, match="deterministic needs mull's own kernels"):
             load(dense_fp8, deterministic=True)
     finally:
         monkeypatch.undo()
-        native.cache_clear()
+        for cached in (build, native):
+            cached.cache_clear()
 
 
 def test_fp8_kv_is_refused_on_a_cpu(dense_fp8: Path) -> None:
