@@ -32,6 +32,7 @@ class NullRunner:
     num_blocks = 1
     weight_bytes = 0
     kv_bytes = 0
+    host_memory = None
 
     def __init__(self, config: ShardConfig, progress: Progress) -> None:
         del progress

@@ -68,6 +68,9 @@ class EngineConfig(_Part):
     """Decode steps recorded as CUDA graphs: collectives in them, between them, or none; auto chooses by the layout."""
     deterministic: bool = False
     """The same request gives the same bits at any load; slower. Experts then stay where they are."""
+    host_kv_bytes: int = Field(0, ge=0)
+    """Host memory of one rank for KV whose blocks are needed for others, of preempted sequences and of cached
+    prompts; it is brought back where that is quicker than to compute it again. 0: none."""
 
     @property
     def layout(self) -> ParallelLayout:
@@ -97,6 +100,14 @@ class EngineConfig(_Part):
             raise ValueError(
                 f"deterministic allows no redundant_experts, and there are {self.redundant_experts}: which replica "
                 "computes a token depends on the others; use 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _host_keeps_what_is_cached(self) -> Self:
+        if self.host_kv_bytes and not self.enable_prefix_cache:
+            raise ValueError(
+                "host_kv_bytes needs enable_prefix_cache, which names what is kept; set it or leave it out"
             )
         return self
 

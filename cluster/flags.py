@@ -47,6 +47,7 @@ _CONFIG_FLAGS: dict[str, dict[str, tuple[type, str]]] = {
         "kv_memory_bytes": (int, "KV pool of one rank"),
         "kv_dtype": (str, "auto, or fp8 on a GPU: half of the bytes, rounded"),
         "graphs": (str, "CUDA graphs of decode steps: auto, whole, piecewise or off"),
+        "host_kv_bytes": (int, "host memory of one rank for KV whose blocks are needed for others; 0: none"),
     },
     "router": {
         "copies": (int, "whole models, each on ranks of its own; a request goes on at another when one is lost"),

@@ -148,6 +148,8 @@ class RunnerConfig:
     block_size: int = 32
     kv_memory_bytes: int | None = None
     """KV pool of this rank; None takes a share of the free memory on a GPU and 256 MiB on a CPU."""
+    host_kv_bytes: int = 0
+    """Host memory of this rank for KV whose blocks are needed for others; 0: that is computed again."""
 
     @property
     def spec(self) -> ShardSpec:

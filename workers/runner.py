@@ -28,6 +28,7 @@ from workers.experts.choice import MAX_GATHERED_ROWS, DispatcherChoice
 from workers.experts.rebalance import PlacedExperts
 from workers.grammar import Grammars
 from workers.graphs import CallAgain, CudaRecorder, Recorder, interrupting
+from workers.host_kv import measure, open_host_kv
 from workers.kernels.cpu.library import native
 from workers.kernels.invariance import invariance
 from workers.kernels.linear import Weight
@@ -147,7 +148,9 @@ class ModelRunner:
         num_spare = 0 if buckets is None else 1
         pool_blocks = self.num_blocks + num_spare
         self.kv = KVPool(self.model, config.spec, pool_blocks, config.block_size, self.device, kv_dtype)
-        self.kv_bytes = pool_blocks * block_bytes(self.model, config.spec, config.block_size, kv_dtype)
+        bytes_per_block = block_bytes(self.model, config.spec, config.block_size, kv_dtype)
+        self.kv_bytes = pool_blocks * bytes_per_block
+        self.host_kv = open_host_kv(config, self.kv, bytes_per_block, parallel.world)
         self.slots = SlotStates(config.max_num_seqs, config.max_model_len, config.block_size, self.num_blocks)
         prompts = PromptLayout.ROWS if config.deterministic else PromptLayout.CHUNKS
         self.batches = BatchBuilder(self.slots, self.model, self.device, dtype, pool_blocks, prompts)
@@ -164,6 +167,7 @@ class ModelRunner:
             shared = (self.decoder, self.sampler, self.batches, self.kv, self.last_tokens)
             self._decode_steps = DecodeSteps(*shared, buckets, recorder, config.layout.dp)
             self._prepare(self._decode_steps)
+        self.host_memory = None if self.host_kv is None else measure(self.host_kv, config, self.execute)
 
     @property
     def weights(self) -> dict[str, Weight] | None:
@@ -183,6 +187,8 @@ class ModelRunner:
         """Leave the group and free the KV; only `weights` are of use afterwards."""
         self.parallel.close()
         self.kv.free()
+        if self.host_kv is not None:
+            self.host_kv.free()
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one plan; only tp_rank 0 of a group names its tokens.
@@ -228,6 +234,10 @@ class ModelRunner:
             )
 
     def _apply_deltas(self, plan: StepPlan) -> None:
+        if self.host_kv is not None:
+            self.host_kv.move(plan)
+        elif plan.offload or plan.fetch:
+            raise PlanError(f"step {plan.step} copies blocks, but the rank was started without host_kv_bytes")
         for slot in plan.close:
             self.slots.close(slot)
         for opened in plan.open:

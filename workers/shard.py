@@ -36,6 +36,7 @@ from workers.network import interface_towards
 from workers.pulse import Pulse
 from workers.step import (
     FromRank,
+    HostMemory,
     PlacementUpdate,
     RankFailed,
     RankLoading,
@@ -88,6 +89,10 @@ class Runner(Protocol):
     def weight_bytes(self) -> int: ...
     @property
     def kv_bytes(self) -> int: ...
+    @property
+    def host_memory(self) -> HostMemory | None:
+        """For KV; None: none is kept there."""
+
     @property
     def num_exchanges(self) -> int:
         """With other ranks, so far."""
@@ -254,6 +259,7 @@ def _ready(config: RunnerConfig, runner: Runner, load_s: float) -> RankReady:
         weight_bytes=runner.weight_bytes,
         kv_bytes=runner.kv_bytes,
         load_s=load_s,
+        host_memory=runner.host_memory,
     )
 
 

@@ -1,14 +1,13 @@
-"""Which copy a sequence goes to: the one that has to do the least before its first token comes.
+"""What a copy has to do before the first token of a sequence comes: the least is the best place for it.
 
-Hop 3, pure. What a copy has to do is counted in tokens: those of the prompt that its prefix cache lacks, and what the
-sequences that it has already stand for. Knows nothing of links, nor whether a guess about a cache is right: a wrong
-one costs a prefill.
+Hop 3, pure. It is counted in tokens: those of the prompt that its prefix cache lacks, and what the sequences that it
+has already stand for. Knows nothing of links, nor whether a guess about a cache is right: a wrong one costs a prefill.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 CHUNK_TOKENS = 64
@@ -29,11 +28,15 @@ class CopyLoad:
     num_waiting: int = 0
 
 
-def known_load(said: CopyLoad, num_sent: int) -> CopyLoad:
-    """What a copy said last, or what was sent there since: `num_sent` sequences are there by what we know ourselves."""
-    if num_sent <= said.num_running:
-        return said
-    return CopyLoad(num_running=num_sent, num_waiting=said.num_waiting)
+def known_load(said: CopyLoad, num_own: int, num_sent: int) -> CopyLoad:
+    """What a copy said last, and what has become of it since, as far as it is our own doing.
+
+    `num_own`: sequences that are there through us. `num_sent`: how many more those are than when it said that; they
+    wait where others waited. What others sent there meanwhile nobody here knows.
+    """
+    num_waiting = max(0, said.num_waiting + num_sent) if said.num_waiting else 0
+    num_all = max(num_own, said.num_running + said.num_waiting + num_sent)
+    return CopyLoad(num_running=max(0, num_all - num_waiting), num_waiting=num_waiting)
 
 
 def cost_tokens(num_prompt: int, num_cached: int, load: CopyLoad) -> int:
@@ -57,6 +60,9 @@ class PrefixMemory:
         while len(self._chunks) > self._max_chunks:
             self._chunks.popitem(last=False)
 
+    def __contains__(self, chunk: object) -> bool:
+        return chunk in self._chunks
+
     def num_cached(self, prefix: Sequence[int]) -> int:
         """Tokens of a prompt that came to this copy before."""
         count = 0
@@ -75,9 +81,3 @@ def prefix_hashes(prompt_ids: Sequence[int], salt: str) -> tuple[int, ...]:
         last = hash((last, *prompt_ids[start : start + CHUNK_TOKENS]))
         hashes.append(last)
     return tuple(hashes)
-
-
-def cheapest(num_prompt: int, prefix: Sequence[int], copies: Mapping[str, tuple[PrefixMemory, CopyLoad]]) -> str | None:
-    """The copy where the prompt costs least, the first one by name among equals; None where there is no copy."""
-    costs = {name: cost_tokens(num_prompt, memory.num_cached(prefix), load) for name, (memory, load) in copies.items()}
-    return min(sorted(costs), key=costs.__getitem__, default=None)

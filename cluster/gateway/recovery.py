@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from cluster.errors import MullError, NotReady, Overloaded
-from cluster.gateway.affinity import CopyLoad, PrefixMemory, cheapest, known_load, prefix_hashes
+from cluster.gateway.affinity import CopyLoad, prefix_hashes
+from cluster.gateway.choice import Choice
 from mull.v1 import router_pb2 as pb
 
 _REFUSALS = (pb.End.REASON_UNAVAILABLE, pb.End.REASON_CANCELLED, pb.End.REASON_OVERLOADED)
@@ -130,24 +131,21 @@ Action = Send | Deliver | Fail | Resumed
 @dataclass(eq=False, slots=True)
 class _Copy:
     state: CopyState
-    memory: PrefixMemory = field(default_factory=PrefixMemory)
     flights: dict[int, Flight] = field(default_factory=dict)
     """By key."""
-
-    @property
-    def load(self) -> CopyLoad:
-        return known_load(self.state.load, len(self.flights))
 
 
 class Recovery:
     """All flights of one gateway, and the copies that it is connected to."""
 
-    def __init__(self, policy: ReplayPolicy) -> None:
+    def __init__(self, policy: ReplayPolicy, *, seed: int | None = None) -> None:
+        """`seed`: of what is left to chance in the choice of copies; None: every gateway has its own."""
         self.num_replays_total = 0
         self.num_replayed_tokens_total = dict.fromkeys(Loss, 0)
         """Prompt and output of flights that had begun, behind which they went on."""
         self._policy = policy
         self._copies: dict[str, _Copy] = {}
+        self._choice = Choice(seed)
         self._waiting: dict[int, Flight] = {}
         """By number: the oldest first."""
         self._numbers = itertools.count(1)
@@ -178,11 +176,13 @@ class Recovery:
         """A copy can be sent to."""
         assert name not in self._copies, f"copy {name} is connected twice"
         self._copies[name] = _Copy(state)
+        self._choice.heard(name, state.load if state.ready else None)
         return self._place(now_s)
 
     def described(self, name: str, state: CopyState, now_s: float) -> list[Action]:
         """A connected copy said how it is."""
         self._copies[name].state = state
+        self._choice.heard(name, state.load if state.ready else None)
         return self._place(now_s) if self._waiting else []
 
     def lost(self, name: str, why: str, now_s: float) -> list[Action]:
@@ -190,6 +190,7 @@ class Recovery:
         copy = self._copies.pop(name, None)
         if copy is None:
             return []
+        self._choice.lost(name)
         for flight in copy.flights.values():
             self._suspend(flight, why, now_s, Loss.ROUTER_LOST)
         return self._place(now_s)
@@ -300,9 +301,12 @@ class Recovery:
 
     def _leave(self, flight: Flight) -> bool:
         """Its copy has it no longer. Whether a copy had it."""
-        copy = self._copies.get(flight.copy or "")
-        flight.copy = None
-        return copy is not None and copy.flights.pop(flight.key, None) is not None
+        name, flight.copy = flight.copy or "", None
+        copy = self._copies.get(name)
+        if copy is None or copy.flights.pop(flight.key, None) is None:
+            return False
+        self._choice.left(name)
+        return True
 
     def _place(self, now_s: float) -> list[Action]:
         """Send what waits to copies, as far as there are any; give up what has waited too long."""
@@ -320,21 +324,16 @@ class Recovery:
         return actions
 
     def _choose(self, flight: Flight) -> str | None:
-        ready = {
-            name: (copy.memory, copy.load)
-            for name, copy in self._copies.items()
-            if copy.state.ready and name not in flight.refused_by
-        }
-        return cheapest(len(flight.submit.prompt_ids) + len(flight.output_ids), flight.prefix, ready)
+        num_tokens = len(flight.submit.prompt_ids) + len(flight.output_ids)
+        return self._choice.choose(num_tokens, flight.prefix, flight.refused_by)
 
     def _send(self, flight: Flight, name: str) -> Send:
         if flight.key:
             flight.num_replays += 1
             self.num_replays_total += 1
         flight.copy, flight.key = name, next(self._keys)
-        copy = self._copies[name]
-        copy.flights[flight.key] = flight
-        copy.memory.remember(flight.prefix)
+        self._copies[name].flights[flight.key] = flight
+        self._choice.sent(name, flight.prefix)
         message = pb.GatewayMessage(submit=flight.submit)
         message.submit.key = flight.key
         message.submit.output_ids.extend(flight.output_ids)

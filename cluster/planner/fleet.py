@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from cluster.errors import NotReady, Overloaded, PromptTooLong
-from cluster.planner.doors import Doors
+from cluster.planner.doors import Doors, said_by
 from cluster.planner.flights import Flight
 from cluster.planner.sim_copy import SimCopy
 from cluster.planner.workload import Arrival
@@ -191,7 +191,7 @@ class Fleet:
         """At the copy where it costs least; parked where none takes work; refused where none takes more."""
         door, prefix = self.doors.of(flight), self.doors.prefix(flight)
         if self._poll_s is None:
-            door.hear({copy.name: copy.load for copy in self._open_copies()})
+            door.hear(said_by({copy.name: copy.load for copy in self._open_copies()}))
         refused_by: set[str] = set()
         is_full = False
         num_tokens = flight.arrival.prompt_tokens + len(output_ids)

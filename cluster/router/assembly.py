@@ -68,6 +68,7 @@ def runner_configs(config: ClusterConfig, max_model_len: int, device: Device) ->
             kv_dtype=engine.kv_dtype,
             graphs=engine.graphs,
             deterministic=engine.deterministic,
+            host_kv_bytes=engine.host_kv_bytes,
         )
         for rank in range(world)
     ]

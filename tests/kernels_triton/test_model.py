@@ -18,7 +18,7 @@ from tests.workers.engine import Ran, decode_steps, load, open_slot, random_prom
 from workers.checkpoint import Checkpoint
 from workers.config import ParallelLayout, ShardSpec
 from workers.kernels.cpu.library import CHOICE_VARIABLE as CPU_CHOICE
-from workers.kernels.cpu.library import build, native
+from workers.kernels.cpu.library import native
 from workers.kernels.tiles import TileWeight
 from workers.kernels.triton import experts, feed_forward, reference
 from workers.kernels.triton.choice import CHOICE_VARIABLE, has_triton
@@ -34,11 +34,11 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Triton's kernels compute on a CPU, too, and mull's own for CPUs do not."""
     monkeypatch.setenv(CHOICE_VARIABLE, "interpret")
     monkeypatch.setenv(CPU_CHOICE, "torch")
-    for cached in (has_triton, build, native):
+    for cached in (has_triton, native):
         cached.cache_clear()
     yield
     monkeypatch.undo()
-    for cached in (has_triton, build, native):
+    for cached in (has_triton, native):
         cached.cache_clear()
 
 

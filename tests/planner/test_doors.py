@@ -8,7 +8,7 @@ import pytest
 
 from cluster.gateway.affinity import CopyLoad
 from cluster.gateway.recovery import CopyState, Flight, Recovery, ReplayPolicy, Send
-from cluster.planner.doors import Door
+from cluster.planner.doors import Door, said_by
 from mull.v1 import router_pb2 as pb
 
 
@@ -19,9 +19,9 @@ def said(draw: random.Random) -> dict[str, CopyLoad]:
 @pytest.mark.parametrize("seed", range(20))
 def test_a_door_sends_each_request_where_the_gateways_recovery_sends_it(seed: int) -> None:
     draw = random.Random(seed)
-    door, recovery = Door(None), Recovery(ReplayPolicy())
+    door, recovery = Door(None, seed=seed), Recovery(ReplayPolicy(), seed=seed)
     loads = said(draw)
-    door.hear(loads)
+    door.hear(said_by(loads))
     for name, load in loads.items():
         recovery.connected(name, CopyState(ready=True, load=load), 0.0)
     open_flights: list[tuple[str, Flight]] = []
@@ -39,25 +39,25 @@ def test_a_door_sends_each_request_where_the_gateways_recovery_sends_it(seed: in
                 door.left(name)
             case "hear":
                 loads = said(draw)
-                door.hear(loads)
+                door.hear(said_by(loads))
                 for name, load in loads.items():
                     recovery.described(name, CopyState(ready=True, load=load), 0.0)
 
 
 def test_a_prompt_goes_where_its_beginning_went_unless_that_copy_is_busy() -> None:
     door = Door(None)
-    door.hear({"copy-1": CopyLoad(num_running=5), "copy-2": CopyLoad()})
+    door.hear(said_by({"copy-1": CopyLoad(num_running=4), "copy-2": CopyLoad()}))
     door.sent("copy-1", (1, 2, 3, 4, 5, 6))
 
     assert door.choose(400, (1, 2, 3, 4, 5, 6), ()) == "copy-1"
     assert door.choose(400, (7, 8), ()) == "copy-2"
-    door.hear({"copy-1": CopyLoad(num_running=20), "copy-2": CopyLoad()})
+    door.hear(said_by({"copy-1": CopyLoad(num_running=20), "copy-2": CopyLoad()}))
     assert door.choose(400, (1, 2, 3, 4, 5, 6), ()) == "copy-2"
 
 
 def test_a_copy_that_is_lost_is_not_chosen() -> None:
     door = Door(None)
-    door.hear({"copy-1": CopyLoad()})
+    door.hear(said_by({"copy-1": CopyLoad()}))
 
     door.lost("copy-1")
 

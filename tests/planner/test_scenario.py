@@ -102,7 +102,7 @@ def test_a_rolling_update_replaces_every_copy_and_loses_no_request() -> None:
 def test_a_router_that_drains_ends_as_soon_as_it_has_nothing_left() -> None:
     fleet, operator = fleet_of(2)
     left: list[float] = []
-    fleet.at(1.0, lambda: operator.drain(fleet.copies["copy-1"], lambda: left.append(fleet.now_s)))
+    fleet.at(1.0, lambda: operator.drain(fleet.copies[fleet.flights[0].copy], lambda: left.append(fleet.now_s)))
 
     fleet.run([Arrival(0.0, 100, 0, 100), Arrival(0.0, 100, 0, 2000)])
 

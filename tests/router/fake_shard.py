@@ -23,6 +23,7 @@ class FakeRunner:
 
     weight_bytes = 1000
     kv_bytes = 2000
+    host_memory = None
 
     num_exchanges = 0
 

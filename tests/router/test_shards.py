@@ -309,6 +309,7 @@ class EchoRunner:
     num_blocks = 10
     weight_bytes = 1
     kv_bytes = 2
+    host_memory = None
 
     num_exchanges = 0
 

@@ -48,7 +48,7 @@ class SimGateway:
         self.links: dict[str, Connection] = {}
         self.clients: list[Connection] = []
         self._world, self._routers, self._on_end = world, routers, on_end
-        self._recovery = Recovery(POLICY)
+        self._recovery = Recovery(POLICY, seed=world.random.getrandbits(32))
         self._streams: dict[int, _Stream] = {}
         self._connected: set[str] = set()
         self._timer: Timer | None = None

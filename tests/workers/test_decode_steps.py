@@ -62,7 +62,7 @@ class Life:
                 opened.append(open_slot(slot, self._sampling[slot], block_ids=blocks))
                 prefills.append(Prefill(slot, 0, prompt, True))
                 lengths[slot] = len(prompt)
-        return StepPlan(self._step, close, opened, extend, prefills, decodes)
+        return StepPlan(self._step, close=close, open=opened, extend=extend, prefills=prefills, decodes=decodes)
 
 
 def block(slot: int, position: int) -> int:

@@ -33,11 +33,9 @@ def chosen(choice: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     if choice != "torch" and choice not in RUNNABLE:
         pytest.skip(f"this CPU runs {RUNNABLE or 'neither AVX2 nor AVX-512'}, not {choice}")
     monkeypatch.setenv(CHOICE_VARIABLE, choice)
-    build.cache_clear()
     native.cache_clear()
     assert (native() is None) == (choice == "torch"), f"no {choice} kernels were compiled; is there a compiler?"
     yield choice
-    build.cache_clear()
     native.cache_clear()
 
 

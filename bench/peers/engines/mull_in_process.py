@@ -19,6 +19,7 @@ class MullInProcess:
             OfflineConfig(
                 model_dir=job.model_dir,
                 num_threads=job.threads,
+                products="bf16" if os.environ.get("BENCH_MULL_PRODUCTS") == "bf16" else "fp32",
                 max_model_len=job.max_model_len,
                 max_num_seqs=job.max_streams,
                 kv_memory_bytes=kv_bytes(job),
@@ -40,10 +41,10 @@ class MullInProcess:
 
 
 def kv_bytes(job: LoadJob) -> int:
-    """Keys and values of `kv_tokens`, in fp32, and of a block more for each stream."""
+    """Keys and values of `kv_tokens`, in fp32."""
     config = ModelConfig.from_dir(job.model_dir)
     a_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * 4
-    return a_token * (job.kv_tokens + 64 * job.max_streams)
+    return a_token * job.kv_tokens
 
 
 if __name__ == "__main__":

@@ -68,24 +68,20 @@ def runnable() -> tuple[str, ...]:
     return tuple(build for build, needed in BUILDS.items() if all(has.get(name) for name in needed))
 
 
-@functools.cache
 def build() -> str | None:
     """The best that was compiled and that this CPU can run."""
-    choice = os.environ.get(CHOICE_VARIABLE, "")
-    builds = (choice,) if choice else runnable()
-    found = next((build for build in builds if _file(build).exists()), None)
-    if found is None:
-        log.warning(
-            "CPU kernels: none for this machine (%s); torch computes, several times slower", builds or "no AVX2"
-        )
-    return found
+    return next((name for name in _wanted() if _file(name).exists()), None)
 
 
 @functools.cache
 def native() -> ctypes.CDLL | None:
     """The library for this CPU, or None: then torch computes, and the log says why."""
     found = build()
-    return None if found is None else _declared(_file(found))
+    if found is not None:
+        return _declared(_file(found))
+    needed = _wanted() or "no AVX2"
+    log.warning("CPU kernels: none for this machine (%s); torch computes, several times slower", needed)
+    return None
 
 
 def multiplies_bf16() -> bool:
@@ -93,8 +89,13 @@ def multiplies_bf16() -> bool:
     return build() == "avx512bf16"
 
 
-def _file(build: str) -> Path:
-    return Path(__file__).parent / f"native_{build}{sysconfig.get_config_var('EXT_SUFFIX')}"
+def _wanted() -> tuple[str, ...]:
+    choice = os.environ.get(CHOICE_VARIABLE, "")
+    return (choice,) if choice else runnable()
+
+
+def _file(name: str) -> Path:
+    return Path(__file__).parent / f"native_{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 
 def _declared(file: Path) -> ctypes.CDLL:

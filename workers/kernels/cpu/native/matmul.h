@@ -18,7 +18,6 @@ constexpr int VECTORS = 2;  // of a panel's outputs at a time
 constexpr int COLUMNS = VECTORS * Floats::width;
 constexpr int MAX_ROWS = Floats::width == 16 ? 12 : 6;  // with VECTORS sums each they nearly fill the registers
 constexpr int CHUNK_ROWS = 16 * MAX_ROWS;               // rows that may share one conversion of a run
-constexpr int DIRECT_BLOCKS = 2;  // up to so many blocks of rows, converting again is as fast as storing floats
 
 struct Accumulator {
     alignas(64) float rows[CHUNK_ROWS][PANEL];
@@ -30,6 +29,7 @@ struct Step {
     using Value = float;
     using Vector = Floats;
     static constexpr int inputs = 1, at_once = Floats::width == 16 ? 2 : 1;  // steps converted together
+    static constexpr int direct_blocks = 2;  // up to so many blocks of rows, converting again is as fast as storing
 };
 
 #if defined(__AVX512BF16__)
@@ -37,13 +37,12 @@ struct PairStep {
     using Value = Pair;
     using Vector = Pairs;
     static constexpr int inputs = 2, at_once = 1;
+    static constexpr int direct_blocks = CHUNK_ROWS;  // other parts of the processor convert while it multiplies
 };
 template <>
 struct Step<E4m3Pair> : PairStep {};
 template <>
 struct Step<Bf16Pair> : PairStep {};
-template <>
-struct Step<Pair> : PairStep {};
 #endif
 
 // Rows lie in blocks of at most MAX_ROWS: the rows of a block side by side, one step after another, so that going along
@@ -135,7 +134,6 @@ inline void multiply_rows(int rows, const typename Step<Code>::Value* x, int ste
 template <class Code>
 inline void multiply_run(const PackedChunk<typename Step<Code>::Value>& x, std::int64_t first, int steps,
                          const Code* codes, const float* scale, Accumulator& sums) {
-    using Value = typename Step<Code>::Value;
     const int blocks = blocks_of(x.rows);
     const auto each_block = [&](const auto* weights) {
         for (int block = 0; block < blocks; ++block) {
@@ -143,15 +141,17 @@ inline void multiply_run(const PackedChunk<typename Step<Code>::Value>& x, std::
             multiply_rows(rows, x.values + start * x.steps + first * rows, steps, weights, scale, sums.rows + start);
         }
     };
-    if (blocks <= DIRECT_BLOCKS) return each_block(codes);
-    alignas(64) Value converted[RUN / Step<Code>::inputs * PANEL];
-    for (int k = 0; k < steps; ++k)
-        for (int column = 0; column < PANEL; column += COLUMNS) {
-            typename Step<Code>::Vector weights[VECTORS];
-            widen_all(codes + k * PANEL + column, weights);
-            for (int v = 0; v < VECTORS; ++v) weights[v].store(converted + k * PANEL + column + v * Floats::width);
-        }
-    each_block(static_cast<const Value*>(converted));
+    if (blocks <= Step<Code>::direct_blocks) return each_block(codes);
+    if constexpr (Step<Code>::inputs == 1) {
+        alignas(64) float converted[RUN * PANEL];
+        for (int k = 0; k < steps; ++k)
+            for (int column = 0; column < PANEL; column += COLUMNS) {
+                Floats weights[VECTORS];
+                widen_all(codes + k * PANEL + column, weights);
+                for (int v = 0; v < VECTORS; ++v) weights[v].store(converted + k * PANEL + column + v * Floats::width);
+            }
+        each_block(static_cast<const float*>(converted));
+    }
 }
 
 // sums[r] = x[r] @ one panel of an expert's weight.

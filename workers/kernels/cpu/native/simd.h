@@ -192,7 +192,6 @@ struct Pairs {
         std::memcpy(&bits, &value, sizeof(bits));
         return {_mm512_set1_epi32(bits)};
     }
-    void store(Pair* to) const { _mm512_storeu_si512(to, v); }
 };
 
 // c + a[0] * b[0] + a[1] * b[1], summed in fp32.
@@ -206,10 +205,6 @@ inline void widen_all(const E4m3Pair* codes, Pairs (&out)[2]) {
 
 inline void widen_all(const Bf16Pair* codes, Pairs (&out)[2]) {
     for (int i = 0; i < 2; ++i) out[i].v = _mm512_loadu_si512(codes + i * Floats::width);
-}
-
-inline void widen_all(const Pair* pairs, Pairs (&out)[2]) {
-    for (int i = 0; i < 2; ++i) out[i].v = _mm512_loadu_si512(pairs + i * Floats::width);
 }
 
 // Rounds `count` floats, an even number, to the nearest bf16, of two the even one.
