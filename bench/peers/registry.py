@@ -88,7 +88,8 @@ ENGINES = {
             libraries_mb=500,
             packages=("mull", "torch"),
             weights_factor=1.2,
-            environment={"BENCH_MULL_PRODUCTS": "bf16"},
+            kv_element_bytes=2,
+            environment={"BENCH_MULL_DTYPE": "bf16"},
         ),
         EngineSpec(
             name=MULL_GRPC,

@@ -23,7 +23,7 @@ from workers import runner as runner_module
 from workers.candidates import Candidates
 from workers.config import RunnerConfig
 from workers.graphs import Action, interrupting
-from workers.kernels.cpu.library import CHOICE_VARIABLE, build, native
+from workers.kernels.cpu.library import CHOICE_VARIABLE, native
 from workers.parallel import ParallelState
 from workers.runner import ModelRunner
 from workers.step import StepPlan
@@ -85,8 +85,7 @@ def taped() -> Iterator[list[Tape]]:
     """Steps are recorded on a tape, which knows torch's operations alone."""
     patch, tapes = pytest.MonkeyPatch(), list[Tape]()
     patch.setenv(CHOICE_VARIABLE, "torch")
-    for cached in (build, native):
-        cached.cache_clear()
+    native.cache_clear()
     patch.setattr(candidates, "_likeliest", likeliest_without_a_look)
 
     def recorder(config: RunnerConfig, parallel: ParallelState, _device: torch.device) -> tuple[Tape, ParallelState]:
@@ -98,8 +97,7 @@ def taped() -> Iterator[list[Tape]]:
         yield tapes
     finally:
         patch.undo()
-        for cached in (build, native):
-            cached.cache_clear()
+        native.cache_clear()
 
 
 def likeliest_without_a_look(logits_Bv: Tensor, count: int) -> Candidates:

@@ -19,7 +19,8 @@ class MullInProcess:
             OfflineConfig(
                 model_dir=job.model_dir,
                 num_threads=job.threads,
-                products="bf16" if os.environ.get("BENCH_MULL_PRODUCTS") == "bf16" else "fp32",
+                products="bf16" if is_bf16() else "fp32",
+                kv_dtype="bf16" if is_bf16() else "auto",
                 max_model_len=job.max_model_len,
                 max_num_seqs=job.max_streams,
                 kv_memory_bytes=kv_bytes(job),
@@ -40,10 +41,15 @@ class MullInProcess:
         pass
 
 
+def is_bf16() -> bool:
+    """Whether products and KV are bf16."""
+    return os.environ.get("BENCH_MULL_DTYPE") == "bf16"
+
+
 def kv_bytes(job: LoadJob) -> int:
-    """Keys and values of `kv_tokens`, in fp32."""
+    """Keys and values of `kv_tokens`."""
     config = ModelConfig.from_dir(job.model_dir)
-    a_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * 4
+    a_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * (2 if is_bf16() else 4)
     return a_token * job.kv_tokens
 
 
