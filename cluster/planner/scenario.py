@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from cluster.planner.control_plane import CopyTraffic, Part, control_plane, gateways_for
+from cluster.planner.control_plane import CopyTraffic, Part, Peaks, control_plane, gateways_for
 from cluster.planner.doors import Doors
 from cluster.planner.effects import Effect, effects
 from cluster.planner.fleet import Fleet
@@ -193,8 +193,12 @@ def _course(
         parts=control_plane(
             busiest.traffic,
             num_gateways,
-            max(look.running + look.waiting for look in looks),
-            max(look.longest_queue for look in looks),
+            Peaks(
+                gateway_cpu=max(look.gateway_cpu for look in looks),
+                router_cpu=max(look.router_cpu for look in looks),
+                streams=max(look.running + look.waiting for look in looks),
+                waiting=max(look.longest_queue for look in looks),
+            ),
             operations,
         ),
         tenants=_tenants([flight for bucket in arrived.buckets for flight in bucket]),

@@ -143,6 +143,19 @@ def test_columns_of_a_course_are_of_one_length_and_count_every_request() -> None
     assert effect.settled_after_s > OPERATIONS.starting.rank_s(copies_of(1)) - 2.0  # it is looked every two seconds
 
 
+def test_each_part_of_the_control_plane_is_told_of_its_own_busiest_moment() -> None:
+    result = course(2, Upset(time_s=100.0, kind="lose-router"))
+
+    used = {part.part: part.used for part in result.parts}
+    assert used["busiest Router's core"] == max(result.series["router_cpu"])
+    assert used["gateway's core"] == max(result.series["gateway_cpu"])
+    # One Router with the streams of two is at its busiest when the fleet as a whole is not.
+    most = max(result.series["output_tokens_per_s"])
+    assert result.series["router_cpu"][result.series["output_tokens_per_s"].index(most)] < max(
+        result.series["router_cpu"]
+    )
+
+
 def test_a_doubled_load_comes_twice_as_often() -> None:
     series = course(2, Upset(time_s=150.0, kind="double-load")).series
 
