@@ -124,6 +124,11 @@ class Fleet:
         copy.lose_ranks(self.now_s)
         self.reschedule(copy)
 
+    def silence(self, copy: SimCopy) -> None:
+        """A rank of it answers no longer: its requests wait for `lose_ranks`, and more come."""
+        copy.fall_silent(self.now_s)
+        self.reschedule(copy)
+
     def at(self, time_s: float, do: Callable[[], object]) -> None:
         """Let something happen."""
         heapq.heappush(self._happenings, Happening(time_s, do))

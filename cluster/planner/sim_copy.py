@@ -84,6 +84,8 @@ class SimCopy:
         """The newest plan might have had prompts, but for the pace."""
         self._has_new = False
         """Requests came since the last plan."""
+        self._is_silent = False
+        """A rank answers no longer, and nobody has noticed."""
         self._thinking_tokens: dict[Hashable, int] = {}
         """Of its flights."""
         self._paused: set[Hashable] = set()
@@ -160,18 +162,30 @@ class SimCopy:
         self._settle(now_s)
         self._look_ahead()
 
+    def fall_silent(self, now_s: float) -> None:
+        """A rank answers no longer: its Router waits for a result, and takes requests. Follow with `lose_ranks`."""
+        self._settle(now_s)
+        self._is_silent = True
+        self._pause(now_s)
+        self._look_ahead()
+
     def lose_ranks(self, now_s: float) -> None:
         """A rank is killed: plans under way have no results. Follow with `start_ranks`."""
         self._settle(now_s)
+        self._is_silent = False
         loss = self._core.on_lost(RankLost("a rank was lost", rank=0, was_killed=True, cause=RankLossCause.EXITED))
         self._sent.clear()
         self._ahead, self.next_s, self.is_open = None, None, False
+        self._pause(now_s)
+        for update in loss.given_up:
+            self._end(update.key, now_s)
+
+    def _pause(self, now_s: float) -> None:
+        """All its streams stand still."""
         for flight in self.flights.values():
             flight.pause(now_s)
             if flight.paused_s is not None:
                 self._paused.add(flight.key)
-        for update in loss.given_up:
-            self._end(update.key, now_s)
 
     def start_ranks(self, now_s: float) -> None:
         """They are back, empty."""
@@ -307,7 +321,7 @@ class SimCopy:
     def _look_ahead(self) -> None:
         """Find out when something happens next, and whether it is known until then."""
         self._ahead = None
-        if not self._sent:
+        if not self._sent or self._is_silent:
             self.next_s = None
             return
         ahead = self._foresee()

@@ -20,7 +20,7 @@ from workers.layout import ParallelLayout
 
 H200 = find_device("h200")
 SETTING = Setting(model=QWEN3_235B, device=H200, kernels=published_kernels())
-OPERATIONS = known_operations()
+OPERATIONS = known_operations(node_s=0.0)
 LIMITS = Limits(max_num_seqs=16, max_num_batched_tokens=2048, context=4096)
 LOAD = DrawnLoad(rate_per_s=1.0, lengths=Lengths(prompt=200, thinking=200, answer=50))
 
@@ -58,6 +58,36 @@ def test_requests_of_a_lost_rank_stand_still_until_it_is_back_and_are_computed_a
         assert flight.num_moves == 0
     # Prompts and what had come of the outputs: at most three seconds of it.
     assert 4 * 100 < fleet.copies["copy-1"].work.recomputed_tokens < 4 * (100 + 150)
+
+
+def test_a_silent_rank_is_noticed_when_a_step_has_lasted_too_long_and_takes_requests_until_then() -> None:
+    fleet, operator = fleet_of(1)
+    operator.arrange(Upset(time_s=3.0, kind="silent-rank"))
+
+    fleet.run(arrivals(8, every_s=1.0))
+
+    back_s = 3.0 + OPERATIONS.router.step_timeout_s + OPERATIONS.starting.rank_s(copies_of(1))
+    for flight in fleet.flights[:3]:
+        ((since_s, until_s),) = flight.pauses
+        assert since_s == 3.0
+        assert until_s == pytest.approx(back_s, abs=1.0)
+    for flight in fleet.flights[4:]:  # they came when nobody knew
+        assert not flight.was_refused
+        assert flight.first_token_s == pytest.approx(back_s, abs=1.0)
+
+
+def test_a_copy_that_autoscaling_adds_waits_for_its_node() -> None:
+    ready_at: list[float] = []
+    for node_s in (0.0, 120.0):
+        fleet, _ = fleet_of(1)
+        operator = Operator(fleet, copies_of(1), H200, known_operations(node_s=node_s))
+        operator.add_copies(1, "one more")
+        fleet.run(arrivals(300, every_s=1.0), until_s=operator.copy_start_s + node_s - 1.0)
+        assert sum(copy.is_open for copy in fleet.copies.values()) == 1
+        fleet.run(arrivals(300, every_s=1.0), until_s=operator.copy_start_s + node_s + 1.0)
+        ready_at.append(fleet.now_s)
+        assert sum(copy.is_open for copy in fleet.copies.values()) == 2
+    assert ready_at[1] - ready_at[0] == pytest.approx(120.0, abs=2.0)
 
 
 def test_requests_of_a_lost_router_go_on_at_another_copy_at_once() -> None:
