@@ -11,7 +11,13 @@ from setuptools import Extension, setup
 SOURCE_DIR = Path("workers/kernels/cpu/native")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-INSTRUCTION_SETS = {"avx2": AVX2, "avx512": AVX512, "avx512vbmi": [*AVX512, "-mavx512vbmi"]}
+AVX512VBMI = [*AVX512, "-mavx512vbmi"]
+INSTRUCTION_SETS = {
+    "avx2": AVX2,
+    "avx512": AVX512,
+    "avx512vbmi": AVX512VBMI,
+    "avx512bf16": [*AVX512VBMI, "-mavx512bf16"],
+}
 # GCC 12's own intrinsics look uninitialised to it.
 FLAGS = ["-std=c++17", "-O3", "-fopenmp", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 

@@ -20,6 +20,7 @@ import zmq
 from cluster.router.launchers import ProcessLauncher
 from cluster.router.shards import GroupBounds, RankGroup
 from workers.config import RunnerConfig
+from workers.launched import Done, Launched
 from workers.layout import ParallelLayout
 from workers.shard import Progress, ShardConfig, main
 from workers.step import PlacementUpdate, StepPlan, StepResult
@@ -31,6 +32,7 @@ class NullRunner:
     num_blocks = 1
     weight_bytes = 0
     kv_bytes = 0
+    host_memory = None
 
     def __init__(self, config: ShardConfig, progress: Progress) -> None:
         del progress
@@ -38,6 +40,9 @@ class NullRunner:
 
     def place(self, update: PlacementUpdate) -> None:
         del update
+
+    def launch(self, plan: StepPlan) -> Launched:
+        return Done(self.execute(plan))
 
     def execute(self, plan: StepPlan) -> StepResult:
         return StepResult(plan.step, self._rank, [7] * len(plan.decodes) if self._rank == 0 else [])

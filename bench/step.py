@@ -74,6 +74,7 @@ class Engine:
                 layout=ParallelLayout(tp=1),
                 device="cpu",
                 num_threads=args.threads,
+                products=args.products,
                 max_model_len=args.prompt + args.long + args.tokens + 2,
                 max_num_seqs=64,
                 max_num_batched_tokens=2048,
@@ -199,6 +200,7 @@ def main() -> None:
     parser.add_argument("--long", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--products", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--block", type=int, default=32)
     parser.add_argument("--kv-gib", type=int, default=2)
     args = parser.parse_args()

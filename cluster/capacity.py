@@ -1,4 +1,4 @@
-"""Whether a layout's redundant experts make sense and fit, before any process is started."""
+"""Whether a layout's redundant experts make sense and fit, and a context that is asked for, before anything starts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import psutil
 
 from cluster.config import ClusterConfig
 from cluster.errors import ConfigError
-from workers.config import ModelConfig
+from workers.config import ModelConfig, ShardSpec
+from workers.kv_memory import CPU_KV_BYTES, kv_token_bytes
 from workers.placement_map import slots_per_rank
 
 _GIB = 2**30
@@ -28,6 +29,32 @@ def check_redundant_experts(config: ClusterConfig, model: ModelConfig) -> None:
         )
     if engine.device != "cuda":
         _check_memory(config, model)
+
+
+def check_context(config: ClusterConfig, model: ModelConfig) -> None:
+    """Raises ConfigError where a context that was asked for is longer than the model's, or than KV memory holds.
+
+    One that was not asked for is what there is room for; so it is where the ranks size their KV by what is free.
+    """
+    engine, asked = config.engine, config.engine.max_model_len
+    if asked is None:
+        return
+    if asked > model.max_position_embeddings:
+        raise ConfigError(
+            f"--max-model-len {asked} is over the {model.max_position_embeddings} tokens that {config.model.name} was "
+            "made for; lower it"
+        )
+    kv_bytes = engine.kv_memory_bytes or (CPU_KV_BYTES if engine.device == "cpu" else None)
+    if kv_bytes is None:
+        return
+    itemsize = 4 if engine.device == "cpu" else 2
+    block_bytes = engine.block_size * kv_token_bytes(model, ShardSpec(engine.layout, 0), itemsize)
+    needed_bytes = -(-asked // engine.block_size) * block_bytes
+    if needed_bytes > kv_bytes:
+        raise ConfigError(
+            f"--max-model-len {asked} needs {needed_bytes} bytes of KV on each rank, of which there are {kv_bytes}: "
+            f"they hold {kv_bytes // block_bytes * engine.block_size} tokens; raise --kv-memory-bytes, or lower it"
+        )
 
 
 def _check_memory(config: ClusterConfig, model: ModelConfig) -> None:

@@ -221,7 +221,7 @@ def _print_ranks(cluster: LocalCluster) -> None:
 
 def _check_model(config: ClusterConfig) -> None:
     """Refuse a directory that cannot be served, or a layout that cannot split it, before any process is started."""
-    from cluster.capacity import check_redundant_experts
+    from cluster.capacity import check_context, check_redundant_experts
     from cluster.gateway.served_model import ServedModel
     from workers.config import ModelConfig
     from workers.safetensors_header import check_checkpoint
@@ -230,9 +230,7 @@ def _check_model(config: ClusterConfig) -> None:
     config.engine.layout.check(model)
     check_redundant_experts(config, model)
     check_checkpoint(config.model.path, model)
-    asked, context = config.engine.max_model_len, model.max_position_embeddings
-    if asked is not None and asked > context:
-        raise ConfigError(f"--max-model-len {asked} is over the {context} tokens that {config.model.name} was made for")
+    check_context(config, model)
     ServedModel.load(config.model, config.engine.max_model_len)
 
 

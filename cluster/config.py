@@ -43,6 +43,8 @@ class EngineConfig(_Part):
     redundant_experts: int = Field(0, ge=0)
     """Room in every layer for replicas of hot experts, over all ranks."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    products: Literal["fp32", "bf16"] = "fp32"
+    """What a CPU multiplies: fp32, or rows rounded to bf16, which takes half the time where it has avx512_bf16."""
     threads_per_rank: int | None = Field(None, ge=1)
     """CPU threads of a rank; None shares the machine's cores among its ranks."""
     max_model_len: int | None = Field(None, ge=2)
@@ -60,6 +62,15 @@ class EngineConfig(_Part):
     kv_memory_bytes: int | None = Field(None, ge=1)
     """KV pool of one rank; None sizes it from free memory on a GPU and takes 256 MiB on a CPU."""
     enable_prefix_cache: bool = True
+    kv_dtype: Literal["auto", "fp8"] = "auto"
+    """How keys and values are kept: as computed, or rounded to e4m3, in half of the bytes; fp8 needs a GPU."""
+    graphs: Literal["auto", "whole", "piecewise", "off"] = "auto"
+    """Decode steps recorded as CUDA graphs: collectives in them, between them, or none; auto chooses by the layout."""
+    deterministic: bool = False
+    """The same request gives the same bits at any load; slower. Experts then stay where they are."""
+    host_kv_bytes: int = Field(0, ge=0)
+    """Host memory of one rank for KV whose blocks are needed for others, of preempted sequences and of cached
+    prompts; it is brought back where that is quicker than to compute it again. 0: none."""
 
     @property
     def layout(self) -> ParallelLayout:
@@ -74,6 +85,29 @@ class EngineConfig(_Part):
             raise ValueError(
                 f"expert_tp {self.expert_tp} does not divide tp {self.tp} * dp {self.dp} = {world} ranks; "
                 f"use one of {', '.join(map(str, fits))}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _device_has_the_kernels(self) -> Self:
+        if self.kv_dtype == "fp8" and self.device == "cpu":
+            raise ValueError("kv_dtype fp8 needs a GPU, and device is cpu; leave kv_dtype out")
+        return self
+
+    @model_validator(mode="after")
+    def _experts_of_a_deterministic_copy_have_one_place(self) -> Self:
+        if self.deterministic and self.redundant_experts:
+            raise ValueError(
+                f"deterministic allows no redundant_experts, and there are {self.redundant_experts}: which replica "
+                "computes a token depends on the others; use 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _host_keeps_what_is_cached(self) -> Self:
+        if self.host_kv_bytes and not self.enable_prefix_cache:
+            raise ValueError(
+                "host_kv_bytes needs enable_prefix_cache, which names what is kept; set it or leave it out"
             )
         return self
 

@@ -36,6 +36,7 @@ _CONFIG_FLAGS: dict[str, dict[str, tuple[type, str]]] = {
         "expert_tp": (int, "ranks that split each expert; it divides tp * dp"),
         "redundant_experts": (int, "room in every layer for replicas of hot experts"),
         "device": (str, "auto, cpu or cuda"),
+        "products": (str, "what a CPU multiplies: fp32, or bf16 at half the time where it has avx512_bf16"),
         "threads_per_rank": (int, "CPU threads of a rank; default: the cores, shared"),
         "max_model_len": (int, "longest prompt plus output in tokens; default: the checkpoint's"),
         "max_num_seqs": (int, "sequences of an attention group that run at once"),
@@ -44,6 +45,9 @@ _CONFIG_FLAGS: dict[str, dict[str, tuple[type, str]]] = {
         "num_speculative_tokens": (int, "tokens drafted in a step at most, where that pays; 0: no drafts"),
         "block_size": (int, "tokens per KV block"),
         "kv_memory_bytes": (int, "KV pool of one rank"),
+        "kv_dtype": (str, "auto, or fp8 on a GPU: half of the bytes, rounded"),
+        "graphs": (str, "CUDA graphs of decode steps: auto, whole, piecewise or off"),
+        "host_kv_bytes": (int, "host memory of one rank for KV whose blocks are needed for others; 0: none"),
     },
     "router": {
         "copies": (int, "whole models, each on ranks of its own; a request goes on at another when one is lost"),
@@ -107,6 +111,7 @@ def add_serve_flags(parser: argparse.ArgumentParser, *, fallbacks: Mapping[str, 
             shown = f"{text} (default {fallbacks[argument]})" if argument in fallbacks else text
             group.add_argument(_flag(argument), type=kind, help=shown)
     parser.add_argument("--log-format", choices=("text", "json"), help=_LOG_FORMAT)
+    parser.add_argument("--deterministic", action="store_true", help="the same bits at any load, for a slower copy")
     parser.add_argument("--insecure", action="store_true", help="plain text may leave this machine")
     parser.set_defaults(fallbacks=fallbacks)
 
@@ -154,6 +159,8 @@ def config_from_flags(args: argparse.Namespace) -> ClusterConfig:
                 values.setdefault(part, {}).setdefault(name, args.fallbacks[argument])
     if args.log_format is not None:
         values.setdefault("logs", {})["format"] = args.log_format
+    if args.deterministic:
+        values.setdefault("engine", {})["deterministic"] = True
     if args.insecure:
         values.setdefault("security", {})["insecure"] = True
     model = values.setdefault("model", {})

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from cluster.router.blocks import BlockAllocator
+from cluster.router.host_tier import HostTier, plan_host
 from cluster.router.scheduler import Scheduler
 from cluster.router.scheduler_config import SchedulerConfig, SchedulerStats
 from cluster.router.sequence import SequenceRequest, SequenceUpdate
@@ -25,11 +27,14 @@ class OfflineConfig:
 
     model_dir: str
     num_threads: int
+    products: Literal["fp32", "bf16"] = "fp32"
     max_model_len: int = 1024
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
     block_size: int = 32
     kv_memory_bytes: int = 256 * 2**20
+    host_kv_bytes: int = 0
+    """For KV whose blocks are needed for others; used where it pays."""
     enable_prefix_cache: bool = True
     speculation: Speculation = field(default_factory=Speculation)
 
@@ -44,14 +49,17 @@ class OfflineEngine:
             layout=ParallelLayout(tp=1),
             device="cpu",
             num_threads=config.num_threads,
+            products=config.products,
             max_model_len=config.max_model_len,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             block_size=config.block_size,
             kv_memory_bytes=config.kv_memory_bytes,
+            host_kv_bytes=config.host_kv_bytes,
         )
         self._runner = ModelRunner(runner, ParallelState.single())
         self._max_running = config.max_num_seqs
+        host = plan_host([self._runner.host_memory], config.block_size)
         self._scheduler = Scheduler(
             SchedulerConfig(
                 max_model_len=config.max_model_len,
@@ -60,7 +68,12 @@ class OfflineEngine:
                 max_waiting=config.max_num_seqs,
                 speculation=config.speculation,
             ),
-            BlockAllocator(self._runner.num_blocks, config.block_size, config.enable_prefix_cache),
+            BlockAllocator(
+                self._runner.num_blocks,
+                config.block_size,
+                config.enable_prefix_cache,
+                None if host is None else HostTier(host),
+            ),
         )
 
     @property

@@ -98,6 +98,7 @@ class FakeRanks:
         group: int = 0,
         rank: int = 0,
         reach: int | None = None,
+        num_host_blocks: int = 0,
     ) -> None:
         """`reach`: of the fake model, see `next_token`."""
         self.reach = reach
@@ -108,6 +109,7 @@ class FakeRanks:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.vocab_size = vocab_size
         self.memory: list[list[int | None]] = [[None] * block_size for _ in range(num_blocks)]
+        self.host_memory: list[list[int | None]] = [[None] * block_size for _ in range(num_host_blocks)]
         self.slots: dict[int, FakeSlot] = {}
         self.num_holders: Counter[int] = Counter()
         """How many open slots have this block in their table."""
@@ -120,6 +122,7 @@ class FakeRanks:
         self._check(plan)
         self.next_step = plan.step + 1
         self.num_computed_total += plan.num_tokens
+        self._copy_blocks(plan)
         for slot in plan.close:
             self._close(slot)
         for opened in plan.open:
@@ -167,6 +170,18 @@ class FakeRanks:
             ("extended", [extended.slot for extended in plan.extend]),
         ):
             expect(len(set(slots)) == len(slots), f"a slot is {name} twice in step {plan.step}: {slots}")
+
+    def _copy_blocks(self, plan: StepPlan) -> None:
+        """In any order within each list, as ranks may: a block is written once, and not also read."""
+        targets = [host_id for _, host_id in plan.offload] + [block_id for _, block_id in plan.fetch]
+        for name, blocks in (("offloaded to", targets[: len(plan.offload)]), ("fetched", targets[len(plan.offload) :])):
+            expect(len(set(blocks)) == len(blocks), f"a block is {name} twice in step {plan.step}: {blocks}")
+        for block_id, host_id in plan.offload:
+            expect(None not in self.memory[block_id], f"block {block_id} is kept, but not full")
+            self.host_memory[host_id] = self.memory[block_id].copy()
+        for host_id, block_id in plan.fetch:
+            expect(None not in self.host_memory[host_id], f"host block {host_id} is fetched, but nothing was kept")
+            self.memory[block_id] = self.host_memory[host_id].copy()
 
     def _close(self, slot: int) -> None:
         expect(slot in self.slots, f"slot {slot} is closed, but not open")

@@ -1,13 +1,14 @@
-"""Redundant experts that make no sense or do not fit are refused in one line with the numbers."""
+"""Redundant experts and contexts that make no sense or do not fit are refused in one line with the numbers."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from cluster.capacity import check_redundant_experts, expert_bytes
+from cluster.capacity import check_context, check_redundant_experts, expert_bytes
 from cluster.config import ClusterConfig, EngineConfig, ModelSource
 from cluster.errors import ConfigError
 from tests.checkpoints import DENSE, MOE, write_checkpoint
@@ -15,7 +16,7 @@ from workers.config import ModelConfig
 
 
 def check(directory: Path, **engine: int) -> None:
-    config = ClusterConfig(model=ModelSource(path=directory, name="tiny"), engine=EngineConfig(**engine))
+    config = ClusterConfig(model=ModelSource(path=directory, name="tiny"), engine=EngineConfig.model_validate(engine))
     check_redundant_experts(config, ModelConfig.from_dir(directory))
 
 
@@ -50,3 +51,31 @@ def test_more_than_the_memory_holds_is_refused_naming_what_fits(moe: Path, monke
 
     assert "at most 2 fit" in refusal(moe, tp=2, redundant_experts=5)
     check(moe, tp=2, redundant_experts=1)
+
+
+def context(directory: Path, **engine: Any) -> None:
+    config = ClusterConfig(
+        model=ModelSource(path=directory, name="tiny"), engine=EngineConfig.model_validate(engine | {"block_size": 16})
+    )
+    check_context(config, ModelConfig.from_dir(directory))
+
+
+def test_a_context_longer_than_the_models_is_refused(moe: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--max-model-len 513 is over the 512 tokens that tiny was made for; lower"):
+        context(moe, max_model_len=513)
+
+
+def test_a_context_that_kv_memory_does_not_hold_is_refused_naming_what_would_do(moe: Path) -> None:
+    # 3 layers, K and V of 2 heads of 128 in fp32, half of it on each of two ranks
+    needed_bytes = 512 * 3 * 2 * 2 * 128 * 4
+
+    with pytest.raises(ConfigError, match=f"512 needs {needed_bytes} bytes .* they hold 496 tokens; raise"):
+        context(moe, max_model_len=512, device="cpu", kv_memory_bytes=needed_bytes - 1)
+    with pytest.raises(ConfigError, match=f"512 needs {needed_bytes // 4} bytes"):
+        context(moe, max_model_len=512, tp=2, kv_memory_bytes=needed_bytes // 4 - 1)
+    context(moe, max_model_len=512, device="cpu", kv_memory_bytes=needed_bytes)
+    context(moe, max_model_len=512, device="cpu")
+
+
+def test_a_context_that_nobody_asked_for_is_what_there_is_room_for(moe: Path) -> None:
+    context(moe, device="cpu", kv_memory_bytes=1)

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from workers.config import ModelConfig, ShardSpec
-from workers.errors import CheckpointError
-from workers.kernels.cpu.library import native
-from workers.kernels.cpu.panels import PanelWeight, Tiling
+from workers.errors import CheckpointError, KernelError
+from workers.kernels.cpu.library import build, multiplies_bf16, native
+from workers.kernels.cpu.panels import PanelWeight, Products, Tiling
 from workers.kernels.dequant import dequantize_into
 from workers.kernels.linear import Weight, empty_weight
 from workers.kernels.tiles import TILE, TileWeight
@@ -70,19 +70,25 @@ class Checkpoint:
         *,
         device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
+        products: Products = "fp32",
     ) -> dict[str, Weight]:
         """This rank's fused parameters. Where there are kernels for it, matrices keep their stored values: in panels
-        on a CPU, on a GPU the FP8 ones that are cut at tiles.
+        on a CPU, for these products, on a GPU the FP8 ones that are cut at tiles.
 
-        Raises LayoutError before any byte is read, CheckpointError where a file fails.
+        Raises LayoutError or KernelError before any byte is read, CheckpointError where a file fails.
         """
         spec.layout.check(self.config)
+        if products == "bf16" and not multiplies_bf16():
+            raise KernelError(
+                f"products in bf16 need a CPU with avx512_bf16 and the kernels compiled for it; this rank has "
+                f"{build() or 'none'}; take --products fp32"
+            )
         slices = list(rank_slices(self.config, spec))
         shapes = param_shapes(slices)
         by_param = {name: [part for part in slices if part.param == name] for name in shapes}
         has_panels = native() is not None and (device is None or device.type == "cpu") and dtype == torch.float32
         params = {
-            name: self._empty(shape, by_param[name], dtype, device, has_panels=has_panels)
+            name: self._empty(shape, by_param[name], dtype, device, products if has_panels else None)
             for name, shape in shapes.items()
         }
         total = sum(self._num_bytes(part) for part in slices)
@@ -176,23 +182,26 @@ class Checkpoint:
         parts: list[TensorSlice],
         dtype: torch.dtype,
         device: torch.device | None,
-        *,
-        has_panels: bool,
+        products: Products | None,
     ) -> Weight:
-        """Room for one parameter. Vectors have no layout; of an embedding that is no head, rows are looked up."""
+        """Room for one parameter, in panels for these products where there are any. Vectors have no layout; of an
+        embedding that is no head, rows are looked up."""
         stored = {self.tensors[part.name].dtype for part in parts}
         is_table = parts[0].param == "embed" and not self.config.tie_word_embeddings
         if len(shape) == 1 or is_table:
             return torch.empty(shape, dtype=torch.bfloat16 if is_table and stored == {"BF16"} else dtype, device=device)
-        if self._has_tiles(parts, torch.device("cpu") if device is None else device) and not has_panels:
+        if products is None and self._has_tiles(parts, torch.device("cpu") if device is None else device):
             return TileWeight.empty(shape, device)
-        if not has_panels:
+        if products is None:
             return empty_weight(shape, dtype, device)
         tiling, panel_dtype = None, torch.bfloat16 if stored == {"BF16"} else torch.float32
         if stored == {"F8_E4M3"}:
             first_col, block_cols = _first_col(parts[0]), self._block()[1]
             tiling, panel_dtype = Tiling(first=block_cols - first_col % block_cols, size=block_cols), torch.uint8
-        return PanelWeight.empty(shape, panel_dtype, tiling, is_paired=parts[0].param.endswith("gate_up"))
+        param = parts[0].param
+        if param.endswith(".gate"):  # small, and what it chooses should not hang on a rounding
+            products = "fp32"
+        return PanelWeight.empty(shape, panel_dtype, tiling, is_paired=param.endswith("gate_up"), products=products)
 
     def _has_tiles(self, parts: list[TensorSlice], device: torch.device) -> bool:
         """Whether GPU kernels can read a parameter as it is stored."""

@@ -113,6 +113,14 @@ class ModelConfig:
         return self.num_heads // self.num_kv_heads
 
 
+Graphs = Literal["auto", "whole", "piecewise", "off"]
+"""How decode steps are recorded, to be replayed: with the collectives in the recording, without them, or not at all.
+
+auto: on a GPU with our kernels, whole where all ranks have the same tokens, else piecewise. A CPU records nothing;
+whole and piecewise compute the same padded steps there, for tests.
+"""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunnerConfig:
     """Everything one rank needs to load its slice and run plans. Picklable: it travels to the rank's process."""
@@ -124,7 +132,14 @@ class RunnerConfig:
     """Copies of experts beyond the model's own, in each layer and over all ranks."""
     dispatch_rows: Literal["exact", "fp8"] = "exact"
     """How tokens travel to their experts: with every bit, or in a quarter to half of the bytes and rounded to FP8."""
+    graphs: Graphs = "auto"
+    kv_dtype: Literal["auto", "fp8"] = "auto"
+    """auto: that of the activations; fp8: e4m3, half or a quarter of the bytes, for GPUs."""
+    deterministic: bool = False
+    """A token's bits depend on what is before it alone: not on the batch, nor on how its sequence was computed."""
     device: Literal["cpu", "cuda"] = "cpu"
+    products: Literal["fp32", "bf16"] = "fp32"
+    """What a CPU multiplies: fp32, or rows rounded to bf16, which takes half the time where it can."""
     num_threads: int | None = None
     """CPU threads of this rank; None leaves torch's choice."""
     max_model_len: int = 4096
@@ -133,6 +148,8 @@ class RunnerConfig:
     block_size: int = 32
     kv_memory_bytes: int | None = None
     """KV pool of this rank; None takes a share of the free memory on a GPU and 256 MiB on a CPU."""
+    host_kv_bytes: int = 0
+    """Host memory of this rank for KV whose blocks are needed for others; 0: that is computed again."""
 
     @property
     def spec(self) -> ShardSpec:

@@ -33,3 +33,7 @@ class GrammarError(MullError):
 
 class KernelError(MullError):
     """The compiled kernels are not those of this version."""
+
+
+class GraphError(MullError):
+    """A step that cannot be recorded on this device; the message says how to start without."""

@@ -148,6 +148,8 @@ class Decoder:
     def forward(self, batch: ForwardBatch, kv: KVPool) -> Tensor:
         """Run the batch through the layers. Returns the sampled rows, x_BH, before the last norm; then the scored."""
         dispatcher = self._dispatcher(batch.group_tokens)
+        if batch.is_padding_T1 is not None:
+            dispatcher = self.choice.without(batch.is_padding_T1, dispatcher)
         x_TH = self.embedding(batch.token_ids_T)
         *others, last = self.layers
         delta_TH: Tensor | None = None

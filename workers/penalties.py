@@ -12,6 +12,7 @@ from torch import Tensor
 
 from workers.layout import Span
 from workers.step import OpenSlot
+from workers.transfers import to_device
 
 
 class Penalties:
@@ -78,4 +79,4 @@ class Penalties:
         return self._tensor(np.bincount(local, minlength=self.vocab.size).astype(np.int32))
 
     def _tensor(self, values: npt.NDArray[np.generic]) -> Tensor:
-        return torch.from_numpy(values).to(self.device)
+        return to_device(values, self.device)

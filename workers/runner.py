@@ -6,45 +6,108 @@ device. Knows no socket, request or client.
 
 from __future__ import annotations
 
+import logging
 import time
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import psutil
 import torch
 
 from workers.allocator import keep_freed_memory
-from workers.batch import BatchBuilder
+from workers.batch import BatchBuilder, PromptLayout
+from workers.buckets import Buckets
 from workers.candidates import CandidateExchange
 from workers.checkpoint import Checkpoint, Progress, no_progress
 from workers.config import ModelConfig, RunnerConfig, ShardSpec
+from workers.decode_steps import DecodeSteps
 from workers.errors import KVMemoryError, LayoutError, PlanError
-from workers.experts.choice import DispatcherChoice
+from workers.experts.choice import MAX_GATHERED_ROWS, DispatcherChoice
 from workers.experts.rebalance import PlacedExperts
 from workers.grammar import Grammars
+from workers.graphs import CallAgain, CudaRecorder, Recorder, interrupting
+from workers.host_kv import measure, open_host_kv
+from workers.kernels.cpu.library import native
+from workers.kernels.invariance import invariance
 from workers.kernels.linear import Weight
+from workers.kernels.triton.choice import has_triton
 from workers.kv_memory import default_kv_bytes
 from workers.kv_pool import KVPool, block_bytes, num_blocks_in
 from workers.model import Decoder
 from workers.parallel import ParallelState
 from workers.prompt_scores import score_prompts
 from workers.sampling import Sampler
-from workers.slots import SlotStates
+from workers.slots import Ints, SlotStates
 from workers.step import OpenSlot, PlacementUpdate, Prefill, SamplingParams, StepPlan, StepResult, TokenLogprobs
 from workers.threads import ThreadChooser
+from workers.transfers import Arrival, Here, fetching_from, to_device
+
+log = logging.getLogger(__name__)
 
 
-class _Computed(NamedTuple):
-    """What one forward pass has for the Router."""
+@dataclass(frozen=True)
+class _Computed:
+    """What one forward pass has for the Router; its tokens may still be under way to the host."""
+
+    sampled: Arrival
+    """Of the plan's slots, then of its guesses."""
+    slots: Ints
+    """Whose they are."""
+    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+
+    @classmethod
+    def nothing(cls, prompt_logprobs: dict[int, list[TokenLogprobs]] | None = None) -> _Computed:
+        """Nobody was sampled."""
+        return cls(Here([]), np.zeros(0, dtype=np.int64), prompt_logprobs=prompt_logprobs or {})
+
+
+class _Named(NamedTuple):
+    """Its tokens, on the host."""
 
     token_ids: list[int]
     accepted_ids: list[list[int]]
-    logprobs: dict[int, TokenLogprobs]
-    prompt_logprobs: dict[int, list[TokenLogprobs]]
 
 
-NOTHING = _Computed([], [], {}, {})
+class LaunchedStep:
+    """A plan that the runner has taken on."""
+
+    def __init__(self, runner: ModelRunner, plan: StepPlan, computed: _Computed, started_s: float) -> None:
+        self._runner, self._plan, self._computed, self._started_s = runner, plan, computed, started_s
+        self._dispatch_s, self._dispatch_bytes = runner.decoder.traffic.take()
+        self._loads = runner.experts.take_loads() if plan.report_loads else []
+        # What comes next depends on these tokens in more ways than the device knows of.
+        is_next_bound = bool(plan.drafts) or bool(runner.sampler.rules.active[computed.slots].any())
+        self._named = self._name() if is_next_bound else None
+
+    def is_done(self) -> bool:
+        """Whether `result` would not wait."""
+        return self._computed.sampled.is_here()
+
+    def result(self) -> StepResult:
+        """Waits for the step. Only tp_rank 0 of a group names its tokens."""
+        named, runner = self._named or self._name(), self._runner
+        is_telling = runner.parallel.tp.index == 0
+        return StepResult(
+            step=self._plan.step,
+            rank=runner.parallel.rank,
+            token_ids=named.token_ids if is_telling else [],
+            accepted_ids=named.accepted_ids if is_telling else [],
+            logprobs=self._computed.logprobs if is_telling else {},
+            prompt_logprobs=self._computed.prompt_logprobs if is_telling else {},
+            compute_s=runner.took_s(self._started_s),
+            dispatch_s=self._dispatch_s,
+            dispatch_bytes=self._dispatch_bytes,
+            expert_loads=self._loads,
+        )
+
+    def _name(self) -> _Named:
+        token_ids, plan, runner = self._computed.sampled.token_ids(), self._plan, self._runner
+        runner.sampler.rules.advance(self._computed.slots, token_ids)
+        accepted = runner.keep_right_guesses(plan, token_ids) if plan.drafts else []
+        return _Named(token_ids[: len(plan.sampling_slots)], accepted)
 
 
 class ModelRunner:
@@ -65,28 +128,46 @@ class ModelRunner:
             )
         self.config, self.parallel = config, parallel
         self.device, dtype = _device(config)
+        _check_kernels(config, self.device)
+        kv_dtype = torch.float8_e4m3fn if config.kv_dtype == "fp8" else dtype
         self.model = ModelConfig.from_dir(Path(config.model_dir))
         if weights is None:
             checkpoint = Checkpoint.open(config.model_dir)
             _check_memory(checkpoint, config.spec, self.device)
-            weights = checkpoint.read(config.spec, progress, device=self.device, dtype=dtype)
+            weights = checkpoint.read(config.spec, progress, device=self.device, dtype=dtype, products=config.products)
         self._weights = weights
         self.threads = ThreadChooser(self.model, weights, config.num_threads or torch.get_num_threads())
         if self.device.type == "cpu":
             keep_freed_memory()
         self.weight_bytes = sum(weight.nbytes for weight in weights.values())
-        choice = DispatcherChoice(self.model, config.spec, parallel, dtype, config.dispatch_rows)
-        self.decoder = Decoder(self.model, config.spec, weights, parallel, choice)
-        self.num_blocks = parallel.world.minimum(self._affordable_blocks(dtype), self.device)
-        self.kv = KVPool(self.model, config.spec, self.num_blocks, config.block_size, self.device, dtype)
-        self.kv_bytes = self.num_blocks * block_bytes(self.model, config.spec, config.block_size, dtype)
+        buckets = _buckets(self.model, config, self.device)
+        choice = DispatcherChoice(self.model, config.spec, parallel, dtype, config.dispatch_rows, buckets)
+        recorder, self._collectives = _recorder(config, parallel, self.device)
+        self.decoder = Decoder(self.model, config.spec, weights, self._collectives, choice)
+        self.num_blocks = parallel.world.minimum(self._affordable_blocks(kv_dtype), self.device)
+        num_spare = 0 if buckets is None else 1
+        pool_blocks = self.num_blocks + num_spare
+        self.kv = KVPool(self.model, config.spec, pool_blocks, config.block_size, self.device, kv_dtype)
+        bytes_per_block = block_bytes(self.model, config.spec, config.block_size, kv_dtype)
+        self.kv_bytes = pool_blocks * bytes_per_block
+        self.host_kv = open_host_kv(config, self.kv, bytes_per_block, parallel.world)
         self.slots = SlotStates(config.max_num_seqs, config.max_model_len, config.block_size, self.num_blocks)
-        self.batches = BatchBuilder(self.slots, self.model, self.device, dtype)
+        prompts = PromptLayout.ROWS if config.deterministic else PromptLayout.CHUNKS
+        self.batches = BatchBuilder(self.slots, self.model, self.device, dtype, pool_blocks, prompts)
         grammars = Grammars(Path(config.model_dir) / "tokenizer.json", self.model.vocab_size)
-        self.sampler = Sampler(config.max_num_seqs, _exchange(self.model, config, parallel), self.device, grammars)
+        exchange = _exchange(self.model, config, self._collectives)
+        self.sampler = Sampler(config.max_num_seqs, exchange, self.device, grammars)
         self.experts = PlacedExperts(self.decoder.expert_layers, config.spec, parallel.world)
-        self.last_tokens = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=self.device)
+        self.last_tokens = torch.zeros(config.max_num_seqs + num_spare, dtype=torch.int64, device=self.device)
+        self._fetch = fetching_from(self.device)
+        self._finished_s = 0.0
+        self._decode_steps: DecodeSteps | None = None
         self._warm_up()
+        if buckets is not None:
+            shared = (self.decoder, self.sampler, self.batches, self.kv, self.last_tokens)
+            self._decode_steps = DecodeSteps(*shared, buckets, recorder, config.layout.dp)
+            self._prepare(self._decode_steps)
+        self.host_memory = None if self.host_kv is None else measure(self.host_kv, config, self.execute)
 
     @property
     def weights(self) -> dict[str, Weight] | None:
@@ -106,37 +187,40 @@ class ModelRunner:
         """Leave the group and free the KV; only `weights` are of use afterwards."""
         self.parallel.close()
         self.kv.free()
+        if self.host_kv is not None:
+            self.host_kv.free()
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one plan; only tp_rank 0 of a group names its tokens.
 
         Raises PlanError where the plan breaks the contract; the rank's slots are then of no use.
         """
-        start = time.perf_counter()
+        return self.launch(plan).result()
+
+    def launch(self, plan: StepPlan) -> LaunchedStep:
+        """Give one plan's work to the device; the next may be launched before this one's result is asked for.
+
+        Raises PlanError as `execute` does.
+        """
+        started_s = time.perf_counter()
         self._check_groups(plan)
         self.threads.apply(max(plan.group_tokens, default=plan.num_tokens))
-        with torch.inference_mode():
+        with torch.inference_mode(), invariance(self.config.deterministic):
             self._apply_deltas(plan)
-            computed = self._forward(plan) if plan.num_tokens else self._assist(plan)
-        dispatch_s, dispatch_bytes = self.decoder.traffic.take()
-        told = computed if self.parallel.tp.index == 0 else NOTHING
-        return StepResult(
-            step=plan.step,
-            rank=self.parallel.rank,
-            token_ids=told.token_ids,
-            accepted_ids=told.accepted_ids,
-            logprobs=told.logprobs,
-            prompt_logprobs=told.prompt_logprobs,
-            compute_s=time.perf_counter() - start,
-            dispatch_s=dispatch_s,
-            dispatch_bytes=dispatch_bytes,
-            expert_loads=self.experts.take_loads() if plan.report_loads else [],
-        )
+            computed = self._compute(plan)
+            return LaunchedStep(self, plan, computed, started_s)
+
+    def took_s(self, started_s: float) -> float:
+        """Of a step that has just ended: since it began, or since the step before it ended."""
+        before_s, self._finished_s = self._finished_s, time.perf_counter()
+        return self._finished_s - max(started_s, before_s)
 
     def place(self, update: PlacementUpdate) -> None:
         """Move experts between steps. All ranks do it together. Raises PlanError where the update cannot be."""
         with torch.inference_mode():
             self.experts.apply(update)
+        if self._decode_steps is not None:
+            self._decode_steps.forget()
 
     def _check_groups(self, plan: StepPlan) -> None:
         """Ranks that disagree on the groups' sizes would wait for one another."""
@@ -150,6 +234,10 @@ class ModelRunner:
             )
 
     def _apply_deltas(self, plan: StepPlan) -> None:
+        if self.host_kv is not None:
+            self.host_kv.move(plan)
+        elif plan.offload or plan.fetch:
+            raise PlanError(f"step {plan.step} copies blocks, but the rank was started without host_kv_bytes")
         for slot in plan.close:
             self.slots.close(slot)
         for opened in plan.open:
@@ -157,15 +245,26 @@ class ModelRunner:
             self.sampler.open(opened)
         for extended in plan.extend:
             self.slots.extend(extended.slot, extended.block_ids)
+        if self._decode_steps is not None:
+            self._decode_steps.tables.follow(plan)
         if plan.num_tokens > self.config.max_num_batched_tokens:
             limit = self.config.max_num_batched_tokens
             raise PlanError(f"step {plan.step} computes {plan.num_tokens} tokens, the rank was started for {limit}")
+
+    def _compute(self, plan: StepPlan) -> _Computed:
+        if self._decode_steps is not None:
+            bucket = self._decode_steps.bucket_for(plan)
+            if bucket is not None:
+                self.sampler.check_drafts(plan.drafts)
+                tokens_B, rows = self._decode_steps.run(plan, bucket)
+                return _Computed(self._fetch(tokens_B), rows.slots)
+        return self._forward(plan) if plan.num_tokens else self._assist(plan)
 
     def _assist(self, plan: StepPlan) -> _Computed:
         """Other groups may have tokens for this rank's experts."""
         if any(plan.group_tokens):
             self.decoder.assist(plan.group_tokens)
-        return NOTHING
+        return _Computed.nothing()
 
     def _forward(self, plan: StepPlan) -> _Computed:
         self.sampler.check_drafts(plan.drafts)
@@ -176,20 +275,17 @@ class ModelRunner:
         if batch.scored_rows_S is not None:
             scores = score_prompts(plan.prefills, x_RH[num_sampled:], self.decoder.logits, self.sampler.exchange)
         if not num_sampled:
-            return _Computed([], [], {}, scores)
+            return _Computed.nothing(scores)
         logits_Bv = self.decoder.logits(x_RH[:num_sampled])
         sampled = self.sampler.sample(logits_Bv, batch.sample_slots, batch.sample_positions)
         num_first = len(plan.sampling_slots)
-        slots_B = torch.from_numpy(batch.sample_slots[:num_first]).to(self.device)
+        slots_B = to_device(batch.sample_slots[:num_first], self.device)
         self.last_tokens.index_copy_(0, slots_B, sampled.token_ids_B[:num_first])
-        token_ids = sampled.token_ids_B.tolist()
-        self.sampler.rules.advance(batch.sample_slots, token_ids)
-        more = self._keep(plan, token_ids) if plan.drafts else []
-        return _Computed(token_ids[:num_first], more, sampled.logprobs, scores)
+        return _Computed(self._fetch(sampled.token_ids_B), batch.sample_slots, sampled.logprobs, scores)
 
-    def _keep(self, plan: StepPlan, sampled_ids: list[int]) -> list[list[int]]:
+    def keep_right_guesses(self, plan: StepPlan, sampled_ids: list[int]) -> list[list[int]]:
         """What each draft gives: the tokens sampled behind its right guesses. The rest of it is taken back."""
-        kept = []
+        kept, slots, tokens = [], [], []
         row = len(plan.sampling_slots)
         firsts = dict(zip(plan.sampling_slots, sampled_ids, strict=False))
         for draft in plan.drafts:
@@ -200,9 +296,22 @@ class ModelRunner:
             )
             kept.append(rows[1 : num_right + 1])
             self.slots.take_back(slot, len(guesses) - num_right)
-            self.last_tokens[slot] = rows[num_right]
+            slots.append(slot)
+            tokens.append(rows[num_right])
             row += len(guesses)
+        changes_2D = to_device(np.array([slots, tokens], dtype=np.int64), self.device)
+        self.last_tokens.index_copy_(0, changes_2D[0], changes_2D[1])
         return kept
+
+    def _prepare(self, decode_steps: DecodeSteps) -> None:
+        with torch.inference_mode(), invariance(self.config.deterministic):
+            prepared = decode_steps.prepare()
+        self.experts.take_loads()
+        self.decoder.traffic.take()
+        gigabytes = prepared.num_bytes / 1e9
+        log.info(
+            "decode steps of %d sizes recorded in %.1f s, %.2f GB", prepared.num_graphs, prepared.seconds, gigabytes
+        )
 
     def _affordable_blocks(self, dtype: torch.dtype) -> int:
         """Blocks that fit the KV memory, and no more than all slots at full length can use."""
@@ -237,6 +346,43 @@ def _device(config: RunnerConfig) -> tuple[torch.device, torch.dtype]:
         torch.cuda.set_device(config.rank % torch.cuda.device_count())
         return torch.device("cuda", torch.cuda.current_device()), torch.bfloat16
     return torch.device("cpu"), torch.float32
+
+
+def _buckets(model: ModelConfig, config: RunnerConfig, device: torch.device) -> Buckets | None:
+    """The sizes of decode steps; None where none are recorded."""
+    is_on = device.type == "cuda" and has_triton("cuda") if config.graphs == "auto" else config.graphs != "off"
+    if not is_on:
+        return None
+    # More would be sent to their experts with uneven counts, at which the host has to look.
+    is_even = config.layout.dp == 1 or not any(map(model.is_moe_layer, range(model.num_layers)))
+    most = config.max_num_seqs if is_even else min(config.max_num_seqs, MAX_GATHERED_ROWS * config.layout.tp)
+    return Buckets(most, config.max_model_len)
+
+
+def _recorder(config: RunnerConfig, parallel: ParallelState, device: torch.device) -> tuple[Recorder, ParallelState]:
+    """What records decode steps, and the ranks' collectives as it needs them."""
+    if device.type == "cpu":
+        return CallAgain(), parallel
+    recorder = CudaRecorder(parallel)
+    is_whole = config.graphs == "whole" or (config.graphs == "auto" and config.layout.dp == 1)
+    return recorder, parallel if is_whole else interrupting(parallel, recorder)
+
+
+def _check_kernels(config: RunnerConfig, device: torch.device) -> None:
+    """Raises LayoutError where what is asked for has no kernel here."""
+    is_cpu = device.type == "cpu" and native() is not None
+    if config.kv_dtype == "fp8" and (is_cpu or not has_triton(device.type)):
+        raise LayoutError(f"kv_dtype fp8 needs the GPU kernels, which do not compute on {device}; leave it out")
+    if config.deterministic and not is_cpu and not has_triton(device.type):
+        raise LayoutError(
+            f"deterministic needs mull's own kernels, and torch computes on {device}; install triton for a GPU, or "
+            "build the CPU's kernels"
+        )
+    if config.deterministic and config.redundant_experts:
+        raise LayoutError(
+            f"deterministic allows no redundant experts, and there are {config.redundant_experts}: which of them "
+            "computes a token depends on its row; use 0"
+        )
 
 
 def _exchange(model: ModelConfig, config: RunnerConfig, parallel: ParallelState) -> CandidateExchange:

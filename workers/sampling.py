@@ -16,16 +16,20 @@ import torch
 from torch import Tensor
 
 from workers.candidates import CandidateExchange, Candidates
+from workers.drawing import RowRules, draw, draw_of_top_k
 from workers.errors import PlanError
 from workers.grammar import Grammars
-from workers.noise import gumbel, row_keys
+from workers.noise import row_keys
 from workers.penalties import Penalties
 from workers.step import Draft, OpenSlot, TokenLogprobs
 from workers.token_rules import TokenRuleTable
+from workers.transfers import to_device
 
 Ints = npt.NDArray[np.int64]
 
-MAX_EXCHANGED = 256
+WIDTHS = (32, 256)
+"""Candidates that a row gets: the fewest that suffice."""
+MAX_EXCHANGED = WIDTHS[-1]
 """Rows that need more candidates than this get the whole vocabulary."""
 
 
@@ -79,33 +83,44 @@ class Sampler:
             if self.penalties.active[slot] or self.rules.active[slot] or self.wants_logprobs[slot]:
                 raise PlanError(f"draft: slot {slot} has rules, penalties or logprobs, which drafts cannot have")
 
+    def is_plainly_drawn(self, slots: Ints, max_candidates: int) -> bool:
+        """Whether these slots need nothing but a draw from so many of the likeliest tokens."""
+        has_more = self.penalties.active[slots] | self.rules.active[slots] | self.wants_logprobs[slots]
+        return not has_more.any() and bool((self.top_ks[slots] <= max_candidates).all())
+
     def sample(self, logits_Bv: Tensor, slots: Ints, positions: Ints) -> Sampled:
         """One token per row; `positions` are those of the tokens to be sampled."""
         if self.is_plain[slots].all():
             return Sampled(self.exchange.likeliest(logits_Bv, 1).token_ids_BC[:, 0], {})
         logits_Bv = self.penalties.apply(self.rules.apply(logits_Bv, slots, positions), slots)
-        needed = np.maximum(self.top_ks[slots], self.num_logprobs[slots])
-        narrow, wide = np.flatnonzero(needed <= MAX_EXCHANGED), np.flatnonzero(needed > MAX_EXCHANGED)
-        if len(narrow) == len(slots):
-            sampled = self._choose(self.exchange.likeliest(logits_Bv, int(needed.max())), logits_Bv, slots, positions)
-        elif len(wide) == len(slots):
-            sampled = self._choose(self.exchange.everything(logits_Bv), logits_Bv, slots, positions)
+        widths = self._widths(slots)
+        if (widths == widths[0]).all():
+            sampled = self._choose(self._candidates(logits_Bv, int(widths[0])), logits_Bv, slots, positions)
         else:
-            sampled = self._sample_apart(logits_Bv, slots, positions, (narrow, wide))
+            sampled = self._sample_apart(logits_Bv, slots, positions, widths)
         self.penalties.count(slots, sampled.token_ids_B)
         return sampled
 
-    def _sample_apart(self, logits_Bv: Tensor, slots: Ints, positions: Ints, groups: tuple[Ints, Ints]) -> Sampled:
+    def _widths(self, slots: Ints) -> Ints:
+        """Candidates of each row: by its own needs, so that no other row changes how its probabilities are summed."""
+        needed = np.maximum(self.top_ks[slots], self.num_logprobs[slots])
+        every = max(self.exchange.parts[-1].stop, MAX_EXCHANGED + 1)
+        return np.array([*WIDTHS, every])[np.searchsorted(WIDTHS, needed)]
+
+    def _candidates(self, logits_Rv: Tensor, width: int) -> Candidates:
+        if width > MAX_EXCHANGED:
+            return self.exchange.everything(logits_Rv)
+        return self.exchange.likeliest(logits_Rv, width)
+
+    def _sample_apart(self, logits_Bv: Tensor, slots: Ints, positions: Ints, widths: Ints) -> Sampled:
         """Rows with few candidates do not pay for those that need them all."""
         token_ids_B = torch.empty(len(slots), dtype=torch.int64, device=self.device)
         logprobs: dict[int, TokenLogprobs] = {}
-        for rows, is_wide in zip(groups, (False, True), strict=True):
+        for width in np.unique(widths).tolist():
+            rows = np.flatnonzero(widths == width)
             rows_R = self._tensor(rows)
             logits_Rv = logits_Bv[rows_R]
-            count = int(np.maximum(self.top_ks[slots[rows]], self.num_logprobs[slots[rows]]).max())
-            everything = self.exchange.everything
-            candidates = everything(logits_Rv) if is_wide else self.exchange.likeliest(logits_Rv, count)
-            sampled = self._choose(candidates, logits_Rv, slots[rows], positions[rows])
+            sampled = self._choose(self._candidates(logits_Rv, width), logits_Rv, slots[rows], positions[rows])
             token_ids_B[rows_R] = sampled.token_ids_B
             logprobs |= {int(rows[index]): value for index, value in sampled.logprobs.items()}
         return Sampled(token_ids_B, logprobs)
@@ -114,34 +129,20 @@ class Sampler:
         if (self.top_ks[slots] == 1).all():
             chosen_B1 = torch.zeros((len(slots), 1), dtype=torch.int64, device=self.device)
         else:
-            chosen_B1 = self._draw(candidates, slots, positions)
+            rules = self.rules_of(slots, positions)
+            choose = draw if rules.cut_more_than_top_k else draw_of_top_k
+            chosen_B1 = choose(candidates, rules.on(self.device))
         token_ids_B = candidates.token_ids_BC.gather(1, chosen_B1).squeeze(1)
         asking = np.flatnonzero(self.wants_logprobs[slots])
         if not len(asking):
             return Sampled(token_ids_B, {})
         return Sampled(token_ids_B, self._logprobs(candidates, logits_Bv, chosen_B1, slots, asking))
 
-    def _draw(self, candidates: Candidates, slots: Ints, positions: Ints) -> Tensor:
-        """Index of the drawn candidate of each row, [B, 1]."""
-        scaled_BC = candidates.logits_BC.double() / self._column(self.temperatures[slots])
-        kept_BC = self._kept(scaled_BC, slots)
-        keys_B = self._tensor(row_keys(self.seeds[slots], positions))
-        noisy_BC = scaled_BC + gumbel(keys_B, candidates.token_ids_BC)
-        return noisy_BC.masked_fill_(~kept_BC, -torch.inf).argmax(dim=-1, keepdim=True)
-
-    def _kept(self, scaled_BC: Tensor, slots: Ints) -> Tensor:
-        """What top_k, top_p and min_p leave; the likeliest token always stays."""
-        ranks_C = torch.arange(scaled_BC.shape[1], device=self.device)
-        kept_BC = ranks_C < self._column(self.top_ks[slots])
-        if (self.top_ps[slots] < 1).any() or (self.min_ps[slots] > 0).any():
-            probs_BC = scaled_BC.masked_fill(~kept_BC, -torch.inf).softmax(dim=-1)
-            before_BC = probs_BC.cumsum(dim=-1) - probs_BC
-            # top_p 1 keeps all: rounding must not cut the tail.
-            top_ps = np.where(self.top_ps[slots] < 1, self.top_ps[slots], np.inf)
-            kept_BC &= before_BC < self._column(top_ps)
-            kept_BC &= probs_BC >= probs_BC[:, :1] * self._column(self.min_ps[slots])
-            kept_BC[:, 0] = True
-        return kept_BC
+    def rules_of(self, slots: Ints, positions: Ints) -> RowRules:
+        """How rows of these slots are drawn, for tokens at these positions."""
+        top_ps = np.where(self.top_ps[slots] < 1, self.top_ps[slots], np.inf)
+        keys = row_keys(self.seeds[slots], positions)
+        return RowRules(self.top_ks[slots], self.temperatures[slots], top_ps, self.min_ps[slots], keys)
 
     def _logprobs(
         self, candidates: Candidates, logits_Bv: Tensor, chosen_B1: Tensor, slots: Ints, asking: Ints
@@ -159,8 +160,5 @@ class Sampler:
             result[row] = TokenLogprobs(logprob=sampled[row], top=top)
         return result
 
-    def _column(self, values: npt.NDArray[np.generic]) -> Tensor:
-        return self._tensor(values).unsqueeze(1)
-
     def _tensor(self, values: npt.NDArray[np.generic]) -> Tensor:
-        return torch.from_numpy(values).to(self.device)
+        return to_device(values, self.device)

@@ -30,11 +30,13 @@ import zmq
 
 from workers.config import RunnerConfig
 from workers.errors import MullError
+from workers.launched import Launched
 from workers.logs import LogFormat, log_fields, write_logs
 from workers.network import interface_towards
 from workers.pulse import Pulse
 from workers.step import (
     FromRank,
+    HostMemory,
     PlacementUpdate,
     RankFailed,
     RankLoading,
@@ -88,10 +90,17 @@ class Runner(Protocol):
     @property
     def kv_bytes(self) -> int: ...
     @property
+    def host_memory(self) -> HostMemory | None:
+        """For KV; None: none is kept there."""
+
+    @property
     def num_exchanges(self) -> int:
         """With other ranks, so far."""
 
     def execute(self, plan: StepPlan) -> StepResult: ...
+    def launch(self, plan: StepPlan) -> Launched:
+        """Take a plan on; another may be launched before the result of this one is asked for."""
+
     def place(self, update: PlacementUpdate) -> None: ...
     def abort(self) -> None:
         """From another thread: whoever waits for other ranks waits no longer."""
@@ -146,6 +155,20 @@ class RouterSocket:
     def receive(self) -> ToRank:
         """Wait for the next order; the pulse bounds the wait. Raises RouterGone."""
         while not self._socket.poll(RECEIVE_POLL_MS):
+            if self._pulse.is_router_gone.is_set():
+                raise RouterGone
+        order: ToRank = decode_to_rank(self._socket.recv())
+        return order
+
+    def receive_before(self, step: Launched) -> ToRank | None:
+        """An order that comes before the step is done; None where none does. Raises RouterGone.
+
+        Looks again and again: a wait for the socket would end too late for the step, and one for the step too late for
+        the order, which the device is to have before it is idle.
+        """
+        while not self._socket.poll(0):
+            if step.is_done():
+                return None
             if self._pulse.is_router_gone.is_set():
                 raise RouterGone
         order: ToRank = decode_to_rank(self._socket.recv())
@@ -236,17 +259,29 @@ def _ready(config: RunnerConfig, runner: Runner, load_s: float) -> RankReady:
         weight_bytes=runner.weight_bytes,
         kv_bytes=runner.kv_bytes,
         load_s=load_s,
+        host_memory=runner.host_memory,
     )
 
 
 def _serve_plans(link: RouterSocket, runner: Runner) -> None:
-    """Everything strictly in order: a plan's experts lie where the last placement before it has put them."""
-    while not isinstance(order := link.receive(), Shutdown):
-        match order:
-            case StepPlan():
-                link.send(runner.execute(order))
-            case PlacementUpdate():
-                runner.place(order)
+    """Everything strictly in order: a plan's experts lie where the last placement before it has put them.
+
+    A plan that comes while a device still computes the one before it is launched behind that one at once.
+    """
+    ahead: Launched | None = None
+    while True:
+        order = link.receive() if ahead is None else link.receive_before(ahead)
+        launched = runner.launch(order) if isinstance(order, StepPlan) else None
+        if ahead is not None:
+            link.send(ahead.result())
+        ahead = launched
+        if ahead is not None and ahead.is_done():
+            link.send(ahead.result())
+            ahead = None
+        if isinstance(order, PlacementUpdate):
+            runner.place(order)
+        if isinstance(order, Shutdown):
+            return
 
 
 def _one_line(error: Exception) -> str:

@@ -121,9 +121,16 @@ class Draft(msgspec.Struct, frozen=True, array_like=True):
 
 
 class StepPlan(msgspec.Struct, frozen=True, tag="plan"):
-    """One forward pass. Applied in this order: close, open, extend, then compute prefills and decodes as one batch."""
+    """One forward pass.
+
+    Applied in this order: offload, fetch, close, open, extend, then compute prefills and decodes as one batch.
+    """
 
     step: int
+    offload: list[tuple[int, int]] = []
+    """(block, host block): KV to keep in the host's memory, before anything is written over it."""
+    fetch: list[tuple[int, int]] = []
+    """(host block, block): KV to bring back. A slot whose table has that block may be opened by this very plan."""
     close: list[int] = []
     open: list[OpenSlot] = []
     extend: list[ExtendSlot] = []
@@ -198,6 +205,18 @@ class RankLoading(msgspec.Struct, frozen=True, tag="loading"):
     total_bytes: int
 
 
+class HostMemory(msgspec.Struct, frozen=True, array_like=True):
+    """Room for KV in the memory of a rank's host, and what tells whether it pays to use it, all measured."""
+
+    num_blocks: int
+    copy_s: float
+    """One block, one way."""
+    token_s: float
+    """What a known token adds to a step."""
+    step_s: float
+    """A step of one decode."""
+
+
 class RankReady(msgspec.Struct, frozen=True, tag="ready"):
     """A rank has loaded its slice, sized its KV and can take plans."""
 
@@ -210,6 +229,8 @@ class RankReady(msgspec.Struct, frozen=True, tag="ready"):
     weight_bytes: int
     kv_bytes: int
     load_s: float
+    host_memory: HostMemory | None = None
+    """None: no KV is kept there."""
 
 
 class RankFailed(msgspec.Struct, frozen=True, tag="failed"):

@@ -19,6 +19,7 @@ from workers.errors import PlanError
 from workers.grammar import Grammars, GrammarState, Mask
 from workers.layout import Span
 from workers.step import OpenSlot, TokenRules
+from workers.transfers import to_device
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -80,7 +81,7 @@ class TokenRuleTable:
             self._slots[int(slots[row])].advance(token_ids[row])
 
     def _tensor(self, values: npt.NDArray[np.generic]) -> Tensor:
-        return torch.from_numpy(values).to(self.device)
+        return to_device(values, self.device)
 
 
 class SlotRules:

@@ -159,6 +159,21 @@ _READ: tuple[tuple[MetricSpec, _Of], ...] = (
         ),
         _scheduler(_usage),
     ),
+    (
+        gauge("mull_host_kv_blocks", "KV blocks that fit the hosts' memory, over all attention groups."),
+        _scheduler(lambda it: it.num_host_blocks),
+    ),
+    (gauge("mull_host_kv_used_blocks", "Of those, the ones in use."), _scheduler(lambda it: it.num_used_host_blocks)),
+    (
+        counter("mull_host_kv_offloaded_tokens_total", "Tokens whose KV was kept in the host's memory."),
+        _scheduler(lambda it: it.offloaded_tokens_total),
+    ),
+    (
+        counter(
+            "mull_host_kv_fetched_tokens_total", "Tokens whose KV was brought back from there and not computed again."
+        ),
+        _scheduler(lambda it: it.fetched_tokens_total),
+    ),
     (gauge("mull_kv_block_tokens", "Tokens that a KV block holds."), _one(lambda it: it.block_size)),
     (
         counter(

@@ -3,7 +3,8 @@
 Hop 5: the scheduler asks here for blocks; the ranks' KV pool owns the bytes. Knows nothing of sequences or clients.
 
 A block is free (nobody's, content worthless), used (by one sequence, or by several that read the same prefix) or idle
-(nobody's, but the prefix cache knows its content). Free ones are allocated first, then idle ones, oldest first.
+(nobody's, but the prefix cache knows its content). Free ones are allocated first, then idle ones, oldest first. What
+idle ones hold may be kept in the host's memory then, where there is such.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 from hashlib import blake2b
+
+from cluster.router.host_tier import HostTier
 
 
 def root_hash(salt: str) -> bytes:
@@ -39,8 +42,12 @@ def chain_hashes(parent: bytes, token_ids: Sequence[int], block_size: int) -> li
 class BlockAllocator:
     """The blocks of one attention group: who uses how many, and which prefix each holds."""
 
-    def __init__(self, num_blocks: int, block_size: int, enable_prefix_cache: bool = True) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, enable_prefix_cache: bool = True, host: HostTier | None = None
+    ) -> None:
+        """`host`: where the content of evicted blocks goes; it needs the prefix cache, whose names it uses."""
         self.num_blocks = num_blocks
+        self.host = host if enable_prefix_cache else None
         self.block_size = block_size
         self.enable_prefix_cache = enable_prefix_cache
         self._num_users = [0] * num_blocks
@@ -81,6 +88,8 @@ class BlockAllocator:
             block_ids = [free.pop() if free else self._evict() for _ in range(count)]
         for block_id in block_ids:
             num_users[block_id] = 1
+        if self.host is not None:
+            self.host.given(block_ids)
         return block_ids
 
     def match(self, hashes: Sequence[bytes]) -> list[int]:
@@ -115,6 +124,8 @@ class BlockAllocator:
 
     def forget(self, hashes: Sequence[bytes]) -> None:
         """Take blocks out of the cache that nobody will ask for again; idle ones are the next to be reused."""
+        if self.host is not None:
+            self.host.forget(hashes)
         for block_hash in hashes:
             block_id = self._block_of.pop(block_hash, None)
             if block_id is None:
@@ -127,6 +138,8 @@ class BlockAllocator:
     def release(self, block_ids: Sequence[int]) -> None:
         """One user less for each block of a table, from its end: so a prefix is evicted from its end, too."""
         num_users, hash_of, free = self._num_users, self._hash_of, self._free
+        if self.host is not None:
+            self.host.was_used(block_ids)
         for block_id in reversed(block_ids):
             num_left = num_users[block_id] - 1
             assert num_left >= 0, f"block {block_id} was released more often than taken"
@@ -140,5 +153,8 @@ class BlockAllocator:
 
     def _evict(self) -> int:
         block_id, _ = self._idle.popitem(last=False)
-        del self._block_of[self._hash_of.pop(block_id)]
+        block_hash = self._hash_of.pop(block_id)
+        del self._block_of[block_hash]
+        if self.host is not None:
+            self.host.keep(block_id, block_hash)
         return block_id

@@ -253,7 +253,8 @@ class _Group:
         cached = blocks.match(hashes)
         num_prompt = len(request.prompt_ids)
         num_wanted = blocks.num_blocks_for(num_prompt) - len(cached) + blocks.num_idle(cached)
-        num_uncached = num_prompt - len(cached) * blocks.block_size
+        num_kept = blocks.host.find(hashes[len(cached) :]) if blocks.host is not None else 0
+        num_uncached = num_prompt - (len(cached) + num_kept) * blocks.block_size
         return _Fit(
             group=self,
             num_uncached=num_uncached,
@@ -272,7 +273,7 @@ class _Fit:
 
     group: _Group
     num_uncached: int
-    """Tokens of the prompt that the group's prefix cache has not."""
+    """Tokens of the prompt that neither the group's prefix cache has nor its hosts' memory."""
     num_tokens_ahead: int
     """Tokens to compute until its first token, those of others included."""
     lacks_blocks: bool

@@ -49,13 +49,15 @@ LIVE_MARGIN_S = 30.0
 
 
 def resolve_device(config: ClusterConfig) -> Device:
-    """ "auto" is a GPU where the Ray cluster has one for each rank of each copy."""
+    """ "auto" is a GPU where the Ray cluster has one for each rank of each copy. Raises ConfigError."""
     engine = config.engine
     if engine.device != "auto":
         return engine.device
     resources: dict[str, float] = ray.cluster_resources() if ray.is_initialized() else {}  # type: ignore[no-untyped-call]  # Ray has no types there
-    num_gpus = resources.get("GPU", 0)
-    return "cuda" if num_gpus >= config.router.copies * engine.layout.world_size else "cpu"
+    num_gpus, needed = resources.get("GPU", 0), config.router.copies * engine.layout.world_size
+    if num_gpus < needed and engine.kv_dtype == "fp8":
+        raise ConfigError(f"engine.kv_dtype fp8 needs {needed} GPUs, and there are {num_gpus:g}; leave it out")
+    return "cuda" if num_gpus >= needed else "cpu"
 
 
 def model_info(config: ClusterConfig) -> ModelInfo:
@@ -89,12 +91,17 @@ def runner_configs(config: ClusterConfig, max_model_len: int, device: Device) ->
             layout=engine.layout,
             redundant_experts=engine.redundant_experts,
             device=device,
+            products=engine.products,
             num_threads=engine.threads_per_rank or max(1, (os.cpu_count() or 1) // num_here),
             max_model_len=max_model_len,
             max_num_seqs=engine.max_num_seqs,
             max_num_batched_tokens=engine.max_num_batched_tokens,
             block_size=engine.block_size,
             kv_memory_bytes=engine.kv_memory_bytes,
+            kv_dtype=engine.kv_dtype,
+            graphs=engine.graphs,
+            deterministic=engine.deterministic,
+            host_kv_bytes=engine.host_kv_bytes,
         )
         for rank in range(world)
     ]
@@ -132,7 +139,11 @@ def make_router(
         enable_prefix_cache=engine.enable_prefix_cache,
         live_within_s=router.step_timeout_s + LIVE_MARGIN_S,
         roles=rank_roles(ModelConfig.from_dir(config.model.path), engine.layout, engine.redundant_experts),
-        rebalance=RebalancePolicy(interval_steps=router.rebalance_interval_steps, threshold=router.rebalance_threshold),
+        # In another place, an expert's part of a sum comes at another point of it.
+        rebalance=RebalancePolicy(
+            interval_steps=0 if engine.deterministic else router.rebalance_interval_steps,
+            threshold=router.rebalance_threshold,
+        ),
         watches=watches,
     )
 

@@ -18,6 +18,7 @@ from cluster.metrics.steps import StepMetrics
 from cluster.router.balanced_steps import BalancedSteps
 from cluster.router.balancer import ExpertBalancer
 from cluster.router.engine_core import EngineCore, Pool
+from cluster.router.host_tier import host_words, plan_host
 from cluster.router.request_watch import RequestWatch
 from cluster.router.scheduler_config import SchedulerConfig
 from cluster.router.sequence import SequenceRequest, SequenceUpdate
@@ -170,13 +171,22 @@ class Engine:
             return error
 
     def _open(self, group: ShardGroup, info: GroupInfo) -> None:
-        pool = Pool(num_groups=info.layout.dp, num_blocks=info.num_blocks, block_size=info.block_size)
+        memories = [rank.host_memory for rank in info.ranks]
+        host = plan_host(memories, info.block_size)
+        pool = Pool(num_groups=info.layout.dp, num_blocks=info.num_blocks, block_size=info.block_size, host=host)
         self.core.on_started(pool)
         self.balancer = self._make_balancer(info)
         self._group, self.info, self.layout = group, info, info.layout
         self._alive_s = time.monotonic()
         self._settled.set()
         blocks = "%d ranks in %d groups, each with %d blocks of %d tokens"
+        if (words := host_words(memories, host)) is not None:
+            log.info(words)
+        if (limit := self.core.context_limit) is not None and limit < self.core.max_model_len:
+            log.warning(
+                "the KV pool holds %d tokens, the context has %d: raise engine.kv_memory_bytes for longer sequences",
+                *(limit, self.core.max_model_len),
+            )
         log.info("engine ready: " + blocks, len(info.ranks), pool.num_groups, info.num_blocks, info.block_size)
 
     def _lose(self, error: Exception) -> float | None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from cluster.errors import EngineError, MullError, NotReady, RankLossCause, RankLost
 from cluster.router.blocks import BlockAllocator
 from cluster.router.copy_scheduler import CopyScheduler
+from cluster.router.host_tier import HostPlan, HostTier
 from cluster.router.scheduler_config import SchedulerConfig, SchedulerStats
 from cluster.router.sequence import SequenceRequest, SequenceUpdate
 from cluster.router.supervision import EngineState, RestartPolicy, Supervisor
@@ -33,6 +34,8 @@ class Pool:
     num_groups: int
     num_blocks: int
     block_size: int
+    host: HostPlan | None = None
+    """Of their hosts' memory; None: no KV is kept there."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,11 @@ class EngineCore:
         """None before the first start."""
         self._num_steps_of_life: int | None = None
         """Of the present ranks; None while there are none."""
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest prompt plus output that the model and its operator allow."""
+        return self._config.max_model_len
 
     @property
     def state(self) -> EngineState:
@@ -118,7 +126,13 @@ class EngineCore:
     def on_started(self, pool: Pool) -> None:
         """Ranks can take plans. Raises EngineError where these cannot go on with what was begun."""
         blocks = [
-            BlockAllocator(pool.num_blocks, pool.block_size, self._enable_prefix_cache) for _ in range(pool.num_groups)
+            BlockAllocator(
+                pool.num_blocks,
+                pool.block_size,
+                self._enable_prefix_cache,
+                None if pool.host is None else HostTier(pool.host),
+            )
+            for _ in range(pool.num_groups)
         ]
         if self._scheduler is None:
             self._scheduler = CopyScheduler(self._config, blocks)

@@ -72,6 +72,7 @@ class InProcessGroup:
             weight_bytes=runner.weight_bytes,
             kv_bytes=runner.kv_bytes,
             load_s=time.monotonic() - started_at,
+            host_memory=runner.host_memory,
         )
 
     @property

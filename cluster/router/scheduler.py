@@ -16,6 +16,7 @@ from collections.abc import Collection, Hashable, Iterable
 from cluster.errors import InvalidRequest, Overloaded
 from cluster.router.admission import Admission
 from cluster.router.blocks import BlockAllocator
+from cluster.router.host_tier import HostTier
 from cluster.router.in_flight import StepsInFlight
 from cluster.router.quarantine import Quarantine
 from cluster.router.scheduler_config import SchedulerConfig, SchedulerStats
@@ -47,6 +48,8 @@ class Scheduler:
         self._prefix_hit_tokens_total = 0
         self._draft_tokens_total = 0
         self._accepted_tokens_total = 0
+        self._num_offloaded_total = 0
+        self._num_fetched_total = 0
 
     @property
     def context_limit(self) -> int:
@@ -114,6 +117,7 @@ class Scheduler:
 
     @property
     def stats(self) -> SchedulerStats:
+        host = self._blocks.host
         num_thinking = sum(seq.phase is Phase.THINKING for seq in self._slots.running)
         return SchedulerStats(
             num_running=self.num_running,
@@ -123,6 +127,10 @@ class Scheduler:
             num_blocks=self._blocks.num_blocks,
             num_free_blocks=self._blocks.num_free,
             num_cached_blocks=self._blocks.num_cached,
+            num_host_blocks=0 if host is None else host.plan.num_blocks,
+            num_used_host_blocks=0 if host is None else host.num_used,
+            offloaded_tokens_total=self._num_offloaded_total * self._blocks.block_size,
+            fetched_tokens_total=self._num_fetched_total * self._blocks.block_size,
             num_preempted_total=self._num_preempted_total,
             prefix_query_tokens_total=self._prefix_query_tokens_total,
             prefix_hit_tokens_total=self._prefix_hit_tokens_total,
@@ -197,6 +205,8 @@ class Scheduler:
             if step.can_prefill:
                 step.prefill(seq)
         self._add_admissions(step)
+        if self._blocks.host is not None:
+            self._add_fetches(step, self._blocks.host)
         if drafts:
             self._add_drafts(step)
         if step.is_empty:
@@ -309,6 +319,8 @@ class Scheduler:
         for seq in self._slots.ranked:
             if seq.slot is None:
                 continue  # preempted for an earlier one in this very loop
+            if seq.fetches:
+                continue  # its blocks are brought back first
             # Only where it is prefilled, too: a step that computes nothing is not sent, and would tell nobody.
             if seq.must_reopen and not (step.can_prefill and self._reopen(seq, step)):
                 continue
@@ -368,10 +380,28 @@ class Scheduler:
                 return
             self._waiting.remove(seq.request.key)
             self._quarantine.runs(seq)
-            step.open(seq)
             if not seq.was_admitted:
                 self._count_first_admission(seq, step)
-            step.prefill(seq)
+            if not seq.fetches:
+                step.prefill(seq)
+
+    def _add_fetches(self, step: StepBuilder, host: HostTier) -> None:
+        """Bring back blocks from the host, as many as a step has room for: who needs them is computed in a later one.
+
+        Where there is nothing else to compute, all of the first in order is brought back, and it is computed at once.
+        """
+        if not host.num_reading:
+            return
+        waiting = [seq for seq in self._slots.ranked if seq.fetches]
+        if step.is_empty and step.can_prefill and (not waiting[0].must_reopen or self._reopen(waiting[0], step)):
+            step.fetched += self._slots.fetch(waiting[0], len(waiting[0].fetches))
+            step.prefill(waiting[0])
+        if step.is_empty:
+            return
+        for seq in waiting:
+            if (room := host.plan.blocks_per_step - len(step.fetched)) <= 0:
+                break
+            step.fetched += self._slots.fetch(seq, room)
 
     def _count_first_admission(self, seq: Sequence, step: StepBuilder) -> None:
         seq.was_admitted = True
@@ -387,7 +417,14 @@ class Scheduler:
         number = self._next_step
         self._next_step += 1
         self._in_flight.add(step.in_flight(number))
-        return step.plan(number, close)
+        host = self._blocks.host
+        if host is None:
+            return step.plan(number, close, [])
+        host.let_go(host_id for host_id, _ in step.fetched)
+        offloads = host.take_offloads()
+        self._num_offloaded_total += len(offloads)
+        self._num_fetched_total += len(step.fetched)
+        return step.plan(number, close, offloads)
 
     def _preempt(self, seq: Sequence) -> None:
         """Back to its place in the queue. Its tokens are all that is kept; they are prefilled again later."""

@@ -50,6 +50,13 @@ class SchedulerStats:
     num_blocks: int
     num_free_blocks: int
     num_cached_blocks: int
+    num_host_blocks: int
+    """Room in the memory of the ranks' hosts."""
+    num_used_host_blocks: int
+    offloaded_tokens_total: int
+    """Whose KV was kept there when its blocks were needed for others."""
+    fetched_tokens_total: int
+    """Whose KV was brought back from there."""
     num_preempted_total: int
     prefix_query_tokens_total: int
     """Prompt tokens looked up in the prefix cache, once per request."""

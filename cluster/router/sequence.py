@@ -121,7 +121,8 @@ class Sequence:
     """A request and its state. The scheduler is its only writer.
 
     Token positions:  [0, num_published blocks) in the prefix cache, maybe shared with others
-                      [0, num_computed) in KV, or in a plan that has been sent
+                      [0, num_computed) in KV, or in a plan that has been sent; the last of them still in the host's
+                          memory, where there are `fetches`
                       [0, num_known) values known here: prompt, then output
                       [num_known, num_known + num_pending) being sampled by plans in flight: the ranks know them first
     Where tokens were forced, the plans in flight sample others in their places: those `num_stale` are thrown away.
@@ -148,7 +149,11 @@ class Sequence:
 
     slot: int | None = None
     """None while it waits: it then holds no blocks either."""
+    is_open: bool = False
+    """The ranks know of its slot."""
     block_ids: list[int] = field(default_factory=list)
+    fetches: list[tuple[int, int]] = field(default_factory=list)
+    """(host block, block) that must be brought back before it is computed, and are in no plan yet."""
     num_computed: int = 0
     prefill_end: int = 0
     """Tokens that were known when the slot was opened: these are prefilled, later ones decoded."""
@@ -270,7 +275,8 @@ class Sequence:
 
     def lose_ranks(self) -> None:
         """All that was computed is gone, and so are the plans in flight: only what is known here is left."""
-        self.slot, self.block_ids = None, []
+        self.slot, self.block_ids, self.fetches = None, [], []
+        self.is_open = False
         self.num_computed = self.prefill_end = self.num_published = 0
         self.num_blocks_wanted = self.wanted_at_growth = 0
         self.num_pending = self.num_stale = 0

@@ -65,15 +65,19 @@ class SlotTable:
         # At least one token is computed, or there would be no logits to sample from.
         findable = 0 if seq.needs_scores else (seq.num_known - 1) // blocks.block_size
         cached = blocks.match(seq.block_hashes[:findable])
+        kept = self._find_kept(seq.block_hashes[len(cached) : findable])
         num_fresh = blocks.num_blocks_for(seq.num_known) - len(cached)
         seq.num_blocks_wanted = num_fresh + blocks.num_idle(cached)
         seq.wanted_at_growth = blocks.num_cache_growths
         if blocks.num_free < seq.num_blocks_wanted + margin:
             return False
         blocks.share(cached)
-        seq.block_ids = cached + blocks.allocate(num_fresh)
+        host_ids = blocks.host.read(kept) if blocks.host is not None else []
+        fresh = blocks.allocate(num_fresh)
+        seq.block_ids = cached + fresh
+        seq.fetches = list(zip(host_ids, fresh, strict=False))
         seq.num_published = len(cached)
-        seq.num_computed = len(cached) * blocks.block_size
+        seq.num_computed = (len(cached) + len(kept)) * blocks.block_size
         seq.prefill_end = seq.num_known
         seq.slot = self._free_slots.pop()
         self._running[seq.slot] = seq
@@ -83,13 +87,22 @@ class SlotTable:
         """Take slot and blocks back. The plan that closes the slot may open it again for another: close comes first."""
         assert seq.slot is not None
         del self._running[seq.slot]
-        self._to_close.append(seq.slot)
+        if seq.is_open:
+            self._to_close.append(seq.slot)
         self._free_slots.append(seq.slot)
+        if self.blocks.host is not None:
+            self.blocks.host.let_go(host_id for host_id, _ in seq.fetches)
         self.blocks.release(seq.block_ids)
-        seq.slot = None
-        seq.block_ids = []
+        seq.slot, seq.is_open = None, False
+        seq.block_ids, seq.fetches = [], []
         seq.num_computed = seq.prefill_end = seq.num_blocks_wanted = 0
         seq.must_reopen = False
+
+    def fetch(self, seq: Sequence, most: int) -> list[tuple[int, int]]:
+        """What the next plan brings back of it: at most so many (host block, block). Others may hit those then."""
+        fetched, seq.fetches = seq.fetches[:most], seq.fetches[most:]
+        self._publish(seq, seq.num_computed - len(seq.fetches) * self.blocks.block_size)
+        return fetched
 
     def publish_prompt(self, seq: Sequence) -> None:
         """Let later requests hit the prompt blocks that are computed by now.
@@ -101,11 +114,17 @@ class SlotTable:
     def publish_known(self, seq: Sequence) -> None:
         """Let the sequence itself hit all it has computed, thoughts too, when it comes back after a preemption."""
         self._hash_full_blocks(seq)
-        self._publish(seq, min(seq.num_computed, seq.num_known))
+        num_there = seq.num_computed - len(seq.fetches) * self.blocks.block_size
+        self._publish(seq, min(num_there, seq.num_known))
 
     def forget_output(self, seq: Sequence) -> None:
         """It will not come back: blocks behind its prompt are of no use to anyone and are reused first."""
         self.blocks.forget(seq.block_hashes[len(seq.request.prompt_ids) // self.blocks.block_size :])
+
+    def _find_kept(self, hashes: list[bytes]) -> list[bytes]:
+        """The first of these that are in the host's memory."""
+        host = self.blocks.host
+        return hashes[: host.find(hashes)] if host is not None else []
 
     def _publish(self, seq: Sequence, num_tokens: int) -> None:
         end = min(num_tokens // self.blocks.block_size, len(seq.block_hashes))

@@ -40,6 +40,8 @@ class StepBuilder:
     """Of those, tokens of prefills."""
     closed: list[int] = field(default_factory=list)
     """Slots that are opened again for the same sequence."""
+    fetched: list[tuple[int, int]] = field(default_factory=list)
+    """(host block, block)."""
     opened: list[OpenSlot] = field(default_factory=list)
     extended: list[ExtendSlot] = field(default_factory=list)
     prefills: list[Prefill] = field(default_factory=list)
@@ -66,6 +68,7 @@ class StepBuilder:
     def open(self, seq: Sequence) -> None:
         """Give a sequence its slot on the ranks."""
         assert seq.slot is not None
+        seq.is_open = True
         request = seq.request
         # Lists that grow are copied: the plan may be read later than they do.
         opened = OpenSlot(seq.slot, seq.block_ids.copy(), seq.num_computed, request.sampling)
@@ -81,7 +84,8 @@ class StepBuilder:
     def reopen(self, seq: Sequence, block_ids: list[int]) -> None:
         """Tell the ranks of tokens that were forced; what is computed before those stays."""
         assert seq.slot is not None
-        self.closed.append(seq.slot)
+        if seq.is_open:
+            self.closed.append(seq.slot)
         seq.block_ids += block_ids
         seq.must_reopen = False
         self.open(seq)
@@ -111,6 +115,8 @@ class StepBuilder:
     def prefill(self, seq: Sequence) -> None:
         """Compute as many known tokens as both budgets allow; the chunk with the last of them samples."""
         assert seq.slot is not None
+        if not seq.is_open:
+            self.open(seq)
         start, room = seq.num_computed, min(self.budget, self.prompt_budget)
         end = min(seq.prefill_end, start + room)
         samples = end == seq.prefill_end
@@ -121,9 +127,19 @@ class StepBuilder:
         seq.num_computed = end
         seq.num_pending += samples
 
-    def plan(self, step: int, close: list[int]) -> StepPlan:
+    def plan(self, step: int, close: list[int], offload: list[tuple[int, int]]) -> StepPlan:
         """What is sent to the ranks."""
-        return StepPlan(step, close + self.closed, self.opened, self.extended, self.prefills, self.decodes, self.drafts)
+        return StepPlan(
+            step,
+            offload,
+            self.fetched,
+            close + self.closed,
+            self.opened,
+            self.extended,
+            self.prefills,
+            self.decodes,
+            self.drafts,
+        )
 
     def in_flight(self, step: int) -> StepInFlight:
         """What is kept until the result is back."""

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from cluster.router.blocks import BlockAllocator
+from cluster.router.host_tier import HostPlan, HostTier
 from cluster.router.scheduler import Scheduler
 from cluster.router.scheduler_config import SchedulerConfig
 from cluster.router.sequence import Phase, SequenceRequest, SequenceUpdate
@@ -49,9 +50,11 @@ class FakeCopy(Driven[StepPlan, Scheduler]):
         num_speculative_tokens: int = 0,
         row_cost: float = 0.02,
         reach: int | None = None,
+        host: HostPlan | None = None,
     ) -> None:
         """`reach`: of the fake model, see `next_token`. Rows cost little, so that even doubtful drafts are tried."""
-        self.blocks = BlockAllocator(num_blocks, block_size, enable_prefix_cache)
+        self.host = host
+        self.blocks = self._new_blocks(num_blocks, block_size, enable_prefix_cache)
         config = SchedulerConfig(
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
@@ -82,12 +85,17 @@ class FakeCopy(Driven[StepPlan, Scheduler]):
             max_num_batched_tokens=self.config.max_num_batched_tokens,
             vocab_size=self.vocab_size,
             reach=self.reach,
+            num_host_blocks=self.host.num_blocks if self.host else 0,
         )
+
+    def _new_blocks(self, num_blocks: int, block_size: int, enable_prefix_cache: bool) -> BlockAllocator:
+        host = HostTier(self.host) if self.host else None
+        return BlockAllocator(num_blocks, block_size, enable_prefix_cache, host)
 
     def lose_ranks(self) -> None:
         """Others take their place, with nothing computed; the plans under way have no results."""
         blocks = self.blocks
-        self.blocks = BlockAllocator(blocks.num_blocks, blocks.block_size, blocks.enable_prefix_cache)
+        self.blocks = self._new_blocks(blocks.num_blocks, blocks.block_size, blocks.enable_prefix_cache)
         self.ranks = self._new_ranks()
         self.in_flight.clear()
         self.scheduler.restart(self.blocks)
@@ -109,6 +117,10 @@ class FakeCopy(Driven[StepPlan, Scheduler]):
         users = [self.blocks.num_users(block_id) for block_id in range(self.blocks.num_blocks)]
         assert users == [owners[block_id] for block_id in range(self.blocks.num_blocks)]
         assert self.blocks.num_free == users.count(0)
+        if (host := self.blocks.host) is not None:
+            readers = Counter(host_id for seq in sequences for host_id, _ in seq.fetches)
+            assert host.num_reading == len(readers), "a host block is read by nobody, or by somebody unknown"
+            assert all(seq.slot is not None or not seq.fetches for seq in sequences)
         slots = [seq.slot for seq in sequences if seq.slot is not None]
         assert len(slots) == len(set(slots)) == self.scheduler.num_running <= self.config.max_num_seqs
         assert self.scheduler.num_waiting == len(sequences) - len(slots)

@@ -6,6 +6,7 @@ from msgspec.structs import replace
 
 from cluster.router.blocks import BlockAllocator
 from cluster.router.copy_scheduler import CopyScheduler
+from cluster.router.host_tier import HostPlan, HostTier
 from cluster.router.scheduler_config import SchedulerConfig
 from cluster.router.sequence import SequenceUpdate
 from cluster.router.speculation import Speculation
@@ -40,12 +41,16 @@ class FakeGroups(Driven[list[StepPlan], CopyScheduler]):
         num_speculative_tokens: int = 0,
         reach: int | None = None,
         max_prefill_slowdown: float | None = None,
+        host: HostPlan | None = None,
     ) -> None:
         """`reach`: of the fake model, see `next_token`. Rows cost little, so that even doubtful drafts are tried.
 
         A step takes DECODE_S and PROMPT_TOKEN_S for each token of its longest prompts.
         """
-        self.pools = [BlockAllocator(num_blocks, block_size, enable_prefix_cache) for _ in range(num_groups)]
+        self.pools = [
+            BlockAllocator(num_blocks, block_size, enable_prefix_cache, HostTier(host) if host else None)
+            for _ in range(num_groups)
+        ]
         config = SchedulerConfig(
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
@@ -65,6 +70,7 @@ class FakeGroups(Driven[list[StepPlan], CopyScheduler]):
                 vocab_size=vocab_size,
                 group=group,
                 reach=reach,
+                num_host_blocks=host.num_blocks if host else 0,
             )
             for group in range(num_groups)
         ]

@@ -11,6 +11,7 @@ import sys
 import threading
 
 from workers.errors import CheckpointError, PeerLate
+from workers.launched import Done, Launched
 from workers.shard import Progress, Runner, ShardConfig, main
 from workers.step import PlacementUpdate, StepPlan, StepResult
 
@@ -22,6 +23,7 @@ class FakeRunner:
 
     weight_bytes = 1000
     kv_bytes = 2000
+    host_memory = None
 
     num_exchanges = 0
 
@@ -47,6 +49,9 @@ class FakeRunner:
             sys.exit(9)
         if self._scenario == "loads-forever":
             threading.Event().wait()
+
+    def launch(self, plan: StepPlan) -> Launched:
+        return Done(self.execute(plan))
 
     def execute(self, plan: StepPlan) -> StepResult:
         if self._scenario == "dies":

@@ -11,12 +11,14 @@ from hypothesis import assume, event, given, settings
 from hypothesis import strategies as st
 
 from cluster.errors import InvalidRequest, Overloaded, PromptTooLong
+from cluster.router.host_tier import HostPlan
 from cluster.router.sequence import FinishReason, SequenceRequest
 from tests.router.fake_copy import FakeCopy, request
 from workers.step import SamplingParams
 
 VOCAB_SIZE = 8
 SHARED_PREFIX = [3, 1, 4, 1, 5, 2, 6, 5, 3, 5]
+small, few = st.integers(1, 12), st.integers(1, 3)
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,9 @@ def tight_copies(draw: st.DrawFn) -> dict[str, Any]:
         "max_in_flight": draw(st.integers(1, 3)),
         "num_speculative_tokens": draw(st.sampled_from([0, 1, 5])),
         "reach": draw(st.sampled_from([None, 1, 2])),
+        "host": draw(
+            st.one_of(st.none(), st.builds(HostPlan, num_blocks=small, least_blocks=few, blocks_per_step=few))
+        ),
     }
 
 
@@ -183,6 +188,11 @@ def test_every_sequence_gets_what_it_would_get_alone_and_all_blocks_come_back(
     event("thoughts closed" if copy.forced else "no thoughts closed")
     event("drafts accepted" if copy.scheduler.stats.accepted_tokens_total else "no drafts accepted")
     event("preempted" if copy.scheduler.num_preempted_total else "not preempted")
+    host = copy.blocks.host
+    if host is not None:
+        assert host.num_reading == 0
+        assert host.num_used <= num_prompt_prefixes(copy), "something else than prompts is left in the host's memory"
+    event("brought back from the host" if copy.scheduler.stats.fetched_tokens_total else "nothing brought back")
     event("prefix hit" if copy.scheduler.stats.prefix_hit_tokens_total else "no prefix hit")
 
 

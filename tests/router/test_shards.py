@@ -24,6 +24,7 @@ from cluster.router.rank_socket import RankSocket
 from cluster.router.rendezvous import Rendezvous
 from cluster.router.shards import GroupBounds, GroupInfo, RankGroup, Survivors
 from workers.config import RunnerConfig
+from workers.launched import Done, Launched
 from workers.layout import ParallelLayout
 from workers.shard import Progress, Runner, ShardConfig
 from workers.step import PlacementUpdate, RankLoading, StepPlan, StepResult
@@ -308,6 +309,7 @@ class EchoRunner:
     num_blocks = 10
     weight_bytes = 1
     kv_bytes = 2
+    host_memory = None
 
     num_exchanges = 0
 
@@ -323,6 +325,9 @@ class EchoRunner:
 
     def leave(self) -> None:
         pass
+
+    def launch(self, plan: StepPlan) -> Launched:
+        return Done(self.execute(plan))
 
     def execute(self, plan: StepPlan) -> StepResult:
         if plan.prefills:

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from workers.kernels import reference
-from workers.kernels.cpu.library import BUILDS, CHOICE_VARIABLE, native, runnable
-from workers.kernels.cpu.panels import PanelWeight, Tiling, dense
+from workers.kernels.cpu.library import BUILDS, CHOICE_VARIABLE, build, multiplies_bf16, native, runnable
+from workers.kernels.cpu.panels import PanelWeight, Products, Tiling, dense
 from workers.kernels.decode_attention import PagedKeys, decode_attention
 from workers.kernels.dequant import dequantize_into
 from workers.kernels.gate import choose_experts
@@ -29,13 +29,13 @@ SEEDS = st.integers(0, 2**31)
 RUNNABLE = runnable()
 
 
-def chosen(build: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    if build != "torch" and build not in RUNNABLE:
-        pytest.skip(f"this CPU runs {RUNNABLE or 'neither AVX2 nor AVX-512'}, not {build}")
-    monkeypatch.setenv(CHOICE_VARIABLE, build)
+def chosen(choice: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    if choice != "torch" and choice not in RUNNABLE:
+        pytest.skip(f"this CPU runs {RUNNABLE or 'neither AVX2 nor AVX-512'}, not {choice}")
+    monkeypatch.setenv(CHOICE_VARIABLE, choice)
     native.cache_clear()
-    assert (native() is None) == (build == "torch"), f"{build} kernels were not compiled; install mull with a compiler"
-    yield build
+    assert (native() is None) == (choice == "torch"), f"no {choice} kernels were compiled; is there a compiler?"
+    yield choice
     native.cache_clear()
 
 
@@ -108,8 +108,17 @@ def stored(seed: int, kind: str, *shape: int) -> Tensor:
 
 def panel_weight(seed: int, kind: str, shape: tuple[int, ...], tiling: Tiling, *, is_paired: bool) -> PanelWeight:
     """A weight [O, I] or [e, O, I] in panels, with a scale of its own for every row and tile."""
+    kind, _, products = kind.partition(" in ")
+    if products and not multiplies_bf16():
+        pytest.skip(f"{build()} kernels have no products of bf16")
     values = stored(seed, kind, *shape)
-    weight = PanelWeight.empty(shape, values.dtype, tiling if kind == "e4m3" else None, is_paired=is_paired)
+    weight = PanelWeight.empty(
+        shape,
+        values.dtype,
+        tiling if kind == "e4m3" else None,
+        is_paired=is_paired,
+        products="bf16" if products else "fp32",
+    )
     num_experts, (num_rows, num_inputs) = (1 if len(shape) == 2 else shape[0]), shape[-2:]
     for expert, values_OI in enumerate(values.view(num_experts, num_rows, num_inputs)):
         middle = num_rows // 2  # in two pieces, as a reader stores them
@@ -127,7 +136,13 @@ def accurate(got: Tensor, x_TI: Tensor, weight_OI: Tensor) -> None:
     assert ((got - x @ weight.T).abs() <= 1e-6 * (x.abs() @ weight.abs().T)).all()
 
 
-KINDS = pytest.mark.parametrize("kind", ["e4m3", "bf16", "fp32"])
+def as_multiplied(x_TI: Tensor, weight: PanelWeight) -> Tensor:
+    """Rows as this weight's products take them."""
+    return x_TI.bfloat16().float() if weight.products == "bf16" else x_TI
+
+
+KINDS = pytest.mark.parametrize("kind", ["e4m3", "bf16", "fp32", "e4m3 in bf16", "bf16 in bf16"])
+"""What is stored, and what products take where that is not fp32."""
 
 
 @pytest.mark.usefixtures("compiled")
@@ -145,7 +160,7 @@ def test_panels_multiply_like_the_weight_they_stand_for(
 ) -> None:
     weight = panel_weight(seed, kind, (size_out, size_in), tiling, is_paired=False)
     x = normal(seed, num_rows, size_in)
-    accurate(linear(x, weight), x, dense(weight))
+    accurate(linear(x, weight), as_multiplied(x, weight), dense(weight))
 
 
 @pytest.mark.usefixtures("compiled")
@@ -165,7 +180,7 @@ def test_rows_of_panels_are_rows_of_the_weight(kind: str, start: int, stop: int)
 def test_paired_panels_apply_the_activation(kind: str, num_rows: int, half: int) -> None:
     weight = panel_weight(half, kind, (2 * half, 140), Tiling(first=128, size=128), is_paired=True)
     x = normal(1, num_rows, 140) * 0.02
-    gate, up = (x.double() @ dense(weight).double().T).chunk(2, dim=1)
+    gate, up = (as_multiplied(x, weight).double() @ dense(weight).double().T).chunk(2, dim=1)
     got = swiglu_linear(x, weight)
     torch.testing.assert_close(got.double(), gate / (1 + torch.exp(-gate)) * up, rtol=1e-5, atol=1e-5)
 
@@ -181,16 +196,37 @@ def test_a_row_has_the_same_bits_whatever_stands_beside_it(kind: str) -> None:
 
 
 @pytest.mark.usefixtures("compiled")
-def test_every_e4m3_code_is_read_as_torch_reads_it() -> None:
+def test_inputs_of_which_two_can_be_of_different_tiles_are_multiplied_in_fp32() -> None:
+    for inputs, first, size in ((141, 128, 128), (140, 127, 128), (140, 128, 129)):
+        tiling = Tiling(first=first, size=size)
+        weight = PanelWeight.empty((8, inputs), torch.uint8, tiling, is_paired=False, products="bf16")
+        assert weight.products == "fp32"
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("num_rows_of_table", [40, 64])
+def test_rows_are_looked_up_in_panels(num_rows_of_table: int) -> None:
+    for kind in ("bf16", "bf16 in bf16") if multiplies_bf16() else ("bf16",):
+        weight = panel_weight(0, kind, (num_rows_of_table, 30), Tiling(first=30, size=30), is_paired=False)
+        ids = torch.tensor([0, 33, 31, 39, 33])
+        assert torch.equal(weight.lookup(ids), dense(weight)[ids])
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("num_inputs", [1, 2])
+def test_every_e4m3_code_is_read_as_torch_reads_it(num_inputs: int) -> None:
     codes = torch.arange(256, dtype=torch.uint8).view(256, 1)
-    weight = PanelWeight.empty((256, 1), torch.uint8, Tiling(first=128, size=128), is_paired=False)
-    weight.store_rows(0, 0, codes)
+    products: Products = "bf16" if num_inputs == 2 and multiplies_bf16() else "fp32"
+    weight = PanelWeight.empty(
+        (256, num_inputs), torch.uint8, Tiling(first=128, size=128), is_paired=False, products=products
+    )
+    weight.store_rows(0, 0, torch.nn.functional.pad(codes, (num_inputs - 1, 0)))
     weight.store_scales(0, 0, torch.ones(256, 1))
     want = codes.view(torch.float8_e4m3fn).float()
     for num_rows in (1, 20):
-        got = linear(torch.ones(num_rows, 1), weight)
+        got = linear(torch.ones(num_rows, num_inputs), weight)
         torch.testing.assert_close(got, want.T.expand(num_rows, -1), rtol=0, atol=0, equal_nan=True)
-    torch.testing.assert_close(dense(weight), want, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(dense(weight)[:, -1:], want, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.usefixtures("kernels")
@@ -281,8 +317,10 @@ def test_experts_in_panels_equal_their_reference(kind: str, num_tokens: int, fir
     gate_up = panel_weight(2, kind, (num_local, 2 * ffn, hidden), tiling, is_paired=True)
     down = panel_weight(3, kind, (num_local, hidden, ffn), tiling, is_paired=False)
     got = apply_experts(x, ids, weights, gate_up, down, first)
-    want = reference.apply_experts(x, ids, weights, dense(gate_up), dense(down), first)
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * float(want.abs().max()))
+    want = reference.apply_experts(as_multiplied(x, gate_up), ids, weights, dense(gate_up), dense(down), first)
+    # Between the two products of an expert rows are rounded once more.
+    error = 1e-5 if down.products == "fp32" else 4e-3
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=error * float(want.abs().max()))
 
 
 def test_tokens_without_local_experts_add_nothing() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -11,6 +12,7 @@ from tests.workers.engine import (
     Ran,
     blocks_of,
     decode_steps,
+    load,
     open_slot,
     random_prompts,
     run,
@@ -18,6 +20,8 @@ from tests.workers.engine import (
     whole_prompts,
 )
 from tests.workers.ranks import RankProcesses
+from workers.kernels.cpu.library import multiplies_bf16
+from workers.kernels.cpu.panels import PanelWeight
 from workers.step import Prefill, StepPlan
 
 TOLERANCE = 1e-4
@@ -78,6 +82,18 @@ def check_decodes(ran: Ran, case: Case) -> None:
 
 def test_whole_prefill_and_decodes_match_transformers(case: Case) -> None:
     check_decodes(run(case.runner, whole_prompt_then_decode()), case)
+
+
+@pytest.mark.skipif(not multiplies_bf16(), reason="this CPU has no products of bf16")
+def test_products_in_bf16_stay_near_transformers(case: Case) -> None:
+    runner = load(case.directory, products="bf16")
+    panels = [weight for weight in (runner.weights or {}).values() if isinstance(weight, PanelWeight)]
+    assert any(weight.products == "bf16" for weight in panels)
+    rows = [PROMPT, PROMPT[:7]]
+    ran = run(runner, [whole_prompts(rows), close_all(range(2))])
+    for logits, prompt in zip(ran.logits[0], rows, strict=True):
+        want = case.reference_logits(prompt)[-1]
+        assert TOLERANCE < largest_difference(logits, want) < 0.05 * float(want.abs().max())
 
 
 def test_chunked_prefill_beside_decodes_matches_transformers(case: Case) -> None:

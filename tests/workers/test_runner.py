@@ -22,7 +22,7 @@ from tests.workers.ranks import RankProcesses
 from workers import runner as runner_module
 from workers.checkpoint import Checkpoint
 from workers.config import ModelConfig, ParallelLayout, RunnerConfig
-from workers.errors import KVMemoryError, LayoutError, PlanError
+from workers.errors import KernelError, KVMemoryError, LayoutError, PlanError
 from workers.parallel import ParallelState
 from workers.rank_group import RankGroup
 from workers.runner import ModelRunner
@@ -231,6 +231,12 @@ def test_the_pool_is_no_larger_than_all_slots_can_use(dense_fp8: Path) -> None:
     runner = load(dense_fp8, max_num_seqs=3, kv_memory_bytes=2**30)
     assert runner.num_blocks == 3 * BLOCKS_PER_SLOT
     assert runner.kv_bytes == sum(pool.nbytes for pool in runner.kv.layers)
+
+
+def test_products_that_the_cpu_does_not_have_are_refused(dense_fp8: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workers.checkpoint.multiplies_bf16", lambda: False)
+    with pytest.raises(KernelError, match=r"need a CPU with avx512_bf16.*; take --products fp32"):
+        load(dense_fp8, products="bf16")
 
 
 def test_a_layout_that_cannot_split_is_refused_before_loading(dense_fp8: Path) -> None:

@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,6 +24,7 @@ from tests.workers.engine import (
     whole_prompts,
 )
 from tests.workers.ranks import RankProcesses
+from tests.workers.tape import on_tape
 from workers.config import ModelConfig, ParallelLayout
 from workers.placement_map import slots_per_rank
 from workers.step import PlacementUpdate, Prefill, SamplingParams, StepPlan
@@ -97,9 +99,9 @@ def alone(directory: Path) -> dict[int, list[int]]:
     return by_prompt(run(load(directory), group_plans(0, 1)).tokens, 0, 1)
 
 
-def answers(ranks: RankProcesses, directory: Path, spread: Spread) -> dict[int, list[int]]:
+def answers(ranks: RankProcesses, directory: Path, spread: Spread, **changes: Any) -> dict[int, list[int]]:
     layout, orders = spread.layout, orders_of(spread, ModelConfig.from_dir(directory))
-    changes = {"redundant_experts": spread.redundant}
+    changes |= {"redundant_experts": spread.redundant}
     rans: Sequence[Ran] = ranks.run(run_on_layout, directory, layout, orders, changes)
     tokens: dict[int, list[int]] = {}
     for rank, ran in enumerate(rans):
@@ -171,6 +173,33 @@ def test_experts_in_halves_change_no_token_on_four_ranks(
     spread: Spread, four_ranks: RankProcesses, checkpoints: dict[str, Path]
 ) -> None:
     check(["moe"], spread, four_ranks, checkpoints)
+
+
+PADDED_ON_TWO = [ON_TWO[0], OF_EXPERTS_ON_TWO[1], OF_EXPERTS_ON_TWO[3]]
+
+
+@pytest.mark.parametrize("spread", PADDED_ON_TWO, ids=str)
+def test_padded_decode_steps_change_no_token_on_two_ranks(
+    spread: Spread, two_ranks: RankProcesses, checkpoints: dict[str, Path]
+) -> None:
+    directory = checkpoints["pocket"]
+    assert answers(two_ranks, directory, spread, graphs="piecewise") == alone(directory)
+
+
+def test_groups_in_steps_of_different_kinds_meet_at_one_size(
+    four_ranks: RankProcesses, checkpoints: dict[str, Path]
+) -> None:
+    directory, spread = checkpoints["pocket"], Spread(ParallelLayout(tp=2, dp=2))
+    assert answers(four_ranks, directory, spread, graphs="piecewise") == alone(directory)
+
+
+def test_collectives_are_called_between_the_pieces_of_a_recording(
+    two_ranks: RankProcesses, checkpoints: dict[str, Path]
+) -> None:
+    plans = group_plans(0, 1)
+    (got, num_replays), _ = two_ranks.run(on_tape, checkpoints["dense"], plans, "piecewise")
+    assert got == run(load(checkpoints["dense"]), plans).tokens
+    assert num_replays == NUM_TOKENS - 1
 
 
 LONG = random_prompts([110, 100, 90, 5], 300, seed=12)

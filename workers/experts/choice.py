@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
+from workers.buckets import Buckets
 from workers.config import ModelConfig, ShardSpec
 from workers.experts.dispatch import (
     AllToAllDispatcher,
@@ -13,6 +15,7 @@ from workers.experts.dispatch import (
     GatherScatterDispatcher,
     LocalDispatcher,
     SharedDispatcher,
+    WithoutPadding,
 )
 from workers.experts.rows import ExactRows, Fp8Rows, RowPacker
 from workers.parallel import ParallelState
@@ -48,9 +51,16 @@ class DispatcherChoice:
     """
 
     def __init__(
-        self, config: ModelConfig, spec: ShardSpec, parallel: ParallelState, dtype: torch.dtype, rows: RowFormat
+        self,
+        config: ModelConfig,
+        spec: ShardSpec,
+        parallel: ParallelState,
+        dtype: torch.dtype,
+        rows: RowFormat,
+        buckets: Buckets | None = None,
     ) -> None:
-        self.parallel = parallel
+        """`buckets`: of decode steps that are padded; a group in another kind of step meets them at their size."""
+        self.parallel, self.buckets = parallel, buckets
         self.expert_tp, self.ep = spec.layout.expert_tp, spec.layout.ep
         self.slots_per_rank = spec.expert_slots(config).size
         format_of = ExactRows if rows == "exact" else Fp8Rows
@@ -60,8 +70,15 @@ class DispatcherChoice:
         """`group_tokens`: of every attention group in this step."""
         if self.parallel.layout.dp == 1:
             return LocalDispatcher(self.parallel.world)
-        capacity = -(-max(group_tokens) // self.parallel.tp.size)
+        most = max(group_tokens)
+        if self.buckets is not None:
+            most = self.buckets.rows_for(most) or most
+        capacity = -(-most // self.parallel.tp.size)
         return self.over_tp(self.gather_scatter(capacity) if capacity <= MAX_GATHERED_ROWS else self.all_to_all())
+
+    def without(self, is_padding_T1: Tensor, inner: Dispatcher[Any]) -> Dispatcher[Any]:
+        """The same, which leaves rows out that stand for no token."""
+        return WithoutPadding(inner, is_padding_T1, self.ep * self.slots_per_rank)
 
     def over_tp(self, inner: Dispatcher[Any]) -> Dispatcher[Any]:
         """Each tp rank of a group takes its share."""

@@ -46,6 +46,20 @@ class LocalDispatcher:
         return self.world.all_reduce(partial_RH)
 
 
+class WithoutPadding(Generic[Handle]):
+    """Rows that are there for a fixed shape alone choose the slot after the last one, which is on no rank."""
+
+    def __init__(self, inner: Dispatcher[Handle], is_padding_T1: Tensor, num_slots: int) -> None:
+        self.inner, self.is_padding_T1, self.num_slots = inner, is_padding_T1, num_slots
+
+    def dispatch(self, tokens: RoutedRows) -> tuple[RoutedRows, Handle]:
+        slots_RK = tokens.slots_RK.masked_fill(self.is_padding_T1, self.num_slots)
+        return self.inner.dispatch(RoutedRows(tokens.x_RH, slots_RK, tokens.weights_RK))
+
+    def combine(self, partial_RH: Tensor, handle: Handle) -> Tensor:
+        return self.inner.combine(partial_RH, handle)
+
+
 class GatherScatterDispatcher:
     """Every token to every rank, padded to the same number of rows: fixed shapes, and nothing depends on the gate."""
 

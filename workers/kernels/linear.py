@@ -7,8 +7,10 @@ from torch import Tensor
 
 from workers.kernels.cpu.library import native
 from workers.kernels.cpu.panels import PanelWeight
+from workers.kernels.invariance import is_invariant
 from workers.kernels.swiglu import swiglu
 from workers.kernels.tiles import TileWeight
+from workers.kernels.triton.choice import has_triton
 from workers.kernels.triton.rows import QuantizedRows
 
 Weight = Tensor | PanelWeight | TileWeight
@@ -25,6 +27,10 @@ def linear(x_TI: Rows, weight_OI: Weight) -> Tensor:
     assert isinstance(x_TI, Tensor), "rows are quantised for tiles alone"
     if isinstance(weight_OI, PanelWeight):
         return _panel_linear(x_TI, weight_OI, weight_OI.first_row + weight_OI.num_rows)[:, weight_OI.first_row :]
+    if is_invariant() and has_triton(x_TI.device.type):
+        from workers.kernels.triton import dense
+
+        return dense.linear(x_TI, weight_OI)
     return torch.mm(x_TI, weight_OI.t())
 
 

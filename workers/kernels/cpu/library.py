@@ -22,9 +22,10 @@ log = logging.getLogger(__name__)
 
 CHOICE_VARIABLE = "MULL_CPU_KERNELS"
 """One of BUILDS takes these kernels, torch none of them; unset, the best that the CPU can run."""
-ABI = 2
+ABI = 3
 """`MULL_ABI` of native/kernels.h."""
 BUILDS = {
+    "avx512bf16": ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl", "avx512_vbmi", "avx512_bf16"),
     "avx512vbmi": ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl", "avx512_vbmi"),
     "avx512": ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl"),
     "avx2": ("avx2", "fma3", "f16c"),
@@ -34,7 +35,7 @@ BUILDS = {
 _pointer, _int, _float, _flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int32
 SIGNATURES = {
     "mull_linear": (_pointer, _int, _int, _pointer, _pointer, _int),
-    "mull_pack": (_pointer, _int, _int, _int, _int, _int, _pointer),
+    "mull_pack": (_pointer, _int, _int, _int, _int, _int, _flag, _pointer),
     "mull_experts": (_pointer, _int, _int, _pointer, _pointer, _int, _pointer, _pointer, _int, _pointer),
     "mull_rms_norm": (_pointer, _int, _int, _int, _pointer, _float, _pointer),
     "mull_add_rms_norm": (_pointer, _pointer, _int, _int, _pointer, _float, _pointer),
@@ -67,17 +68,34 @@ def runnable() -> tuple[str, ...]:
     return tuple(build for build, needed in BUILDS.items() if all(has.get(name) for name in needed))
 
 
+def build() -> str | None:
+    """The best that was compiled and that this CPU can run."""
+    return next((name for name in _wanted() if _file(name).exists()), None)
+
+
 @functools.cache
 def native() -> ctypes.CDLL | None:
     """The library for this CPU, or None: then torch computes, and the log says why."""
-    choice = os.environ.get(CHOICE_VARIABLE, "")
-    builds = (choice,) if choice else runnable()
-    for build in builds:
-        file = Path(__file__).parent / f"native_{build}{sysconfig.get_config_var('EXT_SUFFIX')}"
-        if file.exists():
-            return _declared(file)
-    log.warning("CPU kernels: none for this machine (%s); torch computes, several times slower", builds or "no AVX2")
+    found = build()
+    if found is not None:
+        return _declared(_file(found))
+    needed = _wanted() or "no AVX2"
+    log.warning("CPU kernels: none for this machine (%s); torch computes, several times slower", needed)
     return None
+
+
+def multiplies_bf16() -> bool:
+    """Whether the kernels have products of bf16."""
+    return build() == "avx512bf16"
+
+
+def _wanted() -> tuple[str, ...]:
+    choice = os.environ.get(CHOICE_VARIABLE, "")
+    return (choice,) if choice else runnable()
+
+
+def _file(name: str) -> Path:
+    return Path(__file__).parent / f"native_{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 
 def _declared(file: Path) -> ctypes.CDLL:

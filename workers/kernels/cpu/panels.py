@@ -2,6 +2,9 @@
 
 An e4m3 code stays one byte and is widened in registers, which makes a decode step read a quarter of the memory; bf16
 takes two. Shapes: O out, I in, P panels, L lanes (outputs) of one, e experts, t tiles along the inputs.
+
+Products are fp32, or bf16 where the CPU multiplies two bf16 inputs of an output in the time of one: the stored values
+are exact in it, and each row is rounded to it; sums are fp32 in both. Such panels have the two inputs side by side.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ import ctypes
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,7 +25,15 @@ PANEL = 32
 PAIR = PANEL // 2
 CODE_SHIFT = 256.0
 """The kernels read a code's bits as fp16, 2**8 too small; the scales make up for it."""
-KINDS = {torch.uint8: 0, torch.bfloat16: 1, torch.float32: 2}
+Products = Literal["fp32", "bf16"]
+KINDS: dict[tuple[torch.dtype, Products], int] = {
+    (torch.uint8, "fp32"): 0,
+    (torch.bfloat16, "fp32"): 1,
+    (torch.float32, "fp32"): 2,
+    (torch.uint8, "bf16"): 3,
+    (torch.bfloat16, "bf16"): 4,
+}
+"""`Kind` of native/weight.h."""
 
 
 class _Weight(ctypes.Structure):
@@ -67,27 +79,40 @@ class PanelWeight:
     is_paired: bool
     """The rows are a gate above an up: 16 of the one and the same 16 of the other share a panel."""
     is_stacked: bool
+    products: Products = "fp32"
     first_row: int = 0
     """Of the first panel: rows before it are computed and cut off."""
 
     @classmethod
     def empty(
-        cls, shape: tuple[int, ...], dtype: torch.dtype, tiling: Tiling | None, *, is_paired: bool
+        cls,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        tiling: Tiling | None,
+        *,
+        is_paired: bool,
+        products: Products = "fp32",
     ) -> PanelWeight:
-        """Room for a weight [O, I] or [e, O, I]; without a tiling there are no scales."""
+        """Room for a weight [O, I] or [e, O, I]; without a tiling there are no scales.
+
+        Products in bf16 are for stored values that are exact in it, and inputs of which two are always of one tile.
+        """
         *stack, num_rows, num_inputs = shape
         num_experts, num_panels = math.prod(stack), num_panels_of(num_rows, is_paired)
         panels = large_pages.zeros((num_experts, num_panels, num_inputs, PANEL), dtype)
         scale = None
         if tiling is not None:
             scale = torch.zeros(num_experts, tiling.count(num_inputs), num_panels * PANEL)
+        tiling = tiling or Tiling(first=num_inputs, size=num_inputs)
+        is_odd = any(count % 2 for count in (num_inputs, tiling.first, tiling.size))
         return cls(
             panels_ePIL=panels,
             scale_etX=scale,
             num_rows=num_rows,
-            tiling=tiling or Tiling(first=num_inputs, size=num_inputs),
+            tiling=tiling,
             is_paired=is_paired,
             is_stacked=bool(stack),
+            products="fp32" if is_odd or dtype == torch.float32 else products,
         )
 
     @property
@@ -117,6 +142,7 @@ class PanelWeight:
             tiling=self.tiling,
             is_paired=False,
             is_stacked=False,
+            products=self.products,
             first_row=start - first * PANEL,
         )
 
@@ -129,7 +155,8 @@ class PanelWeight:
         pair_rows = self.num_rows // 2 if self.is_paired else 0
         source = values_RI.contiguous()
         library.mull_pack(
-            source.data_ptr(), len(source), num_inputs, source.itemsize, first_row, pair_rows, panels_PIL.data_ptr()
+            *(source.data_ptr(), len(source), num_inputs, source.itemsize, first_row, pair_rows),
+            *(self._kind, panels_PIL.data_ptr()),
         )
 
     def store_scales(self, expert: int, first_row: int, scale_Rt: Tensor) -> None:
@@ -140,12 +167,17 @@ class PanelWeight:
 
     def lookup(self, rows_T: Tensor) -> Tensor:
         """Rows of a matrix without scales, as fp32 [T, I]: an embedding that shares its table with the head."""
-        return self.panels_ePIL[0, rows_T // PANEL, :, rows_T % PANEL].float()
+        panels_PIL = self.panels_ePIL[0]
+        if self.products == "fp32":
+            return panels_PIL[rows_T // PANEL, :, rows_T % PANEL].float()
+        assert panels_PIL.dtype == torch.bfloat16, "codes have scales"
+        pairs_PJL2 = panels_PIL.view(len(panels_PIL), -1, PANEL, 2)
+        return pairs_PJL2[rows_T // PANEL, :, rows_T % PANEL].flatten(1).float()
 
     def dense(self) -> Tensor:
         """The fp32 weight that the panels stand for, row by row: for tests and for a look at it."""
         places = self.first_row + lanes(range(self.num_rows), self.num_rows, self.is_paired)
-        values = self.panels_ePIL
+        values = self._in_order()
         values = (values.view(torch.float8_e4m3fn) if values.dtype == torch.uint8 else values).float()
         rows_eOI = values.transpose(2, 3).flatten(1, 2)[:, places]
         if self.scale_etX is not None:
@@ -153,6 +185,21 @@ class PanelWeight:
             tile_I = (inputs - self.tiling.first).div(self.tiling.size, rounding_mode="floor") + 1
             rows_eOI = rows_eOI * (self.scale_etX / CODE_SHIFT).transpose(1, 2)[:, places][:, :, tile_I]
         return rows_eOI.reshape(self.shape)
+
+    def _in_order(self) -> Tensor:
+        """The panels [e, P, I, L] with each input's lanes one after another, as they lie for fp32 products."""
+        panels = self.panels_ePIL
+        if self.products == "fp32":
+            return panels
+        num_experts, num_panels, num_inputs, _ = panels.shape
+        if panels.dtype == torch.uint8:  # mull_pack's order of bytes
+            panels = panels.view(num_experts, num_panels, num_inputs // 2, 4, 2, 8).transpose(3, 4)
+        steps = panels.reshape(num_experts, num_panels, num_inputs // 2, PANEL, 2)
+        return steps.transpose(3, 4).reshape(num_experts, num_panels, num_inputs, PANEL)
+
+    @property
+    def _kind(self) -> int:
+        return KINDS[self.panels_ePIL.dtype, self.products]
 
     @cached_property
     def address(self) -> int:
@@ -173,7 +220,7 @@ class PanelWeight:
             self.tiling.first,
             self.tiling.size,
             num_experts,
-            KINDS[self.panels_ePIL.dtype],
+            self._kind,
             int(self.is_paired),
         )
 

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from workers.kernels.invariance import is_invariant
 from workers.kernels.tiles import TILE, TileWeight
 from workers.kernels.triton.combine import combine
 from workers.kernels.triton.gemm import BLOCK_O, NUM_PROGRAMS, Blocks, num_splits
@@ -25,7 +26,9 @@ PREFILL_PAIRS_PER_EXPERT = 32
 
 
 def blocks_of(num_pairs: int, num_local: int, splits: int) -> Blocks:
-    """By the number of pairs: which programs compute what changes no bit of it."""
+    """By the number of pairs: which programs compute what changes no bit of it; as `gemm.blocks_of`."""
+    if is_invariant():
+        return Blocks(outputs=BLOCK_O, rows=16, splits=1, warps=4)
     if num_pairs > PREFILL_PAIRS_PER_EXPERT * num_local:
         return Blocks(outputs=128, rows=64, splits=splits, warps=8)
     return Blocks(outputs=BLOCK_O, rows=16, splits=1, warps=4)

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from workers.kernels import tiles
+from workers.kernels.invariance import is_invariant
 from workers.kernels.tiles import TileWeight
 from workers.kernels.triton.numerics import TILE, cast, dot
 from workers.kernels.triton.rows import QuantizedRows
@@ -51,7 +52,12 @@ def num_splits(num_outputs: int, size_in: int) -> int:
 
 
 def blocks_of(num_rows: int, splits: int) -> Blocks:
-    """By the number of rows: which programs compute what changes no bit of it."""
+    """By the number of rows: which programs compute what changes no bit of it, as far as one can tell.
+
+    A tensor core's instruction for another shape might add in another order, so a deterministic rank has one shape.
+    """
+    if is_invariant():
+        return Blocks(outputs=BLOCK_O, rows=DECODE_ROWS, splits=splits if num_rows > DECODE_ROWS else 1, warps=4)
     if num_rows > DECODE_ROWS:
         return Blocks(outputs=128, rows=128, splits=splits, warps=8)
     return Blocks(outputs=BLOCK_O, rows=max(16, triton.next_power_of_2(num_rows)), splits=1, warps=4)

@@ -6,7 +6,7 @@
 #include "weight.h"
 
 // One more with each change of an argument, a structure or the panels: `workers.kernels.cpu.library` asks for its own.
-constexpr std::int64_t MULL_ABI = 2;
+constexpr std::int64_t MULL_ABI = 3;
 
 extern "C" {
 void mull_linear(const float* x, std::int64_t x_stride, std::int64_t num_rows, const mull::Weight* weight, float* out,

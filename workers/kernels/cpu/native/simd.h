@@ -148,23 +148,72 @@ struct Bf16Tables {
 };
 inline constexpr Bf16Tables BF16_TABLES;
 
-// 64 codes at a time by table: half the instructions. Bytes are interleaved within 128 bits, so the codes are put into
-// that order first.
-inline void widen_all(const std::uint8_t* codes, Floats (&out)[4]) {
-    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    const __m512i code = _mm512_permutexvar_epi32(order, _mm512_loadu_si512(codes));
+// The bf16 of 64 codes: those of the first eight bytes of each 16 in `low`, the others' in `high`.
+inline void widen_to_bf16(__m512i code, __m512i& low, __m512i& high) {
     const auto of = [&](const std::uint8_t* table) {
         return _mm512_permutex2var_epi8(_mm512_load_si512(table), code, _mm512_load_si512(table + 64));
     };
     constexpr int OR_OF_AND = 0xF8;  // a | (b & c)
-    const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80)), zero = _mm512_setzero_si512();
+    const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80));
     const __m512i upper = _mm512_ternarylogic_epi32(of(BF16_TABLES.upper), code, sign, OR_OF_AND);
     const __m512i lower = of(BF16_TABLES.lower);
-    const __m512i low = _mm512_unpacklo_epi8(lower, upper), high = _mm512_unpackhi_epi8(lower, upper);
+    low = _mm512_unpacklo_epi8(lower, upper);
+    high = _mm512_unpackhi_epi8(lower, upper);
+}
+
+// 64 codes at a time by table: half the instructions. Bytes are interleaved within 128 bits, so the codes are put into
+// that order first.
+inline void widen_all(const std::uint8_t* codes, Floats (&out)[4]) {
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    __m512i low, high;
+    widen_to_bf16(_mm512_permutexvar_epi32(order, _mm512_loadu_si512(codes)), low, high);
+    const __m512i zero = _mm512_setzero_si512();
     out[0].v = _mm512_castsi512_ps(_mm512_unpacklo_epi16(zero, low));
     out[1].v = _mm512_castsi512_ps(_mm512_unpackhi_epi16(zero, low));
     out[2].v = _mm512_castsi512_ps(_mm512_unpacklo_epi16(zero, high));
     out[3].v = _mm512_castsi512_ps(_mm512_unpackhi_epi16(zero, high));
+}
+
+#endif
+
+#if defined(__AVX512BF16__)
+
+// Two inputs side by side, as the processor multiplies bf16: of a row, or of a weight (mull_pack's order).
+struct Pair { std::uint16_t bits[2]; };
+struct E4m3Pair { std::uint8_t codes[2]; };
+struct Bf16Pair { std::uint16_t bits[2]; };
+
+// 16 of them.
+struct Pairs {
+    __m512i v;
+
+    static Pairs broadcast(Pair value) {
+        std::int32_t bits;
+        std::memcpy(&bits, &value, sizeof(bits));
+        return {_mm512_set1_epi32(bits)};
+    }
+};
+
+// c + a[0] * b[0] + a[1] * b[1], summed in fp32.
+inline Floats multiply_add(Pairs a, Pairs b, Floats c) {
+    return {_mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v)};
+}
+
+inline void widen_all(const E4m3Pair* codes, Pairs (&out)[2]) {
+    widen_to_bf16(_mm512_loadu_si512(codes), out[0].v, out[1].v);
+}
+
+inline void widen_all(const Bf16Pair* codes, Pairs (&out)[2]) {
+    for (int i = 0; i < 2; ++i) out[i].v = _mm512_loadu_si512(codes + i * Floats::width);
+}
+
+// Rounds `count` floats, an even number, to the nearest bf16, of two the even one.
+inline void round_to_pairs(const float* from, int count, Pair* to) {
+    for (int i = 0; i < count; i += Floats::width) {
+        const int width = count - i < Floats::width ? count - i : Floats::width;
+        const __m256bh halves = _mm512_cvtneps_pbh(Floats::load(from + i, width).v);
+        _mm256_mask_storeu_epi16(to + i / 2, static_cast<__mmask16>((1u << width) - 1), (__m256i)halves);
+    }
 }
 
 #endif

@@ -9,11 +9,12 @@ namespace mull {
 constexpr int PANEL = 32;
 constexpr int PAIR = PANEL / 2;
 
-enum Kind : std::int32_t { E4M3 = 0, BF16 = 1, FP32 = 2 };
+// What is stored, and what it is multiplied as where that is not fp32: then two inputs of an output lie side by side.
+enum Kind : std::int32_t { E4M3 = 0, BF16 = 1, FP32 = 2, E4M3_AS_BF16 = 3, BF16_AS_BF16 = 4 };
 
 // Mirrored by `workers.kernels.cpu.panels`.
 struct Weight {
-    const void* panels;     // [experts, num_panels, in, 32]
+    const void* panels;     // [experts, num_panels, in, 32], or [experts, num_panels, in / 2, 32, 2]
     const float* scale;     // [experts, tiles, num_panels * 32], or null; of e4m3 codes times 2**8
     std::int64_t out;       // of a paired weight, half its rows
     std::int64_t in;

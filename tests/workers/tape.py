@@ -1,0 +1,115 @@
+"""A recorder for CPUs: keeps each torch operation that changes memory, and does them again on the same memory.
+
+As with a CUDA graph, no Python runs in a replay: what the step looked up on the host, or made of another tensor's
+value, stays as it was when it was recorded. Unlike one it computes while it records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tests.workers.engine import runner_config
+from workers import candidates
+from workers import runner as runner_module
+from workers.candidates import Candidates
+from workers.config import RunnerConfig
+from workers.graphs import Action, interrupting
+from workers.kernels.cpu.library import CHOICE_VARIABLE, native
+from workers.parallel import ParallelState
+from workers.runner import ModelRunner
+from workers.step import StepPlan
+
+LOOKS = ("_local_scalar_dense", "nonzero", "unique", "masked_select")
+"""Operations that need a value, or a shape that depends on one, on the host."""
+
+
+class Tape(TorchDispatchMode):
+    """A Recorder, and what its collectives interrupt."""
+
+    num_bytes = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_recording = False
+        self.num_replays = 0
+        self._actions: list[Action] = []
+
+    def record(self, run: Action) -> Action:
+        self._actions, self.is_recording = [], True
+        with self:
+            run()
+        self.is_recording = False
+        actions = self._actions
+        return lambda: self._replay(actions)
+
+    def interrupt(self, action: Action) -> None:
+        self._actions.append(action)
+
+    def _replay(self, actions: list[Action]) -> None:
+        self.num_replays += 1
+        for action in actions:
+            action()
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        assert not any(look in op.name() for look in LOOKS), f"{op.name()} looks at a value"
+        kwargs = kwargs or {}
+        out = op(*args, **kwargs)
+        self._actions.append(_again(op, args, kwargs, out))
+        return out
+
+
+def _again(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Action:
+    """Results go where the first ones are; a view, or an operation in place, has put them there."""
+    places: list[Tensor] = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+
+    def again() -> None:
+        results = [leaf for leaf in tree_leaves(op(*args, **kwargs)) if isinstance(leaf, Tensor)]
+        for place, result in zip(places, results, strict=True):
+            if result.data_ptr() != place.data_ptr():
+                place.copy_(result)
+
+    return again
+
+
+@contextmanager
+def taped() -> Iterator[list[Tape]]:
+    """Steps are recorded on a tape, which knows torch's operations alone."""
+    patch, tapes = pytest.MonkeyPatch(), list[Tape]()
+    patch.setenv(CHOICE_VARIABLE, "torch")
+    native.cache_clear()
+    patch.setattr(candidates, "_likeliest", likeliest_without_a_look)
+
+    def recorder(config: RunnerConfig, parallel: ParallelState, _device: torch.device) -> tuple[Tape, ParallelState]:
+        tapes.append(Tape())
+        return tapes[-1], interrupting(parallel, tapes[-1]) if config.graphs == "piecewise" else parallel
+
+    patch.setattr(runner_module, "_recorder", recorder)
+    try:
+        yield tapes
+    finally:
+        patch.undo()
+        native.cache_clear()
+
+
+def likeliest_without_a_look(logits_Bv: Tensor, count: int) -> Candidates:
+    ids_v = torch.arange(logits_Bv.shape[1], device=logits_Bv.device)
+    return candidates._candidates(candidates._keys(logits_Bv, ids_v).topk(count, dim=-1).values)
+
+
+def on_tape(
+    parallel: ParallelState, directory: Path, plans: list[StepPlan], graphs: str
+) -> tuple[list[list[int]], int]:
+    """What a rank answers when its steps are replayed, and how many were."""
+    with taped() as tapes:
+        config = runner_config(directory, layout=parallel.layout, rank=parallel.rank, graphs=graphs)
+        runner = ModelRunner(config, parallel)
+        return [runner.execute(plan).token_ids for plan in plans], tapes[-1].num_replays

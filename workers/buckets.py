@@ -1,0 +1,69 @@
+"""The sizes in which decode steps are recorded: a step is padded to the next one. Integers only."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+SHORTEST_BOUND = 4096
+LENGTH_FACTOR = 4
+"""From one bound of the context to the next: programs behind a sequence's end return at once, but must be started."""
+SIZES_PER_DOUBLING = 2
+"""From 16 rows on: at most half as many rows again are computed for nothing."""
+
+
+@dataclass(frozen=True, order=True)
+class Bucket:
+    """What a recorded step has room for."""
+
+    num_rows: int
+    longest: int
+    """Keys of the longest sequence."""
+
+
+class Buckets:
+    """All sizes of a rank."""
+
+    def __init__(self, max_rows: int, max_len: int) -> None:
+        self.row_sizes = _row_sizes(max_rows)
+        self.lengths = _lengths(max_len)
+
+    def __iter__(self) -> Iterator[Bucket]:
+        """The largest first: what is recorded later then fits into memory that they have."""
+        return (Bucket(rows, length) for length in reversed(self.lengths) for rows in reversed(self.row_sizes))
+
+    def __len__(self) -> int:
+        return len(self.row_sizes) * len(self.lengths)
+
+    def rows_for(self, num_rows: int) -> int | None:
+        """The smallest size for so many rows; None where there is none."""
+        return _at_least(self.row_sizes, num_rows)
+
+    def length_for(self, longest: int) -> int:
+        """The smallest bound for a sequence that the model has room for."""
+        length = _at_least(self.lengths, longest)
+        assert length is not None, f"no sequence has {longest} tokens"
+        return length
+
+
+def _at_least(sizes: list[int], wanted: int) -> int | None:
+    index = bisect_left(sizes, wanted)
+    return sizes[index] if index < len(sizes) else None
+
+
+def _row_sizes(max_rows: int) -> list[int]:
+    """1, 2, 4, 8, 16, 24, 32, 48, 64, 96, ..., and the largest."""
+    sizes = [1]
+    while sizes[-1] < max_rows:
+        last = sizes[-1]
+        power = 1 << (last.bit_length() - 1)
+        sizes.append(2 * last if last < 16 else last + power // SIZES_PER_DOUBLING)
+    return [*sizes[:-1], max_rows]
+
+
+def _lengths(max_len: int) -> list[int]:
+    lengths = [SHORTEST_BOUND]
+    while lengths[-1] < max_len:
+        lengths.append(lengths[-1] * LENGTH_FACTOR)
+    return [*lengths[:-1], max_len]

@@ -1,0 +1,99 @@
+"""Values on their way between the host and a device, which neither of the two waits for.
+
+A copy from memory that the device cannot reach by itself, or one that is asked for without `non_blocking`, would wait
+until the device has done all that it was given: here every array is pinned first, and tokens come back into pinned
+memory, behind an event. On a CPU there is nothing to wait for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+
+def to_device(values: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """The array on a device; on a CPU it shares the array's memory."""
+    host = torch.from_numpy(values)
+    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+
+
+class Arrival(Protocol):
+    """Tokens on their way to the host."""
+
+    def is_here(self) -> bool:
+        """Never waits."""
+
+    def token_ids(self) -> list[int]:
+        """Waits for the device until they are here."""
+
+
+class Here:
+    """They were never away."""
+
+    def __init__(self, token_ids: list[int]) -> None:
+        self._token_ids = token_ids
+
+    def is_here(self) -> bool:
+        return True
+
+    def token_ids(self) -> list[int]:
+        return self._token_ids
+
+
+class Event(Protocol):
+    """Of the device's queue: as torch.cuda.Event."""
+
+    def record(self) -> None: ...
+    def query(self) -> bool: ...
+    def synchronize(self) -> None: ...
+
+
+class UnderWay:
+    """A copy into pinned memory that is in the device's queue, and an event behind it."""
+
+    def __init__(self, tokens_B: Tensor, pinned_B: Tensor, event: Event) -> None:
+        self._pinned_B, self._event = pinned_B, event
+        pinned_B.copy_(tokens_B, non_blocking=True)
+        event.record()
+
+    def is_here(self) -> bool:
+        return self._event.query()
+
+    def token_ids(self) -> list[int]:
+        self._event.synchronize()
+        token_ids: list[int] = self._pinned_B.tolist()
+        return token_ids
+
+
+FetchTokens = Callable[[Tensor], Arrival]
+"""Sends int64 tokens [B] to the host."""
+
+
+def fetching_from(device: torch.device) -> FetchTokens:
+    """How tokens come from a device."""
+    if device.type == "cpu":
+        return lambda tokens_B: Here(tokens_B.tolist())
+    return lambda tokens_B: UnderWay(tokens_B, torch.empty_like(tokens_B, device="cpu", pin_memory=True), _event())
+
+
+def _event() -> Event:
+    """One that a waiting thread sleeps on would wake it too late."""
+    event: Event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's own has no annotations
+    return event
+
+
+class Upload:
+    """One array of the host, written anew for each step, and its twin on the device."""
+
+    def __init__(self, num_rows: int, num_columns: int, device: torch.device) -> None:
+        self.rows = torch.zeros(num_rows, num_columns, dtype=torch.int64, device=device)
+        self._device = device
+
+    def write(self, values: npt.NDArray[np.int64]) -> None:
+        """Its first rows. What the device was given before has read the old ones by then: its queue is in order."""
+        self.rows[: len(values)].copy_(to_device(values, self._device), non_blocking=True)
