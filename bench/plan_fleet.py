@@ -11,12 +11,13 @@ from __future__ import annotations
 from typing import Any
 
 from bench import report
+from cluster.planner.cell import Scenario
 from cluster.planner.devices import find_device, published_kernels
 from cluster.planner.layouts import Candidate, Limits, fit
 from cluster.planner.load import DrawnLoad
 from cluster.planner.models import find_model
 from cluster.planner.operations import known_operations
-from cluster.planner.scenario import Course, Scenario, follow
+from cluster.planner.scenario import Course, follow
 from cluster.planner.setting import Setting
 from cluster.planner.upsets import Upset
 from cluster.planner.workload import Lengths

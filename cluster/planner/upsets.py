@@ -27,6 +27,11 @@ class Upset:
     time_s: float
     kind: Kind
 
+    @property
+    def is_everywhere(self) -> bool:
+        """Not in one copy alone: in each cell of a fleet."""
+        return self.kind in ("double-load", "rolling-update")
+
 
 @dataclass(kw_only=True)
 class Happened:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
+
 import pytest
 
+from cluster.errors import ConfigError
+from cluster.planner.cell import Scenario
+from cluster.planner.command import add_plan_command, make_plan
 from cluster.planner.devices import find_device, published_kernels
 from cluster.planner.fleet import Fleet
 from cluster.planner.layouts import Candidate, Fit, Limits, fit
 from cluster.planner.load import DrawnLoad
 from cluster.planner.operations import known_operations
 from cluster.planner.scaling import Autoscaler
-from cluster.planner.scenario import Course, Scenario, follow
+from cluster.planner.scenario import Course, follow
 from cluster.planner.setting import Setting
 from cluster.planner.simulate import copy_maker
 from cluster.planner.upsets import Operator, Upset
@@ -200,6 +205,41 @@ def test_the_same_seed_gives_the_same_course() -> None:
 
     assert one["series"] == other["series"]
     assert one["events"] == other["events"]
+
+
+def test_cells_give_the_same_course_in_however_many_processes() -> None:
+    scenario = Scenario(
+        duration_s=60,
+        upsets=[Upset(time_s=20.0, kind="lose-router"), Upset(time_s=40.0, kind="double-load")],
+        num_cells=2,
+    )
+
+    one, other = (
+        follow(SETTING, copies_of(4), LOAD, scenario, OPERATIONS, num_processes=count).as_json() for count in (1, 2)
+    )
+
+    for course in (one, other):
+        del course["simulation"]["wall_s"], course["simulation"]["cpu_s"], course["simulation"]["requests_per_minute"]
+    assert one == other
+    assert max(one["series"]["copies"]) == 4
+    assert sum(one["series"]["arrivals"]) == pytest.approx(60 + 20, rel=0.3)  # both cells' parts, and twice of it
+    assert len(one["events"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["--copies", "4", "--cells", "3"], "--copies 4 is not divisible by --cells 3"),
+        (["--copies", "4", "--cells", "2", "--gateways", "5"], "--gateways 5 is not divisible by --cells 2"),
+        (["--copies", "4", "--node-start", "2m"], "--node-start is of copies that autoscaling adds"),
+    ],
+)
+def test_a_fleet_that_cannot_be_split_is_refused(words: list[str], problem: str) -> None:
+    parser = argparse.ArgumentParser()
+    add_plan_command(parser)
+
+    with pytest.raises(ConfigError, match=problem):
+        make_plan(parser.parse_args(["qwen3-235b", "--gpus", "16", "--rate", "1/s", "--for", "60s", *words]))
 
 
 def test_tenants_share_the_load_unevenly_and_are_told_one_by_one() -> None:
