@@ -69,8 +69,9 @@ def main() -> None:
             rows.append(one)
             print(
                 f"{name:30s} {num_processes} processes: {one['requests']:7,} requests, {one['streams_of_a_copy']:4.1f} "
-                f"streams of a copy, {one['steps']:9,} steps ({one['decided_steps']:7,} decided), {one['wall_s']:5.1f} s: "
-                f"{one['requests_per_minute']:9,.0f} a minute; {one['requests_per_cpu_minute']:9,.0f} a minute of CPU"
+                f"streams of a copy, {one['steps']:9,} steps ({one['decided_steps']:7,} decided), "
+                f"{one['wall_s']:5.1f} s: {one['requests_per_minute']:9,.0f} a minute; "
+                f"{one['requests_per_cpu_minute']:9,.0f} a minute of CPU"
             )
     report.write(args.out, {"machine": report.machine(), "rows": rows})
 
