@@ -62,8 +62,9 @@ class EngineConfig(_Part):
     kv_memory_bytes: int | None = Field(None, ge=1)
     """KV pool of one rank; None sizes it from free memory on a GPU and takes 256 MiB on a CPU."""
     enable_prefix_cache: bool = True
-    kv_dtype: Literal["auto", "fp8"] = "auto"
-    """How keys and values are kept: as computed, or rounded to e4m3, in half of the bytes; fp8 needs a GPU."""
+    kv_dtype: Literal["auto", "bf16", "fp8"] = "auto"
+    """How keys and values are kept: as computed, which is fp32 on a CPU and bf16 on a GPU, or rounded to half of those
+    bytes: to bf16 on a CPU, to e4m3 (fp8) on a GPU."""
     graphs: Literal["auto", "whole", "piecewise", "off"] = "auto"
     """Decode steps recorded as CUDA graphs: collectives in them, between them, or none; auto chooses by the layout."""
     deterministic: bool = False

@@ -45,7 +45,7 @@ _CONFIG_FLAGS: dict[str, dict[str, tuple[type, str]]] = {
         "num_speculative_tokens": (int, "tokens drafted in a step at most, where that pays; 0: no drafts"),
         "block_size": (int, "tokens per KV block"),
         "kv_memory_bytes": (int, "KV pool of one rank"),
-        "kv_dtype": (str, "auto, or fp8 on a GPU: half of the bytes, rounded"),
+        "kv_dtype": (str, "auto, or rounded to half of the bytes: bf16 on a CPU, fp8 on a GPU"),
         "graphs": (str, "CUDA graphs of decode steps: auto, whole, piecewise or off"),
         "host_kv_bytes": (int, "host memory of one rank for KV whose blocks are needed for others; 0: none"),
     },

@@ -28,6 +28,7 @@ class OfflineConfig:
     model_dir: str
     num_threads: int
     products: Literal["fp32", "bf16"] = "fp32"
+    kv_dtype: Literal["auto", "bf16"] = "auto"
     max_model_len: int = 1024
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
@@ -50,6 +51,7 @@ class OfflineEngine:
             device="cpu",
             num_threads=config.num_threads,
             products=config.products,
+            kv_dtype=config.kv_dtype,
             max_model_len=config.max_model_len,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,

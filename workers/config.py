@@ -133,8 +133,8 @@ class RunnerConfig:
     dispatch_rows: Literal["exact", "fp8"] = "exact"
     """How tokens travel to their experts: with every bit, or in a quarter to half of the bytes and rounded to FP8."""
     graphs: Graphs = "auto"
-    kv_dtype: Literal["auto", "fp8"] = "auto"
-    """auto: that of the activations; fp8: e4m3, half or a quarter of the bytes, for GPUs."""
+    kv_dtype: Literal["auto", "bf16", "fp8"] = "auto"
+    """auto: that of the activations; bf16: half of the bytes on a CPU; fp8: e4m3, half of the bytes on a GPU."""
     deterministic: bool = False
     """A token's bits depend on what is before it alone: not on the batch, nor on how its sequence was computed."""
     device: Literal["cpu", "cuda"] = "cpu"

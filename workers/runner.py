@@ -129,7 +129,7 @@ class ModelRunner:
         self.config, self.parallel = config, parallel
         self.device, dtype = _device(config)
         _check_kernels(config, self.device)
-        kv_dtype = torch.float8_e4m3fn if config.kv_dtype == "fp8" else dtype
+        kv_dtype = {"auto": dtype, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}[config.kv_dtype]
         self.model = ModelConfig.from_dir(Path(config.model_dir))
         if weights is None:
             checkpoint = Checkpoint.open(config.model_dir)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from bench.peers.cells import Cell
-from bench.peers.registry import MULL, MULL_GRPC, PEERS
+from bench.peers.registry import IN_PROCESS, MULL_GRPC, PEERS
 
 MARGIN = 64
 """Tokens of a stream beside prompt and output: half a block, and the draft of a step."""
@@ -70,8 +70,8 @@ def groups(needs_mb: Mapping[str, float], available_mb: float) -> list[list[str]
     processes for dead. Where two do not fit, each is alone; one that does not fit alone is in no group.
     """
     fitting = {name: need for name, need in needs_mb.items() if need <= available_mb}
-    left_mb = available_mb - fitting.get(MULL, 0.0)
-    ours = [name for name in (MULL,) if name in fitting]
+    ours = [name for name in IN_PROCESS if name in fitting]
+    left_mb = available_mb - sum(fitting[name] for name in ours)
     beside = {name: need for name, need in fitting.items() if name in PEERS and need <= left_mb}
     found = [[*ours, *peers] for peers in _packed(beside, left_mb)] or [ours] * bool(ours)
     found += [[name] for name in fitting if name in PEERS and name not in beside]

@@ -6,13 +6,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.peers.registry import CONTINUOUS, ENGINES, F32, GENERATE, MULL, MULL_GRPC, Q8_0, VLLM_BF16, VLLM_FP32
+from bench.peers.registry import (
+    CONTINUOUS,
+    ENGINES,
+    F32,
+    GENERATE,
+    MULL,
+    MULL_BF16,
+    MULL_GRPC,
+    Q8_0,
+    VLLM_BF16,
+    VLLM_FP32,
+)
 from bench.peers.results import CellResult, ShapeResult, throughput, ttft
 from bench.peers.targets import TTFT_PROMPT
 
 STYLES = {
     MULL: ("#1b4f9c", "-"),
-    MULL_GRPC: ("#1b4f9c", "--"),
+    MULL_BF16: ("#1b4f9c", "--"),
+    MULL_GRPC: ("#1b4f9c", ":"),
     Q8_0: ("#c8553d", "-"),
     F32: ("#c8553d", "--"),
     VLLM_FP32: ("#5b8c5a", "-"),

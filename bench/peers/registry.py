@@ -59,6 +59,7 @@ def _vllm_environment(dtype: str) -> dict[str, str]:
 
 
 MULL = "mull"
+MULL_BF16 = "mull bf16"
 MULL_GRPC = "mull gRPC"
 Q8_0 = "llama.cpp Q8_0"
 F32 = "llama.cpp F32"
@@ -78,6 +79,17 @@ ENGINES = {
             libraries_mb=500,
             packages=("mull", "torch"),
             weights_factor=1.2,
+        ),
+        EngineSpec(
+            name=MULL_BF16,
+            module="mull_in_process",
+            python=OURS,
+            form=Form.FP8,
+            libraries_mb=500,
+            packages=("mull", "torch"),
+            weights_factor=1.2,
+            kv_element_bytes=2,
+            environment={"BENCH_MULL_DTYPE": "bf16"},
         ),
         EngineSpec(
             name=MULL_GRPC,
@@ -152,4 +164,5 @@ ENGINES = {
         ),
     )
 }
-PEERS = [name for name in ENGINES if name not in (MULL, MULL_GRPC)]
+IN_PROCESS = (MULL, MULL_BF16)
+PEERS = [name for name in ENGINES if name not in (*IN_PROCESS, MULL_GRPC)]

@@ -7,11 +7,12 @@ from collections.abc import Iterable, Sequence
 from rich.console import Console
 from rich.table import Table
 
-from bench.peers.registry import ENGINES, MULL, MULL_GRPC, PEERS
+from bench.peers.registry import ENGINES, IN_PROCESS, MULL_GRPC, PEERS
 from bench.peers.results import CellResult, ShapeResult, throughput, tpot, ttft
 from bench.peers.targets import Target
 from bench.report import Spread
 
+OURS = (*IN_PROCESS, MULL_GRPC)
 MEANINGS = {True: "met", False: "missed", None: "not measured"}
 
 
@@ -19,7 +20,7 @@ def print_shape(console: Console, result: ShapeResult) -> None:
     table = Table(title=f"{result.shape}: medians (least…most)", title_justify="left")
     for heading in ("streams × prompt + out", "engine"):
         table.add_column(heading)
-    for heading in ("tokens/s", "mull / it", "mull gRPC / it", "first token, s", "ms a token"):
+    for heading in ("tokens/s", *(f"{name} / it" for name in OURS), "first token, s", "ms a token"):
         table.add_column(heading, justify="right")
     for cell in result.cells:
         _add_cell(table, cell)
@@ -40,8 +41,7 @@ def _add_cell(table: Table, cell: CellResult) -> None:
 
 
 def _figures(cell: CellResult, name: str) -> list[str]:
-    our_names = (MULL, MULL_GRPC)
-    ratios = [cell.ratio(ours, name, throughput) if name in PEERS else None for ours in our_names]
+    ratios = [cell.ratio(ours, name, throughput) if name in PEERS else None for ours in OURS]
     return [
         _text(cell.spread(name, throughput)),
         *["" if it is None else f"{it.median:.2f}×" for it in ratios],
@@ -85,11 +85,11 @@ def print_limits(console: Console, results: Iterable[ShapeResult]) -> None:
 
 def print_targets(console: Console, targets: Sequence[Target]) -> None:
     table = Table(title="Targets", title_justify="left")
-    for heading in ("shape", "what", "against", "target", "reached", ""):
+    for heading in ("shape", "of", "what", "against", "target", "reached", ""):
         table.add_column(heading)
     for target in targets:
         sign = "≥" if target.at_least else "≤"
         reached = "" if target.reached is None else f"{target.reached:.2f}"
         bound = f"{sign} {target.bound:g}"
-        table.add_row(target.shape, target.what, target.against, bound, reached, MEANINGS[target.met])
+        table.add_row(target.shape, target.engine, target.what, target.against, bound, reached, MEANINGS[target.met])
     console.print(table)

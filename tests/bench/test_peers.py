@@ -13,9 +13,9 @@ from bench.peers.capacity import batches, groups
 from bench.peers.cells import Cell, Figures, agreement, grid
 from bench.peers.gguf_file import EXPERT_NAMES, gguf_name, is_expert, metadata
 from bench.peers.protocol import RunReply
-from bench.peers.registry import F32, MULL, MULL_GRPC, PEERS, Q8_0, VLLM_FP32
+from bench.peers.registry import F32, MULL, MULL_BF16, MULL_GRPC, PEERS, Q8_0, VLLM_FP32
 from bench.peers.results import CellResult, ShapeResult, throughput, tpot
-from bench.peers.targets import targets
+from bench.peers.targets import Target, targets
 from bench.peers.weights import Fp8Checkpoint, dequantised, e4m3_values
 from bench.peers.work import Work
 from workers.config import ModelConfig
@@ -136,10 +136,24 @@ def test_a_target_is_held_against_the_peer_that_did_best() -> None:
     result = ShapeResult("pocket", [CellResult(Cell(32, 32, 64, rounds=1, bound_s=1), limits=[Limits(20, 100)])])
     speeds = {MULL: 100, Q8_0: 80, F32: 125, VLLM_FP32: 50}
     result.cells[0].figures = {name: {(1, 0): Figures(speed, 1, 0.1)} for name, speed in speeds.items()}
-    llama, vllm = (target for target in targets(result, Work.of(POCKET)) if "32 × 32" in target.what)
+    llama, vllm = (target for target in targets(result, Work.of(POCKET)) if _is(target, MULL, "32 × 32"))
     assert (llama.against, llama.reached, llama.met) == (F32, 0.8, False)
     assert (vllm.reached, vllm.met) == (2.0, True)
 
 
+def test_each_of_our_engines_is_held_against_the_peers() -> None:
+    result = ShapeResult("pocket", [CellResult(Cell(1, 32, 64, rounds=1, bound_s=1), limits=[Limits(20, 100)])])
+    speeds = {MULL: 300, MULL_BF16: 400, VLLM_FP32: 100}
+    result.cells[0].figures = {name: {(1, 0): Figures(speed, 1, 0.1)} for name, speed in speeds.items()}
+    found = targets(result, Work.of(POCKET))
+    (fp32,) = (target for target in found if _is(target, MULL, "1 × 32"))
+    (bf16,) = (target for target in found if _is(target, MULL_BF16, "1 × 32"))
+    assert [(it.reached, it.met) for it in (fp32, bf16)] == [(3.0, False), (4.0, True)]
+
+
+def _is(target: Target, engine: str, load: str) -> bool:
+    return target.engine == engine and load in target.what
+
+
 def test_no_peer_is_one_of_ours() -> None:
-    assert not {MULL, MULL_GRPC} & set(PEERS)
+    assert not {MULL, MULL_BF16, MULL_GRPC} & set(PEERS)

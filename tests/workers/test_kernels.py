@@ -26,6 +26,7 @@ from workers.kernels.qk_norm_rope import qk_norm_rope_store
 from workers.kernels.swiglu import swiglu
 
 SEEDS = st.integers(0, 2**31)
+KV_DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
 RUNNABLE = runnable()
 
 
@@ -272,6 +273,19 @@ def test_norm_rotation_and_kv_write_equal_their_reference(
         close(pool, want_pool)
 
 
+@pytest.mark.usefixtures("kernels")
+def test_kv_is_rounded_to_the_nearest_bf16() -> None:
+    heads = normal(0, 50, 5, 64)
+    heads[0, 3:, :3] = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, torch.inf])  # halfway down, halfway up
+    rotations = torch.tensor([1.0, 0.0])[:, None].expand(50, 2, 64).contiguous()
+    pool = torch.zeros(4, 20, 4, 64, dtype=torch.bfloat16)
+    cells = torch.randperm(80)[:50]
+
+    qk_norm_rope_store(heads, torch.ones(3, 64), 1e-6, rotations, pool, cells)
+
+    assert torch.equal(pool.flatten(1, 2)[:, cells].transpose(0, 1), heads[:, 1:].bfloat16())
+
+
 @pytest.mark.parametrize("shape", [(1, 2), (5, 14), (3, 256)])
 def test_swiglu_equals_its_reference(shape: tuple[int, int]) -> None:
     x = normal(0, *shape)
@@ -337,17 +351,24 @@ def test_tokens_without_local_experts_add_nothing() -> None:
     group=st.integers(1, 7),
     block_size=st.sampled_from([1, 4, 16]),
     head_dim=st.sampled_from([2, 8, 24, 72, 128]),
+    kv_dtype=KV_DTYPES,
     seed=SEEDS,
 )
 def test_decode_attention_equals_its_reference(
-    lengths: list[int], num_kv_heads: int, group: int, block_size: int, head_dim: int, seed: int
+    lengths: list[int],
+    num_kv_heads: int,
+    group: int,
+    block_size: int,
+    head_dim: int,
+    kv_dtype: torch.dtype,
+    seed: int,
 ) -> None:
-    pool = normal(seed, 2 * num_kv_heads, 50, block_size, head_dim)
+    pool = normal(seed, 2 * num_kv_heads, 50, block_size, head_dim).to(kv_dtype)
     q = normal(seed + 1, len(lengths), num_kv_heads * group, head_dim)
     shape, generator = (len(lengths), -(-max(lengths) // block_size)), torch.Generator().manual_seed(seed)
     tables = torch.randint(0, 50, shape, generator=generator)
     keys = PagedKeys(tables, torch.tensor(lengths), max(lengths))
-    close(decode_attention(q, pool, keys), reference.decode_attention(q, pool, keys))
+    close(decode_attention(q, pool, keys), reference.decode_attention(q, pool.float(), keys))
 
 
 def chunk_of(pool: Tensor, table: Tensor, start: int, size: int) -> Tensor:
@@ -367,19 +388,26 @@ def chunk_of(pool: Tensor, table: Tensor, start: int, size: int) -> Tensor:
     group=st.integers(1, 4),
     block_size=st.sampled_from([1, 4, 16]),
     head_dim=st.sampled_from([2, 8, 24, 72, 128]),
+    kv_dtype=KV_DTYPES,
     seed=SEEDS,
 )
 def test_prefill_attention_equals_its_reference(
-    chunks: list[tuple[int, int]], num_kv_heads: int, group: int, block_size: int, head_dim: int, seed: int
+    chunks: list[tuple[int, int]],
+    num_kv_heads: int,
+    group: int,
+    block_size: int,
+    head_dim: int,
+    kv_dtype: torch.dtype,
+    seed: int,
 ) -> None:
     starts, sizes = (np.array(values) for values in zip(*chunks, strict=True))
-    pool = normal(seed, 2 * num_kv_heads, 410, block_size, head_dim)
+    pool = normal(seed, 2 * num_kv_heads, 410, block_size, head_dim).to(kv_dtype)
     q = normal(seed + 1, int(sizes.sum()), num_kv_heads * group, head_dim)
     generator = torch.Generator().manual_seed(seed)
     tables = torch.stack([torch.randperm(410, generator=generator)[: -(-400 // block_size)] for _ in chunks])
-    kv = torch.cat([chunk_of(pool, table, *chunk) for table, chunk in zip(tables, chunks, strict=True)])
+    kv = torch.cat([chunk_of(pool, table, *chunk) for table, chunk in zip(tables, chunks, strict=True)]).float()
     described = Chunks(tables_CM=tables, starts=starts, sizes=sizes)
-    close(prefill_attention(q, kv, pool, described), reference.prefill_attention(q, pool, described))
+    close(prefill_attention(q, kv, pool, described), reference.prefill_attention(q, pool.float(), described))
 
 
 @pytest.mark.usefixtures("compiled")

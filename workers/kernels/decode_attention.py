@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from workers.kernels.cpu.library import native
+from workers.kernels.cpu.library import VALUE_KINDS, native
 from workers.kernels.triton.choice import has_triton
 
 
@@ -47,7 +47,7 @@ def decode_attention(q_BND: Tensor, pool: Tensor, keys: PagedKeys) -> Tensor:
     out_BND = torch.empty(num_seqs, num_heads, head_dim)
     library.mull_decode_attention(
         *(q_BND.data_ptr(), q_BND.stride(0), num_seqs, num_heads, num_kv_heads, head_dim),
-        *(pool.data_ptr(), num_blocks * block_size, block_size),
+        *(pool.data_ptr(), VALUE_KINDS[pool.dtype], num_blocks * block_size, block_size),
         *(keys.tables_BM.data_ptr(), keys.tables_BM.stride(0), keys.num_keys_B.data_ptr(), out_BND.data_ptr()),
     )
     return out_BND
@@ -61,6 +61,6 @@ def _gathered_attention(q_BND: Tensor, pool: Tensor, keys: PagedKeys) -> Tensor:
     num_kv_heads = pool.shape[0] // 2
     kv_GBSD = pool.index_select(1, keys.tables_BM.flatten()).view(2 * num_kv_heads, num_seqs, -1, head_dim)
     q_GBgD = q_BND.view(num_seqs, num_kv_heads, num_heads // num_kv_heads, head_dim).transpose(0, 1)
-    k_GBSD, v_GBSD = kv_GBSD[:, :, : keys.longest].chunk(2)
+    k_GBSD, v_GBSD = kv_GBSD[:, :, : keys.longest].to(q_BND.dtype).chunk(2)
     out_GBgD = F.scaled_dot_product_attention(q_GBgD, k_GBSD, v_GBSD, attn_mask=keys.mask_B1S.to(q_BND.dtype))
     return out_GBgD.transpose(0, 1).reshape(num_seqs, num_heads, head_dim)

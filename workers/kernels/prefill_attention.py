@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from workers.kernels.cpu.library import native
+from workers.kernels.cpu.library import VALUE_KINDS, native
 from workers.kernels.triton.choice import has_triton
 
 
@@ -76,7 +76,8 @@ def prefill_attention(q_TND: Tensor, kv_TXD: Tensor, pool: Tensor, chunks: Chunk
     out_TND = torch.empty(num_tokens, num_heads, head_dim)
     library.mull_prefill_attention(
         *(q_TND.data_ptr(), q_TND.stride(0), len(chunks.sizes), chunks.starts.ctypes.data, chunks.sizes.ctypes.data),
-        *(num_heads, num_kv_heads, head_dim, pool.data_ptr(), num_blocks * block_size, block_size),
+        *(num_heads, num_kv_heads, head_dim, pool.data_ptr(), VALUE_KINDS[pool.dtype]),
+        *(num_blocks * block_size, block_size),
         *(chunks.tables_CM.data_ptr(), chunks.tables_CM.stride(0), out_TND.data_ptr()),
     )
     return out_TND
@@ -84,6 +85,7 @@ def prefill_attention(q_TND: Tensor, kv_TXD: Tensor, pool: Tensor, chunks: Chunk
 
 def _gathered_attention(q_TND: Tensor, kv_TXD: Tensor, pool: Tensor, chunks: Chunks) -> Tensor:
     outs, first = [], 0
+    kv_TXD = kv_TXD.to(pool.dtype).to(q_TND.dtype)
     for group in chunks.alike:
         rows = slice(first, first + int(chunks.sizes[group.start : group.stop].sum()))
         if chunks.starts[group.start] == 0:
@@ -110,7 +112,7 @@ def _chunk(q_CND: Tensor, pool: Tensor, table_M: Tensor, mask_CS: Tensor) -> Ten
     num_kv_heads, num_keys = pool.shape[0] // 2, mask_CS.shape[1]
     chunk_size, num_heads, head_dim = q_CND.shape
     group = num_heads // num_kv_heads
-    blocks = pool.index_select(1, table_M[: -(-num_keys // pool.shape[2])])
+    blocks = pool.index_select(1, table_M[: -(-num_keys // pool.shape[2])]).to(q_CND.dtype)
     kv_XgSD = blocks.flatten(1, 2)[:, None, :num_keys].expand(-1, group, -1, -1)
     q_GgCD = q_CND.view(chunk_size, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
     out_GgCD = F.scaled_dot_product_attention(q_GgCD, kv_XgSD[:num_kv_heads], kv_XgSD[num_kv_heads:], attn_mask=mask_CS)

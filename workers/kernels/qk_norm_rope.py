@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from workers.kernels.cpu.library import native
+from workers.kernels.cpu.library import VALUE_KINDS, native
 from workers.kernels.triton.choice import has_triton
 
 
@@ -39,12 +39,14 @@ def qk_norm_rope_store(
     if library is None:
         _norm_and_rotate(heads_TXD[:, : len(norms_YD)], norms_YD, eps, rotations_T2D)
         if pool is not None and cells_T is not None:
-            pool.flatten(1, 2).index_copy_(1, cells_T, heads_TXD[:, num_q_heads:].transpose(0, 1))
+            pool.flatten(1, 2).index_copy_(1, cells_T, heads_TXD[:, num_q_heads:].transpose(0, 1).to(pool.dtype))
         return
+    stored: tuple[int | None, int, int] = (None, 0, 0)
+    if pool is not None:
+        stored = (pool.data_ptr(), VALUE_KINDS[pool.dtype], pool.shape[1] * pool.shape[2])
     library.mull_rotate_and_store(
         *(heads_TXD.data_ptr(), heads_TXD.stride(0), num_tokens, num_q_heads, num_kv_heads, head_dim),
-        *(norms_YD.data_ptr(), eps, rotations_T2D.data_ptr()),
-        *(None if pool is None else pool.data_ptr(), 0 if pool is None else pool.shape[1] * pool.shape[2]),
+        *(norms_YD.data_ptr(), eps, rotations_T2D.data_ptr(), *stored),
         None if cells_T is None else cells_T.data_ptr(),
     )
 

@@ -19,6 +19,8 @@ class MullInProcess:
             OfflineConfig(
                 model_dir=job.model_dir,
                 num_threads=job.threads,
+                products="bf16" if is_bf16() else "fp32",
+                kv_dtype="bf16" if is_bf16() else "auto",
                 max_model_len=job.max_model_len,
                 max_num_seqs=job.max_streams,
                 kv_memory_bytes=kv_bytes(job),
@@ -39,11 +41,16 @@ class MullInProcess:
         pass
 
 
+def is_bf16() -> bool:
+    """Whether products and KV are bf16."""
+    return os.environ.get("BENCH_MULL_DTYPE") == "bf16"
+
+
 def kv_bytes(job: LoadJob) -> int:
-    """Keys and values of `kv_tokens`, in fp32, and of a block more for each stream."""
+    """Keys and values of `kv_tokens`."""
     config = ModelConfig.from_dir(job.model_dir)
-    a_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * 4
-    return a_token * (job.kv_tokens + 64 * job.max_streams)
+    a_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * (2 if is_bf16() else 4)
+    return a_token * job.kv_tokens
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from workers.kernels.cpu.library import native
+from workers.kernels.cpu.library import VALUE_KINDS, native
 from workers.kernels.cpu.panels import PanelWeight
 from workers.kernels.decode_attention import PagedKeys
 from workers.kernels.linear import Weight
@@ -73,7 +73,7 @@ class _Rows(ctypes.Structure):
 class _Layer(ctypes.Structure):
     """`LayerHalves` of native/halves.cpp."""
 
-    _fields_ = (("attention", _pointer), ("feed_forward", _pointer), ("pool", _pointer))
+    _fields_ = (("attention", _pointer), ("feed_forward", _pointer), ("pool", _pointer), ("pool_kind", _int))
 
 
 class StepRows:
@@ -129,7 +129,8 @@ class AttentionHalf:
         """Add `delta_TH` to `x_TH` in place, attend, and store K and V in the pool."""
         out_TH = torch.empty_like(x_TH)
         delta = None if delta_TH is None else delta_TH.data_ptr()
-        self._call(x_TH.data_ptr(), delta, self.address, rows.address, pool.data_ptr(), out_TH.data_ptr())
+        addresses = (x_TH.data_ptr(), delta, self.address, rows.address, pool.data_ptr())
+        self._call(*addresses, VALUE_KINDS[pool.dtype], out_TH.data_ptr())
         return out_TH
 
 
@@ -177,7 +178,7 @@ class LayerStack:
     def __call__(self, x_TH: Tensor, rows: StepRows, pools: list[Tensor], num_layers: int) -> Tensor:
         """Put `x_TH`, changed in place, through the first layers. Returns what is still to be added to it."""
         for layer, pool in zip(self._layers, pools, strict=True):
-            layer.pool = pool.data_ptr()
+            layer.pool, layer.pool_kind = pool.data_ptr(), VALUE_KINDS[pool.dtype]
         delta_TH = torch.empty_like(x_TH)
         self._call(x_TH.data_ptr(), self._layers, num_layers, rows.address, delta_TH.data_ptr())
         return delta_TH

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 CHOICE_VARIABLE = "MULL_CPU_KERNELS"
 """One of BUILDS takes these kernels, torch none of them; unset, the best that the CPU can run."""
-ABI = 3
+ABI = 4
 """`MULL_ABI` of native/kernels.h."""
 BUILDS = {
     "avx512bf16": ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl", "avx512_vbmi", "avx512_bf16"),
@@ -31,6 +31,9 @@ BUILDS = {
     "avx2": ("avx2", "fma3", "f16c"),
 }
 """Best first, and what a CPU must have for them."""
+
+VALUE_KINDS = {torch.bfloat16: 1, torch.float32: 2}
+"""`Kind` of native/weight.h, of what the KV pool holds."""
 
 _pointer, _int, _float, _flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int32
 SIGNATURES = {
@@ -41,18 +44,18 @@ SIGNATURES = {
     "mull_add_rms_norm": (_pointer, _pointer, _int, _int, _pointer, _float, _pointer),
     "mull_rotate_and_store": (
         *(_pointer, _int, _int, _int, _int, _int),
-        *(_pointer, _float, _pointer, _pointer, _int, _pointer),
+        *(_pointer, _float, _pointer, _pointer, _flag, _int, _pointer),
     ),
     "mull_choose_experts": (_pointer, _int, _int, _int, _int, _flag, _pointer, _pointer),
     "mull_decode_attention": (
         *(_pointer, _int, _int, _int, _int, _int),
-        *(_pointer, _int, _int, _pointer, _int, _pointer, _pointer),
+        *(_pointer, _flag, _int, _int, _pointer, _int, _pointer, _pointer),
     ),
     "mull_prefill_attention": (
         *(_pointer, _int, _int, _pointer, _pointer, _int, _int, _int),
-        *(_pointer, _int, _int, _pointer, _int, _pointer),
+        *(_pointer, _flag, _int, _int, _pointer, _int, _pointer),
     ),
-    "mull_attention_half": (_pointer, _pointer, _pointer, _pointer, _pointer, _pointer),
+    "mull_attention_half": (_pointer, _pointer, _pointer, _pointer, _pointer, _flag, _pointer),
     "mull_feed_forward_half": (_pointer, _pointer, _int, _pointer, _pointer),
     "mull_layers": (_pointer, _pointer, _int, _pointer, _pointer),
     "mull_host_all_reduce": (_pointer, _pointer, _int),

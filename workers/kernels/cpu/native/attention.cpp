@@ -2,16 +2,15 @@
 #include <algorithm>
 #include <cmath>
 #include <memory>
+#include <type_traits>
 
 #include "kernels.h"
-#include "simd.h"
+#include "pages.h"
 #include "threads.h"
 
 using namespace mull;
 
 namespace {
-
-constexpr std::int64_t KEYS_AHEAD = 8, LINE = 64 / sizeof(float);
 
 // Heads that share a KV head, `head_dim` values each.
 struct Queries {
@@ -20,45 +19,21 @@ struct Queries {
     const float* head(std::int64_t h) const { return rows + h * head_dim; }
 };
 
-// One sequence's K or V of one head.
-struct Pages {
-    const float* cells;  // [num_blocks * block_size, head_dim]
-    const std::int64_t* block_ids;
-    std::int64_t block_size, head_dim, num_keys;
-
-    const float* block(std::int64_t index) const { return cells + block_ids[index] * block_size * head_dim; }
-
-    // The processor's own prefetching ends with each page of memory, and a block is a few of them. Where a block is
-    // shorter than KEYS_AHEAD, what is asked for may be another's: that is of no use and does no harm.
-    template <class Visit>
-    void each(const Visit& visit) const {
-        for (std::int64_t key = 0, index = 0; key < num_keys; ++index) {
-            const float *row = block(index), *ahead = row + KEYS_AHEAD * head_dim;
-            const std::int64_t end = std::min(num_keys, key + block_size);
-            for (; key < end; ++key, row += head_dim, ahead += head_dim) {
-                if (key + KEYS_AHEAD == end && end < num_keys) ahead = block(index + 1);
-                for (std::int64_t d = 0; d < head_dim; d += LINE) _mm_prefetch(ahead + d, _MM_HINT_T0);
-                visit(key, row);
-            }
-        }
-    }
-};
-
-template <int HEADS>
-void dot_keys(const Queries& q, std::int64_t first, const Pages& keys, float scale, float* scores) {
+template <int HEADS, class Value>
+void dot_keys(const Queries& q, std::int64_t first, const Pages<Value>& keys, float scale, float* scores) {
     const int tail = static_cast<int>(q.head_dim % Floats::width);
     const std::int64_t whole = q.head_dim - tail;
-    keys.each([&](std::int64_t key, const float* row) {
+    keys.each([&](std::int64_t key, const Value* row) {
         Floats sum[HEADS];
         for (int h = 0; h < HEADS; ++h) sum[h] = Floats::zero();
         for (std::int64_t d = 0; d < whole; d += Floats::width) {
-            const Floats values = Floats::load(row + d);
+            const Floats values = widen(row + d);
             for (int h = 0; h < HEADS; ++h)
                 sum[h] = multiply_add(Floats::load(q.head(first + h) + d), values, sum[h]);
         }
         if (tail)
             for (int h = 0; h < HEADS; ++h)
-                sum[h] = multiply_add(Floats::load(q.head(first + h) + whole, tail), Floats::load(row + whole, tail),
+                sum[h] = multiply_add(Floats::load(q.head(first + h) + whole, tail), widen(row + whole, tail),
                                       sum[h]);
         for (int h = 0; h < HEADS; ++h) scores[h * keys.num_keys + key] = sum[h].sum() * scale;
     });
@@ -85,17 +60,17 @@ float exponentiate(float* scores, std::int64_t count) {
 }
 
 // Sums `VECTORS` vectors of the head dimension at a time, so that they stay in registers over all keys.
-template <int HEADS, int VECTORS>
-void weigh_values(const Pages& values, std::int64_t column, int last_count, const float* weights, const float* norms,
+template <int HEADS, int VECTORS, class Value>
+void weigh_values(const Pages<Value>& values, std::int64_t column, int last_count, const float* weights, const float* norms,
                   float* out) {
     Floats sum[HEADS][VECTORS];
     for (int h = 0; h < HEADS; ++h)
         for (int v = 0; v < VECTORS; ++v) sum[h][v] = Floats::zero();
-    values.each([&](std::int64_t key, const float* row) {
+    values.each([&](std::int64_t key, const Value* row) {
         Floats value[VECTORS];
         for (int v = 0; v < VECTORS; ++v)
-            value[v] = v == VECTORS - 1 ? Floats::load(row + column + v * Floats::width, last_count)
-                                        : Floats::load(row + column + v * Floats::width);
+            value[v] = v == VECTORS - 1 ? widen(row + column + v * Floats::width, last_count)
+                                        : widen(row + column + v * Floats::width);
         for (int h = 0; h < HEADS; ++h) {
             const Floats weight = Floats::broadcast(weights[h * values.num_keys + key]);
             for (int v = 0; v < VECTORS; ++v) sum[h][v] = multiply_add(weight, value[v], sum[h][v]);
@@ -108,8 +83,9 @@ void weigh_values(const Pages& values, std::int64_t column, int last_count, cons
                        v == VECTORS - 1 ? last_count : Floats::width);
 }
 
-template <int HEADS>
-void attend(const Queries& q, std::int64_t first, const Pages& keys, const Pages& values, float* scores, float* out) {
+template <int HEADS, class Value>
+void attend(const Queries& q, std::int64_t first, const Pages<Value>& keys, const Pages<Value>& values, float* scores,
+            float* out) {
     dot_keys<HEADS>(q, first, keys, 1.0f / std::sqrt(static_cast<float>(q.head_dim)), scores);
     float norms[HEADS];
     for (int h = 0; h < HEADS; ++h) norms[h] = exponentiate(scores + h * keys.num_keys, keys.num_keys);
@@ -127,26 +103,29 @@ void attend(const Queries& q, std::int64_t first, const Pages& keys, const Pages
 
 }  // namespace
 
-// The pool is [2 * num_kv_heads, num_cells, head_dim], K before V; row b of `tables` names the blocks of sequence b.
+// Row b of `tables` names the blocks of sequence b.
 extern "C" void mull_decode_attention(const float* q, std::int64_t q_stride, std::int64_t num_seqs,
                                       std::int64_t num_heads, std::int64_t num_kv_heads, std::int64_t head_dim,
-                                      const float* pool, std::int64_t num_cells, std::int64_t block_size,
-                                      const std::int64_t* tables, std::int64_t table_stride,
+                                      const void* pool, std::int32_t pool_kind, std::int64_t num_cells,
+                                      std::int64_t block_size, const std::int64_t* tables, std::int64_t table_stride,
                                       const std::int64_t* num_keys, float* out) {
     const std::int64_t group = num_heads / num_kv_heads;
-    parallel_for(num_seqs * num_kv_heads, [&](std::int64_t item) {
-        const std::int64_t seq = item / num_kv_heads, head = item % num_kv_heads;
-        const Queries queries{q + seq * q_stride + head * group * head_dim, group, head_dim};
-        const auto pages = [&](std::int64_t kv_head) {
-            return Pages{pool + kv_head * num_cells * head_dim, tables + seq * table_stride, block_size, head_dim,
-                         num_keys[seq]};
-        };
-        const Pages keys = pages(head), values = pages(num_kv_heads + head);
-        const std::unique_ptr<float[]> scores(new float[4 * keys.num_keys]);
-        float* to = out + (seq * num_heads + head * group) * head_dim;
-        std::int64_t first = 0;
-        for (; first + 4 <= group; first += 4) attend<4>(queries, first, keys, values, scores.get(), to);
-        for (; first + 2 <= group; first += 2) attend<2>(queries, first, keys, values, scores.get(), to);
-        if (first < group) attend<1>(queries, first, keys, values, scores.get(), to);
+    with_values(pool, pool_kind, [&](const auto* cells) {
+        using Value = std::remove_const_t<std::remove_pointer_t<decltype(cells)>>;
+        parallel_for(num_seqs * num_kv_heads, [&](std::int64_t item) {
+            const std::int64_t seq = item / num_kv_heads, head = item % num_kv_heads;
+            const Queries queries{q + seq * q_stride + head * group * head_dim, group, head_dim};
+            const auto pages = [&](std::int64_t kv_head) {
+                return Pages<Value>{cells + kv_head * num_cells * head_dim, tables + seq * table_stride, block_size,
+                                    head_dim, num_keys[seq]};
+            };
+            const Pages<Value> keys = pages(head), values = pages(num_kv_heads + head);
+            const std::unique_ptr<float[]> scores(new float[4 * keys.num_keys]);
+            float* to = out + (seq * num_heads + head * group) * head_dim;
+            std::int64_t first = 0;
+            for (; first + 4 <= group; first += 4) attend<4>(queries, first, keys, values, scores.get(), to);
+            for (; first + 2 <= group; first += 2) attend<2>(queries, first, keys, values, scores.get(), to);
+            if (first < group) attend<1>(queries, first, keys, values, scores.get(), to);
+        });
     });
 }

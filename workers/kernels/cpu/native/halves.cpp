@@ -57,13 +57,14 @@ struct StepRows {
 struct LayerHalves {
     const AttentionHalf* attention;
     const FeedForwardHalf* feed_forward;
-    float* pool;
+    void* pool;
+    std::int64_t pool_kind;
 };
 
 extern "C" std::int64_t mull_abi() { return MULL_ABI; }
 
 extern "C" void mull_attention_half(float* x, const float* delta, const AttentionHalf* layer, const StepRows* rows,
-                                    float* pool, float* out) {
+                                    void* pool, std::int32_t pool_kind, float* out) {
     const std::int64_t num_rows = rows->num_known + rows->num_singles, hidden = layer->qkv->in;
     const std::int64_t num_heads = layer->num_heads, num_kv_heads = layer->num_kv_heads, head_dim = layer->head_dim;
     const std::int64_t stride = (num_heads + 2 * num_kv_heads) * head_dim, width = num_heads * head_dim;
@@ -71,14 +72,14 @@ extern "C" void mull_attention_half(float* x, const float* delta, const Attentio
     mull_linear(normed(x, delta, num_rows, hidden, layer->norm, layer->eps).get(), hidden, num_rows, layer->qkv,
                 heads.get(), stride);
     mull_rotate_and_store(heads.get(), stride, num_rows, num_heads, num_kv_heads, head_dim, layer->head_norms,
-                          layer->eps, rows->rotations, pool, rows->num_cells, rows->cells);
+                          layer->eps, rows->rotations, pool, pool_kind, rows->num_cells, rows->cells);
     if (rows->num_chunks)
         mull_prefill_attention(heads.get(), stride, rows->num_chunks, rows->starts, rows->sizes, num_heads,
-                               num_kv_heads, head_dim, pool, rows->num_cells, rows->block_size, rows->chunk_tables,
+                               num_kv_heads, head_dim, pool, pool_kind, rows->num_cells, rows->block_size, rows->chunk_tables,
                                rows->chunk_stride, attended.get());
     if (rows->num_singles)
         mull_decode_attention(heads.get() + rows->num_known * stride, stride, rows->num_singles, num_heads,
-                              num_kv_heads, head_dim, pool, rows->num_cells, rows->block_size, rows->tables,
+                              num_kv_heads, head_dim, pool, pool_kind, rows->num_cells, rows->block_size, rows->tables,
                               rows->table_stride, rows->num_keys, attended.get() + rows->num_known * width);
     mull_linear(attended.get(), width, num_rows, layer->o, out, hidden);
 }
@@ -109,7 +110,8 @@ extern "C" void mull_layers(float* x, const LayerHalves* layers, std::int64_t nu
     const std::int64_t num_rows = rows->num_known + rows->num_singles;
     const auto attended = floats(num_rows * layers->attention->qkv->in);
     for (std::int64_t i = 0; i < num_layers; ++i) {
-        mull_attention_half(x, i ? delta : nullptr, layers[i].attention, rows, layers[i].pool, attended.get());
+        mull_attention_half(x, i ? delta : nullptr, layers[i].attention, rows, layers[i].pool,
+                            static_cast<std::int32_t>(layers[i].pool_kind), attended.get());
         mull_feed_forward_half(x, attended.get(), num_rows, layers[i].feed_forward, delta);
     }
 }

@@ -11,6 +11,7 @@
 
 #include "kernels.h"
 #include "matmul.h"
+#include "pages.h"
 
 using namespace mull;
 
@@ -20,15 +21,15 @@ constexpr int KEYS = 64;        // of a block
 constexpr int TILE_PANELS = 6;  // of 32 rows, which share one copy of a block's K and V
 constexpr float LOWEST = -3e38f;
 
-struct Pages {
-    const float* cells;  // [num_blocks * block_size, head_dim] of one head
-    const std::int64_t* block_ids;
-    std::int64_t block_size, head_dim;
-
-    const float* row(std::int64_t key) const {
-        return cells + (block_ids[key / block_size] * block_size + key % block_size) * head_dim;
+// `count` values as floats: where they lie, or in `room`.
+const float* as_floats(const float* values, std::int64_t, float*) { return values; }
+const float* as_floats(const Bf16* values, std::int64_t count, float* room) {
+    for (std::int64_t d = 0; d < count; d += Floats::width) {
+        const int width = static_cast<int>(std::min<std::int64_t>(Floats::width, count - d));
+        widen(values + d, width).store(room + d, width);
     }
-};
+    return room;
+}
 
 // 32 rows: queries, and what they have gathered so far.
 struct Panel {
@@ -79,10 +80,11 @@ void gather(int rows, const float* weights, int count, const float* values, floa
 }
 
 // The rows of one tile of a chunk that share a KV head.
+template <class Value>
 struct Tile {
     std::int64_t group, head_dim, first_position;
     int rows;
-    Pages keys, values;
+    Pages<Value> keys, values;
 
     template <class QueryOf, class OutOf>
     void attend(const QueryOf& query_of, const OutOf& out_of) const {
@@ -91,6 +93,7 @@ struct Tile {
         const auto floats = [](std::int64_t count) { return std::unique_ptr<float[]>(new float[count]); };
         const auto queries = floats(num_panels * head_dim * PANEL), out = floats(num_panels * columns * PANEL * PANEL);
         const auto packed = floats(KEYS * head_dim), copied = floats(columns * KEYS * PANEL);
+        const auto widened = floats(KEYS * head_dim);
         std::fill_n(out.get(), num_panels * columns * PANEL * PANEL, 0.0f);
         std::fill_n(copied.get(), columns * KEYS * PANEL, 0.0f);
         std::vector<Panel> panels(num_panels);
@@ -100,10 +103,13 @@ struct Tile {
         const std::int64_t num_keys = panels.back().last_position + 1;
         for (std::int64_t first = 0; first < num_keys; first += KEYS) {
             const int count = static_cast<int>(std::min<std::int64_t>(KEYS, num_keys - first));
+            const float* key_rows[KEYS];
+            for (int key = 0; key < count; ++key)
+                key_rows[key] = as_floats(keys.row(first + key), head_dim, widened.get() + key * head_dim);
             pack_chunk(
-                count, head_dim, [&](int key) { return keys.row(first + key); }, packed.get());
+                count, head_dim, [&](int key) { return key_rows[key]; }, packed.get());
             for (int key = 0; key < count; ++key) {
-                const float* row = values.row(first + key);
+                const float* row = as_floats(values.row(first + key), head_dim, widened.get());
                 for (std::int64_t column = 0; column < columns; ++column)
                     std::memcpy(copied.get() + (column * KEYS + key) * PANEL, row + column * PANEL,
                                 sizeof(float) * std::min<std::int64_t>(PANEL, head_dim - column * PANEL));
@@ -168,8 +174,8 @@ private:
 // num_cells, head_dim], K before V.
 extern "C" void mull_prefill_attention(const float* q, std::int64_t q_stride, std::int64_t num_chunks,
                                        const std::int64_t* starts, const std::int64_t* sizes, std::int64_t num_heads,
-                                       std::int64_t num_kv_heads, std::int64_t head_dim, const float* pool,
-                                       std::int64_t num_cells, std::int64_t block_size, const std::int64_t* tables,
+                                       std::int64_t num_kv_heads, std::int64_t head_dim, const void* pool,
+                                       std::int32_t pool_kind, std::int64_t num_cells, std::int64_t block_size, const std::int64_t* tables,
                                        std::int64_t table_stride, float* out) {
     struct Item {
         std::int64_t chunk, first_token, num_tokens, first_row;
@@ -184,14 +190,16 @@ extern "C" void mull_prefill_attention(const float* q, std::int64_t q_stride, st
     const auto last_key = [&](const Item& item) { return starts[item.chunk] + item.first_token + item.num_tokens; };
     std::stable_sort(items.begin(), items.end(),
                      [&](const Item& a, const Item& b) { return last_key(a) > last_key(b); });
-    parallel_for(static_cast<std::int64_t>(items.size()) * num_kv_heads, [&](std::int64_t index) {
+    const auto attend = [&](const auto* cells, std::int64_t index) {
+        using Value = std::remove_const_t<std::remove_pointer_t<decltype(cells)>>;
         const Item& item = items[index / num_kv_heads];
         const std::int64_t kv_head = index % num_kv_heads;
         const auto pages = [&](std::int64_t head) {
-            return Pages{pool + head * num_cells * head_dim, tables + item.chunk * table_stride, block_size, head_dim};
+            return Pages<Value>{cells + head * num_cells * head_dim, tables + item.chunk * table_stride, block_size,
+                                head_dim, last_key(item)};
         };
         const auto at = [&](int row) { return std::pair{item.first_row + row / group, kv_head * group + row % group}; };
-        const Tile tile{group, head_dim, starts[item.chunk] + item.first_token,
+        const Tile<Value> tile{group, head_dim, starts[item.chunk] + item.first_token,
                         static_cast<int>(item.num_tokens * group), pages(kv_head), pages(num_kv_heads + kv_head)};
         tile.attend(
             [&](int row) {
@@ -202,5 +210,9 @@ extern "C" void mull_prefill_attention(const float* q, std::int64_t q_stride, st
                 const auto [token, head] = at(row);
                 return out + (token * num_heads + head) * head_dim;
             });
+    };
+    with_values(pool, pool_kind, [&](const auto* cells) {
+        parallel_for(static_cast<std::int64_t>(items.size()) * num_kv_heads,
+                     [&](std::int64_t index) { attend(cells, index); });
     });
 }

@@ -77,7 +77,8 @@ extern "C" void mull_add_rms_norm(float* x, const float* delta, std::int64_t num
 // `norms` is [num_q_heads + num_kv_heads, head_dim]; without a pool nothing is stored, and there may be no KV heads.
 extern "C" void mull_rotate_and_store(float* heads, std::int64_t stride, std::int64_t num_tokens,
                                       std::int64_t num_q_heads, std::int64_t num_kv_heads, std::int64_t head_dim,
-                                      const float* norms, float eps, const float* rotations, float* pool,
+                                      const float* norms, float eps, const float* rotations, void* pool,
+                                      std::int32_t pool_kind,
                                       std::int64_t num_cells, const std::int64_t* cells) {
     each_row(num_tokens, [&](std::int64_t token) {
         float* row = heads + token * stride;
@@ -87,9 +88,16 @@ extern "C" void mull_rotate_and_store(float* heads, std::int64_t stride, std::in
             normalize(head, norms + h * head_dim, head_dim, eps, head);
             rotate(head, angles, angles + head_dim, head_dim);
         }
-        for (std::int64_t h = 0; pool && h < 2 * num_kv_heads; ++h)
-            std::memcpy(pool + (h * num_cells + cells[token]) * head_dim, row + (num_q_heads + h) * head_dim,
-                        sizeof(float) * head_dim);
+        for (std::int64_t h = 0; pool && h < 2 * num_kv_heads; ++h) {
+            const float* from = row + (num_q_heads + h) * head_dim;
+            const std::int64_t cell = (h * num_cells + cells[token]) * head_dim;
+            if (pool_kind == BF16) {
+                Bf16* to = static_cast<Bf16*>(pool) + cell;
+                for (std::int64_t d = 0; d < head_dim; ++d) to[d] = round_to_bf16(from[d]);
+            } else {
+                std::memcpy(static_cast<float*>(pool) + cell, from, sizeof(float) * head_dim);
+            }
+        }
     });
 }
 

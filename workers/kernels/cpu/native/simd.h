@@ -56,6 +56,11 @@ inline Floats widen(const Bf16* codes) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16))};
 }
 
+inline Floats widen(const Bf16* codes, int count) {
+    const __m256i words = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), codes);
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16))};
+}
+
 #else
 
 struct Floats {
@@ -117,9 +122,24 @@ inline Floats widen(const Bf16* codes) {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(words), 16))};
 }
 
+inline Floats widen(const Bf16* codes, int count) {
+    Bf16 padded[Floats::width] = {};
+    std::memcpy(padded, codes, sizeof(Bf16) * count);
+    return widen(padded);
+}
+
 #endif
 
 inline Floats widen(const float* values) { return Floats::load(values); }
+inline Floats widen(const float* values, int count) { return Floats::load(values, count); }
+
+// To the nearest bf16, of two the even one.
+inline Bf16 round_to_bf16(float value) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &value, sizeof(bits));
+    if (value != value) return {0x7FC0};
+    return {static_cast<std::uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16)};
+}
 
 template <int COUNT, class Code>
 inline void widen_all(const Code* codes, Floats (&out)[COUNT]) {
