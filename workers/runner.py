@@ -192,6 +192,8 @@ class ModelRunner:
 
     def leave(self) -> None:
         """Leave the group and free the KV; only `weights` are of use afterwards."""
+        if self._decode_steps is not None:
+            self._decode_steps.forget()  # what is recorded holds memory, and the group's channels
         self.parallel.close()
         self.kv.free()
         if self.host_kv is not None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from cluster.config import ClusterConfig, EngineConfig, ModelSource, RouterConfig
-from cluster.router.deployment import group_factory
+from cluster.router.assembly import group_factory
 from cluster.router.engine import Engine
 from cluster.router.scheduler_config import SchedulerConfig
 from cluster.router.sequence import FinishReason, SequenceRequest, SequenceUpdate
