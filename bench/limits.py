@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
+from workers.kernels.cpu import large_pages
+
 READ_BYTES = 2**30
-"""Far more than any cache holds."""
+"""Far more than any cache holds; on large pages, as weights are."""
 GEMM_SIZE = 2048
 
 
@@ -24,7 +26,7 @@ class Limits:
     def measure(cls, threads: int, tries: int = 3) -> Limits:
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
-        data = torch.zeros(READ_BYTES // 8, dtype=torch.int64)
+        data = large_pages.zeros((READ_BYTES // 8,), torch.int64)
         a_NN = torch.rand(GEMM_SIZE, GEMM_SIZE)
         read_s = _best_s(data.sum, tries)
         gemm_s = _best_s(lambda: a_NN @ a_NN, tries)

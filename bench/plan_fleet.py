@@ -3,7 +3,7 @@
     python -m bench.plan_fleet [--copies 1024] [--out bench/results/plan_fleet.json]
 
 Each row is a fleet of the 235B on H200, four of them a copy, with production schedulers and gateways' routing; only
-ranks are replaced by the cost model. Nothing here was measured on an accelerator.
+ranks are replaced by the cost model. Nodes for more copies stand ready. Nothing here was measured on an accelerator.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from __future__ import annotations
 from typing import Any
 
 from bench import report
+from cluster.planner.cell import Scenario
 from cluster.planner.devices import find_device, published_kernels
 from cluster.planner.layouts import Candidate, Limits, fit
 from cluster.planner.load import DrawnLoad
 from cluster.planner.models import find_model
 from cluster.planner.operations import known_operations
-from cluster.planner.scenario import Course, Scenario, follow
+from cluster.planner.scenario import Course, follow
 from cluster.planner.setting import Setting
 from cluster.planner.upsets import Upset
 from cluster.planner.workload import Lengths
@@ -32,7 +33,7 @@ def course(copies: int, load: DrawnLoad, scenario: Scenario) -> Course:
     model, device = find_model("qwen3-235b").config, find_device("h200")
     setting = Setting(model=model, device=device, kernels=published_kernels())
     fitted = fit(model, Candidate(layout=ParallelLayout(tp=4), copies=copies), device, LIMITS)
-    return follow(setting, fitted, load, scenario, known_operations())
+    return follow(setting, fitted, load, scenario, known_operations(node_s=0.0))
 
 
 def cases(most_copies: int) -> dict[str, tuple[int, DrawnLoad, Scenario]]:

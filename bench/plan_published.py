@@ -4,20 +4,29 @@ H20: Qwen's own table of SGLang at batch 1, (prompt + 2,048) tokens over the who
 lab, vLLM 0.11, requests that come all at once. The constants of `devices.toml` are calibrated by the marked runs: the
 4B's column on H20 (overhead of a layer, attention of one stream, attention of prefills) and 500 prompts of 2,000 on
 H100 (share of the FP8 peak that experts' products reach). All others are foretold.
+
+GPUStack's figures are what one client process was streamed by one server process. In their best second its six runs
+of conversations streamed 8,005 to 9,788 tokens, whether of four GPUs or eight, FP8 or bf16, vLLM or SGLang: so no more
+than that is streamed in the simulation of these runs either.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from cluster.planner.cost import CostModel
 from cluster.planner.devices import find_device, published_kernels
+from cluster.planner.fleet import Fleet
 from cluster.planner.layouts import Candidate, Limits, fit
 from cluster.planner.load import TraceLoad
 from cluster.planner.models import find_model
+from cluster.planner.roofline import StepTime
 from cluster.planner.setting import Setting
+from cluster.planner.simulate import copy_maker
+from cluster.planner.step_shape import GroupShape, StepShape
 from cluster.planner.workload import Arrival
 from workers.layout import ParallelLayout
 
@@ -41,6 +50,8 @@ class Published:
     are_spread: bool = False
     """Lengths are drawn around these means as those of conversations are; else all are the same."""
     calibrates: bool = False
+    most_streamed_per_s: float | None = None
+    """Tokens that the publisher's server and client streamed in their best second; None: nothing is known."""
 
 
 LONGEST = 1024
@@ -48,6 +59,8 @@ LONGEST = 1024
 _TP4 = ParallelLayout(tp=4)
 _H20 = "Qwen docs, SGLang, H20, batch 1"
 _H100 = "GPUStack, vLLM 0.11, H100"
+_H100_STREAMED = 9788.0
+"""'Peak output token throughput', the largest of its runs."""
 
 
 def _h20(model: str, layout: ParallelLayout, figures: Sequence[tuple[int, float]]) -> list[Published]:
@@ -92,6 +105,7 @@ def _h100(
         max_num_batched_tokens=budget,
         are_spread=are_spread,
         calibrates=calibrates,
+        most_streamed_per_s=_H100_STREAMED,
     )
 
 
@@ -162,15 +176,35 @@ def foretell(run: Published) -> float:
         model=model.config,
         device=device,
         kernels=published_kernels(),
-        max_waiting=run.requests,
-        max_prefill_slowdown=None,
     )
     trace = TraceLoad(trace=tuple(_arrivals(run)))
     fitted = fit(model.config, candidate, device, limits)
-    fleet = setting.fleet(fitted, trace)
+    cost = setting.cost(fitted)
+    if run.most_streamed_per_s is not None:
+        cost = Streamed(cost, run.most_streamed_per_s)
+    maker = copy_maker(fitted, cost, max_waiting=run.requests, max_prefill_slowdown=None)
+    fleet = Fleet(maker, 1)
     fleet.run(trace.trace)
     ends_s = max(flight.end_s for flight in fleet.flights if flight.end_s is not None)
     return sum(one.prompt_tokens * run.counts_prompt + one.output_tokens for one in trace.trace) / ends_s
+
+
+class Streamed:
+    """Ranks whose steps last at least until their tokens are streamed."""
+
+    def __init__(self, ranks: CostModel, tokens_per_s: float) -> None:
+        self._ranks, self._tokens_per_s = ranks, tokens_per_s
+
+    def step(self, shape: StepShape) -> StepTime:
+        """What is missing counts as overhead."""
+        time = self._ranks.step(shape)
+        num_sampled = sum(group.num_decodes + group.num_prefills for group in shape)
+        missing_s = num_sampled / self._tokens_per_s - time.total_s
+        return time if missing_s <= 0 else replace(time, overhead_s=time.overhead_s + missing_s)
+
+    def context_s(self, group: GroupShape) -> float:
+        """Of the ranks; where streaming takes longest, it grows by a little too much with each foreseen step."""
+        return self._ranks.context_s(group)
 
 
 def _arrivals(run: Published) -> list[Arrival]:

@@ -16,7 +16,7 @@ from cluster.planner.layouts import Limits
 from cluster.planner.load import DrawnLoad, Load, TraceLoad
 from cluster.planner.models import PlannedModel, find_model, known_models
 from cluster.planner.operations import described_operations, known_operations
-from cluster.planner.quantities import parse_count, parse_rate_per_s
+from cluster.planner.quantities import parse_count, parse_duration_s, parse_rate_per_s
 from cluster.planner.recommendation import helm_values, serve_flags
 from cluster.planner.scenario import Course, follow
 from cluster.planner.scenario_flags import add_scenario_flags, day_s, scenario_of
@@ -135,7 +135,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
         trials = try_out(setting, shortlist(setting, fits, load, args.best), load)
     course = None
     if scenario is not None and load is not None and trials:
-        course = follow(setting, trials[0].fit, load, scenario, known_operations())
+        node_s = None if args.node_start is None else parse_duration_s(args.node_start)
+        course = follow(setting, trials[0].fit, load, scenario, known_operations(node_s=node_s))
     return Plan(
         model=model,
         device=setting.device,

@@ -75,18 +75,30 @@ def gateways_for(traffic: Sequence[CopyTraffic], streams: float, operations: Ope
     return count
 
 
+@dataclass(frozen=True, kw_only=True)
+class Peaks:
+    """The most that was seen of each, each at a moment of its own."""
+
+    gateway_cpu: float
+    router_cpu: float
+    """Of one Router."""
+    streams: float
+    waiting: int
+    """The longest queue of one copy."""
+
+
 def control_plane(
-    traffic: Sequence[CopyTraffic], num_gateways: int, streams: float, waiting: int, operations: Operations
+    traffic: Sequence[CopyTraffic], num_gateways: int, peaks: Peaks, operations: Operations
 ) -> list[Part]:
-    """Of the busiest moment: `waiting` is the longest queue of one copy."""
+    """`traffic`: when most tokens were streamed."""
     costs = operations.control_plane
     tokens = sum(copy.tokens for copy in traffic)
-    busiest = max((router_cpu(copy, num_gateways, costs) for copy in traffic), default=0.0)
+    streams = peaks.streams
     needed = gateways_for(traffic, streams, operations)
     return [
         Part(
             part="gateway's core",
-            used=gateway_cpu(traffic, num_gateways, costs),
+            used=peaks.gateway_cpu,
             limit=1.0,
             unit="cores",
             words="where every token is a message of its own; past the limit they share messages",
@@ -114,7 +126,7 @@ def control_plane(
         ),
         Part(
             part="busiest Router's core",
-            used=busiest,
+            used=peaks.router_cpu,
             limit=1.0,
             unit="cores",
             words="steps are planned on it, too: past the limit they become longer",
@@ -128,7 +140,7 @@ def control_plane(
         ),
         Part(
             part="longest queue of a copy",
-            used=waiting,
+            used=peaks.waiting,
             limit=operations.router.max_waiting,
             unit="requests",
             words="router.max_waiting; one more goes to another copy, or is refused",

@@ -44,11 +44,16 @@ class DrawnLoad:
 
     def arrivals(self, context: int) -> Iterator[Arrival]:
         """Without an end."""
-        most = self.rate_per_s * _MOST_OF_MEAN[self.pattern] * (1 if self.double_at_s is None else 2)
+        most = self.most_per_s * (1 if self.double_at_s is None else 2)
         return drawn(self.rate(), most, self.lengths, seed=self.seed, context=context, tenants=self.tenants)
 
     def as_json(self) -> dict[str, Any]:
         return _described(self, self.pattern)
+
+    @property
+    def most_per_s(self) -> float:
+        """The largest rate of its pattern."""
+        return self.rate_per_s * _MOST_OF_MEAN[self.pattern]
 
     def rate(self) -> Rate:
         mean = self.rate_per_s

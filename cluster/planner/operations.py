@@ -28,6 +28,8 @@ class Starting:
     disk_gb_s: float
     """Of a node."""
     warm_up_s: float
+    node_s: float
+    """Of a node with GPUs that autoscaling asks for, until a process can start there; 0: it stands ready."""
 
     def rank_s(self, fit: Fit) -> float:
         """One rank alone; the others keep their weights."""
@@ -81,11 +83,12 @@ class Operations:
     gateway: GatewayConfig = field(default_factory=GatewayConfig)
 
 
-def known_operations() -> Operations:
-    """With the product's defaults."""
+def known_operations(*, node_s: float | None = None) -> Operations:
+    """With the product's defaults. `node_s`: known better than the data says."""
     tables = tomllib.loads(_FILE.read_text())
+    starting = _numbers(tables["starting"]) | ({} if node_s is None else {"node_s": node_s})
     return Operations(
-        starting=Starting(**_numbers(tables["starting"])),
+        starting=Starting(**starting),
         serve=Serving(**_numbers(tables["serve"])),
         control_plane=ControlPlane(**_numbers(tables["control_plane"])),
         client_patience_s=_numbers(tables["clients"])["patience_s"],

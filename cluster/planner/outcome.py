@@ -152,7 +152,9 @@ def between(start: Sequence[Work], end: Sequence[Work]) -> Work:
             total.decode_tokens += sign * work.decode_tokens
             total.prefill_tokens += sign * work.prefill_tokens
             total.kv_share_s += sign * work.kv_share_s
-            total.parts = total.parts.plus(work.parts, sign)
+            total.seconds_by_part = [
+                one + sign * more for one, more in zip(total.seconds_by_part, work.seconds_by_part, strict=True)
+            ]
             for bucket, count in work.gaps.counts.items():
                 total.gaps.counts[bucket] += sign * count
     return total

@@ -44,6 +44,17 @@ class StepTime:
             + self.overhead_s
         )
 
+    def later(self, more_s: float) -> StepTime:
+        """The same with so much more for KV that is read."""
+        return StepTime(
+            dense_s=self.dense_s,
+            experts_s=self.experts_s,
+            attention_s=self.attention_s + more_s,
+            prefill_attention_s=self.prefill_attention_s,
+            collectives_s=self.collectives_s,
+            overhead_s=self.overhead_s,
+        )
+
     def plus(self, other: StepTime, times: float) -> StepTime:
         """The sum of this and so many of the other."""
         return StepTime(
@@ -102,20 +113,37 @@ class Roofline:
         crosses_nodes = layout.world_size > device.ranks_per_node
         self._dispatch_gb_s = device.network_gb_s if crosses_nodes else device.link_gb_s
         self._dispatch_latency_us = kernels.network_latency_us if crosses_nodes else kernels.collective_latency_us
+        flops = 4 * work.num_heads * model.head_dim * model.num_layers
+        self._pair_s = flops / (self._bf16_peak * kernels.prefill_attention_share)
+        self._rest: dict[tuple[int, int, int], tuple[float, float, float, float]] = {}
         self._link_gb_s = device.link_gb_s if layout.tp <= device.ranks_per_node else device.network_gb_s
 
     def step(self, shape: StepShape) -> StepTime:
         """The parts of a step of this shape."""
-        num_tokens = [group.num_tokens for group in shape]
-        most, total = max(num_tokens), sum(num_tokens)
-        num_sampled = max(group.num_decodes + group.num_prefills for group in shape)
+        num_tokens = [group.num_decodes + group.prefill_tokens for group in shape]
+        num_sampled = max([group.num_decodes + group.num_prefills for group in shape])
+        known = (max(num_tokens), sum(num_tokens), num_sampled)
+        rest = self._rest.get(known)
+        if rest is None:
+            rest = self._rest[known] = self._without_context(*known)
+        pairs = max([group.prefill_pairs for group in shape])
+        dense_s, experts_s, collectives_s, overhead_s = rest
         return StepTime(
-            dense_s=self._dense_s(most, num_sampled),
-            experts_s=self._experts_s(total),
-            attention_s=max(map(self.context_s, shape)),
-            prefill_attention_s=max(self._prefill_attention_s(group) for group in shape),
-            collectives_s=self._collectives_s(most, total),
-            overhead_s=self._overhead_s(),
+            dense_s=dense_s,
+            experts_s=experts_s,
+            attention_s=max([self.context_s(group) for group in shape]),
+            prefill_attention_s=pairs * self._pair_s,
+            collectives_s=collectives_s,
+            overhead_s=overhead_s,
+        )
+
+    def _without_context(self, most: int, total: int, num_sampled: int) -> tuple[float, float, float, float]:
+        """Of so many tokens in the fullest group, and in all of them: what contexts have no part in."""
+        return (
+            self._dense_s(most, num_sampled),
+            self._experts_s(total),
+            self._collectives_s(most, total),
+            self._overhead_s(),
         )
 
     def context_s(self, group: GroupShape) -> float:
@@ -155,11 +183,6 @@ class Roofline:
         """The largest of `places` counts with this mean: about two deviations of a Poisson count above it, where
         there are several."""
         return mean if places == 1 else mean + min(2.0, 0.5 * places**0.5) * mean**0.5
-
-    def _prefill_attention_s(self, group: GroupShape) -> float:
-        work, model = self._work, self._model
-        flops = 4 * work.num_heads * model.head_dim * model.num_layers * group.prefill_pairs
-        return flops / (self._bf16_peak * self._kernels.prefill_attention_share)
 
     def _collectives_s(self, most_tokens: int, all_tokens: int) -> float:
         layout, model = self._layout, self._model

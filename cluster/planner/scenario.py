@@ -2,48 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from typing import Any
 
-from cluster.planner.control_plane import CopyTraffic, Part, control_plane, gateways_for
-from cluster.planner.doors import Doors
+from cluster.planner.cell import Cell, Scenario, Watched, split, watch
+from cluster.planner.control_plane import Part
 from cluster.planner.effects import Effect, effects
-from cluster.planner.fleet import Fleet
 from cluster.planner.flights import Flight
 from cluster.planner.layouts import Fit
-from cluster.planner.load import DrawnLoad, Load, TraceLoad
+from cluster.planner.load import Load
 from cluster.planner.operations import Operations
 from cluster.planner.outcome import Quantiles
-from cluster.planner.scaling import Autoscaler
 from cluster.planner.setting import Setting
-from cluster.planner.shortlist import Settled, settle
-from cluster.planner.simulate import copy_maker
-from cluster.planner.timeline import Arrived, Recorder, bucket_s, series
-from cluster.planner.upsets import Operator, Upset
-from cluster.planner.workload import Arrival
+from cluster.planner.timeline import Arrived, look_at_all, series
 
-_WARM_UP = 1.6
-"""In lifetimes of a request: before that, the load fills the copies."""
-_ROOM, _SWING = 1.15, 1.6
 _MOST_TENANTS = 10
 """Whose figures are told one by one, the largest first."""
-_POLL_S = 2.0
-"""`LinkTimes.poll_ready_s` of the gateways, which are no part of the planner's imports."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scenario:
-    """What is looked at, and for how long."""
-
-    duration_s: float
-    upsets: Sequence[Upset] = ()
-    """Times count from the beginning of what is looked at."""
-    max_copies: int | None = None
-    """Autoscaling goes from the candidate's copies up to so many; None: there is none."""
-    num_gateways: int | None = None
-    """None: as many as are needed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,107 +86,61 @@ class Course:
         }
 
 
-def follow(setting: Setting, fit: Fit, load: Load, scenario: Scenario, operations: Operations) -> Course:
-    """Let the load settle, then watch it for the time of the scenario."""
-    began_s = time.perf_counter(), time.process_time()
-    cost = setting.cost(fit)
-    guess = settle(fit, cost, load.rate_per_s, load.lengths)
-    at_peak = settle(fit, cost, load.rate_per_s * _peak(load, scenario), load.lengths)
-    num_gateways = scenario.num_gateways or _gateways(fit, at_peak, operations)
-    doors = Doors(num_gateways, max_streams=operations.gateway.max_streams, shared_tokens=load.shared_prompt_tokens)
-    maker = copy_maker(
-        fit,
-        cost,
-        max_waiting=operations.router.max_waiting,
-        shared_prompt_tokens=load.shared_prompt_tokens,
-    )
-    fleet = Fleet(maker, fit.candidate.copies, doors=doors, poll_s=_POLL_S, patience_s=operations.client_patience_s)
-    operator = Operator(fleet, fit, setting.device, operations)
-    start_s = 0.0 if isinstance(load, TraceLoad) else _WARM_UP * _life_s(load, guess)
-    every_s = bucket_s(scenario.duration_s)
-    recorder = Recorder(fleet, every_s, num_gateways, operations.control_plane)
-    recorder.start(start_s)
-    for upset in scenario.upsets:
-        operator.arrange(replace(upset, time_s=start_s + upset.time_s))
-    if scenario.max_copies is not None:
-        slots = fit.limits.max_num_seqs * fit.candidate.layout.dp
-        Autoscaler(
-            fleet, operator, operations, least=fit.candidate.copies, most=scenario.max_copies, slots=slots
-        ).start()
-    fleet.run(_arrivals(load, scenario, fit, start_s), until_s=start_s + scenario.duration_s + every_s / 2)
-    return _course(fleet, fit, scenario, operator, recorder, num_gateways, operations, began_s)
-
-
-def _arrivals(load: Load, scenario: Scenario, fit: Fit, start_s: float) -> Iterator[Arrival]:
-    """With the load's own pattern beginning where the settling has ended."""
-    match load:
-        case TraceLoad():
-            return iter(load.trace)
-        case DrawnLoad():
-            doubled = next((upset.time_s for upset in scenario.upsets if upset.kind == "double-load"), None)
-            at_s = None if doubled is None else start_s + doubled
-            return replace(load, double_at_s=at_s, begins_s=start_s).arrivals(fit.limits.context)
-
-
-def _peak(load: Load, scenario: Scenario) -> float:
-    """Times the mean, as long as a stream lasts; with some room for chance."""
-    swing = _SWING if isinstance(load, DrawnLoad) and load.pattern != "steady" else 1.0
-    return _ROOM * swing * (2 if any(upset.kind == "double-load" for upset in scenario.upsets) else 1)
-
-
-def _life_s(load: Load, guess: Settled) -> float:
-    return max(1.0, (load.lengths.thinking + load.lengths.answer) * guess.token_s)
-
-
-def _gateways(fit: Fit, guess: Settled, operations: Operations) -> int:
-    """By the quick estimate."""
-    copies = fit.candidate.copies
-    each = guess.streams / copies
-    traffic = CopyTraffic(steps=1 / guess.token_s, tokens=each / guess.token_s)
-    return gateways_for([traffic] * copies, guess.streams, operations)
-
-
-def _course(
-    fleet: Fleet,
+def follow(
+    setting: Setting,
     fit: Fit,
+    load: Load,
     scenario: Scenario,
-    operator: Operator,
-    recorder: Recorder,
-    num_gateways: int,
     operations: Operations,
-    began_s: tuple[float, float],
+    *,
+    num_processes: int | None = None,
 ) -> Course:
-    looks, start_s, every_s = recorder.looks, recorder.start_s, recorder.every_s
+    """Watch all cells, on as many cores as there are or are given: the figures are the same."""
+    began_s = time.perf_counter()
+    cells = split(setting, fit, load, scenario, operations)
+    seen = _watch_all(cells, min(len(cells), num_processes or len(os.sched_getaffinity(0))))
+    return _course(fit, scenario, seen, began_s)
+
+
+def _watch_all(cells: Sequence[Cell], num_processes: int) -> list[Watched]:
+    if num_processes == 1:
+        return [watch(cell) for cell in cells]
+    with ProcessPoolExecutor(num_processes) as processes:
+        return list(processes.map(watch, cells))
+
+
+def _course(fit: Fit, scenario: Scenario, seen: Sequence[Watched], began_s: float) -> Course:
+    """Of all cells together. Their clocks are the same."""
+    start_s, every_s = seen[0].start_s, seen[0].every_s
+    flights = [flight for one in seen for flight in one.flights]
+    looks = [look_at_all([look for look in part if look]) for part in zip_longest(*(one.looks for one in seen))]
     end_s = start_s + len(looks) * every_s
-    arrived = Arrived(fleet.flights, start_s, every_s, len(looks))
-    log = [one for one in operator.log if start_s <= one.time_s <= end_s]
-    busiest = max(looks, key=lambda look: look.tokens_per_s)
+    arrived = Arrived(flights, start_s, every_s, len(looks))
+    log = [one for one in seen[0].log if start_s <= one.time_s <= end_s]
     ranks = fit.candidate.layout.world_size
-    works = [copy.work for copy in (*fleet.copies.values(), *fleet.gone)]
     return Course(
         fit=fit,
         scenario=scenario,
-        num_gateways=num_gateways,
-        series=series(recorder, arrived, ranks),
-        effects=effects(log, fleet.flights, looks, arrived, start_s=start_s, end_s=end_s),
-        parts=control_plane(
-            busiest.traffic,
-            num_gateways,
-            max(look.running + look.waiting for look in looks),
-            max(look.longest_queue for look in looks),
-            operations,
-        ),
+        num_gateways=sum(one.num_gateways for one in seen),
+        series=series(looks, every_s, arrived, ranks),
+        effects=effects(log, flights, looks, arrived, start_s=start_s, end_s=end_s),
+        parts=[max(parts, key=_fullness) for parts in zip(*(one.parts for one in seen), strict=True)],
         tenants=_tenants([flight for bucket in arrived.buckets for flight in bucket]),
         gpu_hours=sum(look.copies for look in looks) * ranks * every_s / 3600,
         effort=Effort(
-            requests=len(fleet.flights),
-            virtual_s=fleet.now_s,
-            wall_s=time.perf_counter() - began_s[0],
-            cpu_s=time.process_time() - began_s[1],
-            steps=sum(work.num_steps for work in works),
-            decided_steps=sum(work.num_decided_steps for work in works),
+            requests=len(flights),
+            virtual_s=max(one.virtual_s for one in seen),
+            wall_s=time.perf_counter() - began_s,
+            cpu_s=sum(one.cpu_s for one in seen),
+            steps=sum(one.steps for one in seen),
+            decided_steps=sum(one.decided_steps for one in seen),
         ),
     )
+
+
+def _fullness(part: Part) -> float:
+    """Of the cells, the one that uses most of it is told."""
+    return part.used / part.limit if part.limit else part.used
 
 
 def _tenants(flights: Sequence[Flight]) -> list[Tenant]:

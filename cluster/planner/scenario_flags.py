@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 
 from cluster.errors import ConfigError
+from cluster.planner.cell import Scenario
 from cluster.planner.load import Load, TraceLoad
 from cluster.planner.quantities import parse_duration_s
-from cluster.planner.scenario import Scenario
 from cluster.planner.upsets import Kind, Upset
 
-_KINDS: tuple[Kind, ...] = ("lose-rank", "lose-router", "double-load", "rolling-update")
-_FLEET = ("copies", "max_copies", "gateways", "tenants")
+_KINDS: tuple[Kind, ...] = ("lose-rank", "silent-rank", "lose-router", "double-load", "rolling-update")
+_FLEET = ("copies", "max_copies", "gateways", "cells", "tenants")
 _DAY_S = 86400.0
 _BEHIND = 1800.0
 """Seconds that are looked at behind the last thing that happens."""
@@ -23,6 +23,7 @@ def add_scenario_flags(parser: argparse.ArgumentParser) -> None:
     upsets = parser.add_argument_group("what if", "happens to the best layout under the load; times as 10m; repeatable")
     words: dict[str, str] = {
         "lose-rank": "the process of a rank ends then",
+        "silent-rank": "it stands still, and is noticed after router.step_timeout_s (60 s)",
         "lose-router": "the process of a Router ends",
         "double-load": "twice as many requests come from then on",
         "rolling-update": "all copies are replaced in place, a few at a time",
@@ -40,7 +41,13 @@ def add_scenario_flags(parser: argparse.ArgumentParser) -> None:
     )
     fleet.add_argument("--copies", type=int, help="so many copies share the --gpus")
     fleet.add_argument("--max-copies", type=int, help="autoscaling from --copies up to so many, on more GPUs")
+    fleet.add_argument(
+        "--node-start", metavar="TIME", help="until a node for another copy is up (default 5m; 0s: nodes stand ready)"
+    )
     fleet.add_argument("--gateways", type=int, help="default: as many as the load needs")
+    fleet.add_argument(
+        "--cells", type=int, help="installations of their own that share copies, gateways and load (default 1)"
+    )
     fleet.add_argument("--tenants", type=int, help="that share the load unevenly (Zipf), each with its own prefix")
     fleet.add_argument("--day", help="of --pattern diurnal: how long a day is (default 1d); shorter is quicker")
 
@@ -52,7 +59,7 @@ def scenario_of(args: argparse.Namespace, load: Load | None) -> Scenario | None:
         for kind in _KINDS
         for text in getattr(args, kind.replace("-", "_"))
     ]
-    if not upsets and all(getattr(args, name) is None for name in ("duration", "max_copies", "gateways")):
+    if not upsets and all(getattr(args, name) is None for name in ("duration", "max_copies", "gateways", "cells")):
         return None
     _check(args, load, upsets)
     duration_s = parse_duration_s(args.duration) if args.duration else _default_s(args, load, upsets)
@@ -64,6 +71,7 @@ def scenario_of(args: argparse.Namespace, load: Load | None) -> Scenario | None:
         upsets=sorted(upsets, key=lambda upset: upset.time_s),
         max_copies=args.max_copies,
         num_gateways=args.gateways,
+        num_cells=args.cells or 1,
     )
 
 
@@ -75,8 +83,17 @@ def _check(args: argparse.Namespace, load: Load | None, upsets: list[Upset]) -> 
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: give 1 or more")
+    if args.node_start is not None and args.max_copies is None:
+        raise ConfigError("--node-start is of copies that autoscaling adds; give --max-copies, or leave it out")
     if args.max_copies is not None and args.max_copies < (args.copies or 1):
         raise ConfigError(f"--max-copies {args.max_copies} is below --copies {args.copies or 1}; raise it")
+    for name, count in (("copies", args.copies or 1), ("max_copies", args.max_copies), ("gateways", args.gateways)):
+        if args.cells is not None and count is not None and count % args.cells:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} {count} is not divisible by --cells {args.cells}; change one"
+            )
+    if args.cells is not None and isinstance(load, TraceLoad) and args.cells > len(load.trace):
+        raise ConfigError(f"--cells {args.cells}: the trace has {len(load.trace)} requests; take fewer cells")
     doubled = sum(upset.kind == "double-load" for upset in upsets)
     if doubled > 1 or (doubled and isinstance(load, TraceLoad)):
         raise ConfigError("--double-load: once, and of a load that is drawn (--rate), not of a trace")

@@ -16,7 +16,9 @@ _MOST_EVENTS = 20
 def show_course(console: Console, course: Course) -> None:
     """The fleet over time, what happened to it, and the control plane."""
     gateways = "gateway" if course.num_gateways == 1 else "gateways"
-    console.print(f"\n{course.fit.candidate} over time, behind {course.num_gateways:,} {gateways}\n")
+    cells = course.scenario.num_cells
+    where = "" if cells == 1 else f", in {cells} cells of which the fullest is told below"
+    console.print(f"\n{course.fit.candidate} over time, behind {course.num_gateways:,} {gateways}{where}\n")
     console.print(_series_table(course))
     if course.effects:
         console.print(_effects_table(course.effects[:_MOST_EVENTS]))

@@ -8,68 +8,36 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass
 
 from cluster.errors import RankLossCause, RankLost
 from cluster.gateway.affinity import CopyLoad
+from cluster.planner.ahead import Ahead, Sent, group_shape, look_ahead
 from cluster.planner.cost import CostModel
 from cluster.planner.fast_forward import (
     FILLER_ID,
     THINK_END_ID,
+    Told,
     apply_plain,
     contexts,
     end_those_who_are_full,
     foresee,
+    give_blocks,
     is_plain,
     pass_time,
     skip,
 )
 from cluster.planner.flights import Flight, Work
-from cluster.planner.roofline import StepTime
-from cluster.planner.step_shape import GroupShape, StepShape, chunk_pairs
 from cluster.router.copy_scheduler import CopyScheduler
 from cluster.router.engine_core import YOUNG_STEPS, EngineCore, Pool
 from cluster.router.scheduler import Scheduler
 from cluster.router.scheduler_config import SchedulerConfig
 from cluster.router.sequence import SequenceRequest
 from cluster.router.supervision import RestartPolicy
-from workers.step import SamplingParams, StepPlan, StepResult
+from workers.step import SamplingParams, StepResult
 
 _GREEDY = SamplingParams(temperature=0.0)
-_WORTH_SKIPPING = 3
-"""Steps: fewer are decided one by one as fast."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Sent:
-    """A plan on its way."""
-
-    shape: StepShape
-    time: StepTime
-    is_decode: bool
-    """Nothing else."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Ahead:
-    """Decode steps that are foreseen: step i lasts first_s + i * growth_s."""
-
-    start_s: float
-    num_steps: int
-    first_s: float
-    growth_s: float
-
-    def behind(self, num_steps: int) -> float:
-        """When so many results are there."""
-        return self.start_s + num_steps * self.first_s + self.growth_s * num_steps * (num_steps - 1) / 2
-
-    def done_by(self, time_s: float) -> int:
-        """Results that are there at a time."""
-        lowest, highest = 0, self.num_steps
-        while lowest < highest:
-            middle = (lowest + highest + 1) // 2
-            lowest, highest = (middle, highest) if self.behind(middle) <= time_s else (lowest, middle - 1)
-        return lowest
+_WORTH_SKIPPING = 2
+"""Steps: one is decided as fast."""
 
 
 class SimCopy:
@@ -103,8 +71,11 @@ class SimCopy:
         self._may_skip = may_skip
         self._core = EngineCore(config, RestartPolicy(), enable_prefix_cache=shared_prompt_tokens > 0)
         self._core.on_started(pool)
-        self._sent: deque[_Sent] = deque()
-        self._ahead: _Ahead | None = None
+        assert self._core.scheduler is not None, "it has been started"
+        self.scheduler: CopyScheduler = self._core.scheduler
+        self._num_blocks = pool.num_groups * pool.num_blocks
+        self._sent: deque[Sent] = deque()
+        self._ahead: Ahead | None = None
         self._started_s = 0.0
         """When the oldest plan under way began to run."""
         self._num_steps_of_life = 0
@@ -113,16 +84,17 @@ class SimCopy:
         """The newest plan might have had prompts, but for the pace."""
         self._has_new = False
         """Requests came since the last plan."""
-
-    @property
-    def scheduler(self) -> CopyScheduler:
-        scheduler = self._core.scheduler
-        assert scheduler is not None, "it has been started, and is never closed"
-        return scheduler
+        self._is_silent = False
+        """A rank answers no longer, and nobody has noticed."""
+        self._thinking_tokens: dict[Hashable, int] = {}
+        """Of its flights."""
+        self._paused: set[Hashable] = set()
+        """Flights that stand still, and go on with their next token."""
 
     @property
     def num_running(self) -> int:
-        return sum(group.num_running for group in self.scheduler.groups)
+        groups = self.scheduler.groups
+        return groups[0].num_running if len(groups) == 1 else sum([group.num_running for group in groups])
 
     @property
     def num_waiting(self) -> int:
@@ -136,14 +108,17 @@ class SimCopy:
     @property
     def kv_share(self) -> float:
         """Of its blocks, those in use."""
-        blocks = [group.blocks for group in self.scheduler.groups]
-        return 1 - sum(pool.num_free for pool in blocks) / sum(pool.num_blocks for pool in blocks)
+        return 1 - sum([group.blocks.num_free for group in self.scheduler.groups]) / self._num_blocks
 
     def tokens_by(self, now_s: float) -> tuple[int, int]:
         """Output tokens and steps until now, those that are foreseen and not yet written included."""
-        num_steps = self._ahead.done_by(now_s) if self._ahead is not None else 0
-        each = sum(group.num_decodes for group in self._sent[0].shape) if num_steps else 0
-        return self.work.decode_tokens + num_steps * each, self.work.num_steps + num_steps
+        tokens, steps = self.work.decode_tokens, self.work.num_steps
+        if self._ahead is not None:
+            num_steps = self._ahead.done_by(now_s)
+            begun = [one.num_sampled for one, _ in zip(self._sent, range(num_steps), strict=False)]
+            tokens += sum(begun) + (num_steps - len(begun)) * self._ahead.decode.num_sampled
+            steps += num_steps
+        return tokens, steps
 
     def add(self, flight: Flight, now_s: float, output_ids: list[int] | None = None) -> None:
         """A request comes, maybe with output from elsewhere. Raises what `EngineCore.add` raises."""
@@ -165,7 +140,10 @@ class SimCopy:
     def _queue(self, flight: Flight, output_ids: list[int]) -> None:
         self._core.add(self._request(flight, output_ids))
         self.flights[flight.key] = flight
+        self._thinking_tokens[flight.key] = flight.arrival.thinking_tokens
         flight.copy = self.name
+        if flight.paused_s is not None:
+            self._paused.add(flight.key)
         if output_ids:
             self.work.recomputed_tokens += flight.arrival.prompt_tokens + len(output_ids)
         self._has_new = True
@@ -184,16 +162,30 @@ class SimCopy:
         self._settle(now_s)
         self._look_ahead()
 
+    def fall_silent(self, now_s: float) -> None:
+        """A rank answers no longer: its Router waits for a result, and takes requests. Follow with `lose_ranks`."""
+        self._settle(now_s)
+        self._is_silent = True
+        self._pause(now_s)
+        self._look_ahead()
+
     def lose_ranks(self, now_s: float) -> None:
         """A rank is killed: plans under way have no results. Follow with `start_ranks`."""
         self._settle(now_s)
+        self._is_silent = False
         loss = self._core.on_lost(RankLost("a rank was lost", rank=0, was_killed=True, cause=RankLossCause.EXITED))
         self._sent.clear()
         self._ahead, self.next_s, self.is_open = None, None, False
-        for flight in self.flights.values():
-            flight.pause(now_s)
+        self._pause(now_s)
         for update in loss.given_up:
             self._end(update.key, now_s)
+
+    def _pause(self, now_s: float) -> None:
+        """All its streams stand still."""
+        for flight in self.flights.values():
+            flight.pause(now_s)
+            if flight.paused_s is not None:
+                self._paused.add(flight.key)
 
     def start_ranks(self, now_s: float) -> None:
         """They are back, empty."""
@@ -214,6 +206,8 @@ class SimCopy:
         for key in list(self.flights):
             self._core.cancel(key)
         self.flights.clear()
+        self._thinking_tokens.clear()
+        self._paused.clear()
         return leaving
 
     def _request(self, flight: Flight, output_ids: list[int]) -> SequenceRequest:
@@ -235,32 +229,36 @@ class SimCopy:
 
     @property
     def _oldest_ends_s(self) -> float:
-        return self._started_s + self._sent[0].time.total_s
+        return self._started_s + self._sent[0].total_s
 
     def _send(self, now_s: float) -> None:
         """As many plans as may be under way."""
         if not self._sent:
             self._started_s = now_s
-        while True:
+        while len(self._sent) < self._config.max_in_flight:
             is_held = self._holds_prompts()
             if (plans := self._core.next_plans()) is None:
                 break
             self._is_held = is_held
             groups = self.scheduler.groups
-            shape = [_group_shape(plan, group) for plan, group in zip(plans, groups, strict=True)]
-            is_decode = not any(group.prefill_tokens for group in shape)
-            self._sent.append(_Sent(shape, self._cost.step(shape), is_decode))
+            shape = [group_shape(plan, group) for plan, group in zip(plans, groups, strict=True)]
+            num_sampled = sum(len(group.in_flight.newest.sampled) for group in groups)
+            self._sent.append(Sent.of(shape, self._cost.step(shape), num_sampled))
+            self.work.num_decided_steps += 1
             self._has_new = False
 
     def _holds_prompts(self) -> bool:
         """The next plan has none for as long as the pace must see what steps take without them."""
         pace = self.scheduler.pace
-        return pace.is_limiting and self.num_waiting > 0 and pace.must_look(self.num_running)
+        if not pace.is_limiting:
+            return False
+        num_running = self.num_running
+        return self.scheduler.num_unfinished > num_running and pace.must_look(num_running)
 
     def _take_result(self, now_s: float) -> None:
         sent = self._sent.popleft()
-        results = [self._result(group, sent.time.total_s, now_s) for group in self.scheduler.groups]
-        self._count(sent, results)
+        results = [self._result(group, sent.total_s, now_s) for group in self.scheduler.groups]
+        self._count(sent)
         self._started_s = now_s
         self._apply(results, now_s)
         self._send(now_s)
@@ -282,64 +280,69 @@ class SimCopy:
         """What its rank says: fillers, and the closing tag where thoughts end."""
         oldest = group.in_flight.oldest
         token_ids = []
+        flights = self.flights
         for seq in oldest.sampled:
-            flight = self.flights.get(seq.request.key)
-            num_before = len(seq.output_ids)
-            if flight is None:
-                token_ids.append(FILLER_ID)  # it has ended: nobody gets this one
-                continue
-            num_thinking = flight.arrival.thinking_tokens
-            token_ids.append(THINK_END_ID if num_before == num_thinking - 1 else FILLER_ID)
-            if num_before == 0:
-                flight.first_token_s = now_s
-            if flight.paused_s is not None:
-                flight.go_on(now_s)
-            if num_before == num_thinking:
-                flight.first_answer_s = now_s
+            token_id = FILLER_ID
+            flight = flights.get(seq.request.key)
+            if flight is not None:  # else it has ended: nobody gets this one
+                num_before = len(seq.output_ids)
+                num_thinking = flight.arrival.thinking_tokens
+                if num_before == num_thinking - 1:
+                    token_id = THINK_END_ID
+                if not num_before:
+                    flight.first_token_s = now_s
+                if self._paused:
+                    self._go_on(flight, now_s)
+                if num_before == num_thinking:
+                    flight.first_answer_s = now_s
+            token_ids.append(token_id)
         return StepResult(oldest.step, 0, token_ids, compute_s=step_s)
+
+    def _go_on(self, flight: Flight, now_s: float) -> None:
+        self._paused.discard(flight.key)
+        flight.go_on(now_s)
 
     def _end(self, key: Hashable, now_s: float) -> None:
         flight = self.flights.pop(key)
+        del self._thinking_tokens[key]
+        self._paused.discard(key)
         flight.end_s = now_s
         self._on_end(flight)
 
-    def _count(self, sent: _Sent, results: list[StepResult]) -> None:
-        work, total_s = self.work, sent.time.total_s
-        work.take(sent.time, total_s, 1, self.kv_share)
-        work.num_decided_steps += 1
-        work.decode_tokens += sum(len(result.token_ids) for result in results)
-        work.prefill_tokens += sum(group.prefill_tokens for group in sent.shape)
-        work.gaps.add(total_s, sum(group.num_decodes for group in sent.shape))
+    def _count(self, sent: Sent) -> None:
+        work = self.work
+        work.take(sent.time, sent.total_s, 1, self.kv_share)
+        work.decode_tokens += sent.num_sampled
+        work.prefill_tokens += sent.prefill_tokens
+        work.gaps.add(sent.total_s, sent.load.num_decodes)
 
     # Steps that are foreseen
 
     def _look_ahead(self) -> None:
         """Find out when something happens next, and whether it is known until then."""
         self._ahead = None
-        if not self._sent:
+        if not self._sent or self._is_silent:
             self.next_s = None
             return
-        num_steps = self._foresee()
-        if num_steps < _WORTH_SKIPPING:
+        ahead = self._foresee()
+        if ahead is None or ahead.num_steps < _WORTH_SKIPPING:
             self.next_s = self._oldest_ends_s
-            return
-        growth_s = _largest([(self._cost.context_s(group), self._growth_s(group)) for group in self._sent[0].shape])[1]
-        first_s = self._sent[0].time.total_s
-        self._ahead = _Ahead(self._started_s, num_steps, first_s, growth_s)
-        self.next_s = self._ahead.behind(num_steps)
+        else:
+            self._ahead, self.next_s = ahead, ahead.behind(ahead.num_steps)
 
-    def _foresee(self) -> int:
-        if not self._may_skip or self._is_held or not all(sent.is_decode for sent in self._sent):
-            return 0
-        scheduler, max_num_seqs = self.scheduler, self._config.max_num_seqs
-        if self._has_new and any(group.num_unfinished < max_num_seqs for group in scheduler.groups):
-            return 0
-        times = [(self._cost.context_s(group), self._growth_s(group)) for group in self._sent[0].shape]
-        return min(foresee(scheduler), _steps_until_overtaken(times))
-
-    def _growth_s(self, group: GroupShape) -> float:
-        """What the next step's KV takes beyond this one's."""
-        return self._cost.context_s(GroupShape(group.num_decodes, group.num_decodes))
+    def _foresee(self) -> Ahead | None:
+        if not self._may_skip or self._is_held:
+            return None
+        scheduler, sent = self.scheduler, self._sent
+        if scheduler.num_unfinished > self.num_running:
+            if self._has_new and any(one.num_unfinished < self._config.max_num_seqs for one in scheduler.groups):
+                return None
+            if not all(one.is_decode for one in sent):
+                return None  # what is learnt of prompts' time may let another one in, and a budget may have been full
+        foreseen = foresee(scheduler)
+        if foreseen is None:
+            return None
+        return look_ahead(self._started_s, sent, foreseen.num_steps, foreseen.next_shape, self._cost)
 
     def _settle(self, now_s: float) -> None:
         """Write what was foreseen until now."""
@@ -347,54 +350,52 @@ class SimCopy:
         num_steps = ahead.done_by(now_s) if ahead is not None else 0
         if ahead is None or not num_steps:
             return
-        flights, work = self.flights, self.work
-        for key, result in skip(self.scheduler, num_steps, lambda key: flights[key].arrival.thinking_tokens):
-            flights[key].first_answer_s = ahead.behind(result)
-        total_s = ahead.behind(num_steps) - ahead.start_s
-        num_decodes = sum(group.num_decodes for group in self._sent[0].shape)
-        middle = self._cost.step(_later(self._sent[0].shape, num_steps // 2))
-        work.take(middle, total_s, num_steps, self.kv_share)
-        work.decode_tokens += num_steps * num_decodes
-        work.gaps.add(total_s / num_steps, num_steps * num_decodes)
-        pass_time(self.scheduler, num_steps, lambda step: ahead.first_s + step * ahead.growth_s)
+        scheduler, sent = self.scheduler, self._sent
+        skipped = skip(scheduler, num_steps, self._thinking_tokens, self._paused)
+        self._tell(ahead, skipped.told)
+        pass_time(scheduler, ahead, sent, num_steps)
+        depth = len(sent)
+        num_old = min(num_steps, depth)
+        for _ in range(num_old):
+            self._count(sent.popleft())
+        if num_steps > num_old:
+            self._count_many(ahead, num_steps - num_old)
+        sent.extend(ahead.plan(number) for number in range(num_steps - num_old, num_steps))
         self._num_steps_of_life += num_steps
         self._started_s = ahead.behind(num_steps)
-        for key in end_those_who_are_full(self.scheduler):
+        ends = end_those_who_are_full(scheduler)
+        for key in ends.keys:
             self._end(key, self._started_s)
-        self._sent.clear()
-        for plans in zip(*map(contexts, self.scheduler.groups), strict=True):
-            shape = [GroupShape(count, context) for count, context in plans]
-            self._sent.append(_Sent(shape, self._cost.step(shape), is_decode=True))
+        if ends.has_changed:
+            self._mend(depth - num_old)
+        give_blocks(skipped.lacking)
 
+    def _tell(self, ahead: Ahead, told: Iterable[Told]) -> None:
+        """Flights know of their results."""
+        for one in told:
+            flight = self.flights[one.key]
+            if one.token is not None:
+                if flight.first_token_s is None:
+                    flight.first_token_s = ahead.behind(one.token)
+                self._go_on(flight, ahead.behind(one.token))
+            if one.answer is not None:
+                flight.first_answer_s = ahead.behind(one.answer)
 
-def _later(shape: StepShape, num_steps: int) -> StepShape:
-    """The same decodes, so many tokens further on."""
-    return [GroupShape(group.num_decodes, group.decode_context + num_steps * group.num_decodes) for group in shape]
+    def _count_many(self, ahead: Ahead, num_steps: int) -> None:
+        """Of those behind the ones that were under way."""
+        work, num_sampled = self.work, ahead.decode.num_sampled
+        total_s = num_steps * ahead.decode.total_s + ahead.growth_s * num_steps * (num_steps - 1) / 2
+        work.take(ahead.plan(num_steps // 2).time, total_s, num_steps, self.kv_share)
+        work.decode_tokens += num_steps * num_sampled
+        work.gaps.add(total_s / num_steps, num_steps * num_sampled)
 
-
-def _largest(times: list[tuple[float, float]]) -> tuple[float, float]:
-    """Of the (time, growth) of groups."""
-    return max(times)
-
-
-def _steps_until_overtaken(times: list[tuple[float, float]]) -> int:
-    """For so many steps the group that spends most on its KV stays that."""
-    most_s, growth_s = _largest(times)
-    steps = [int((most_s - now_s) / (more_s - growth_s)) for now_s, more_s in times if more_s > growth_s]
-    return min(steps, default=1 << 30)
-
-
-def _group_shape(plan: StepPlan, group: Scheduler) -> GroupShape:
-    """Of the plan that this group was sent last."""
-    newest = group.in_flight.newest
-    num_prefilled = len(plan.prefills)
-    # A decode reads all that is computed before it, itself included.
-    context = sum(seq.num_computed for seq in newest.computed[num_prefilled:])
-    sizes = [(prefill.start, len(prefill.token_ids)) for prefill in plan.prefills]
-    return GroupShape(
-        num_decodes=len(plan.decodes),
-        decode_context=context,
-        prefill_tokens=sum(size for _, size in sizes),
-        prefill_pairs=sum(chunk_pairs(start, size) for start, size in sizes),
-        num_prefills=num_prefilled,
-    )
+    def _mend(self, first: int) -> None:
+        """Plans that were foreseen, from that one under way on, are without those who have ended."""
+        sent, groups = self._sent, self.scheduler.groups
+        while len(sent) > self.scheduler.num_in_flight:
+            sent.pop()
+        for place, plans in enumerate(zip(*map(contexts, groups), strict=True)):
+            if place >= first:
+                shape = list(plans)
+                sent[place] = Sent.of(shape, self._cost.step(shape), sum(group.num_decodes for group in shape))
+        self.scheduler.pace.are_under_way([one.load for one in sent])

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.planner.load import Load
-from cluster.planner.outcome import Quantiles
+from cluster.planner.outcome import Outcome, Quantiles
 from cluster.planner.scenario_tables import show_course
 from cluster.planner.survey import SHOWN_CONTEXT, STREAMS, Row
 from cluster.planner.trial import Trial
@@ -57,12 +57,15 @@ def load_words(load: Load) -> str:
 def verdict(trials: Sequence[Trial]) -> str:
     """In a sentence."""
     best = trials[0]
-    outcome = best.outcome
-    if outcome.keeps_up:
-        busy = f"ranks are busy {outcome.utilisation:.0%} of the time"
+    outcome = best.outcome if best.busiest is None else best.busiest
+    when = "" if best.busiest is None else " in the busiest hour"
+    if best.keeps_up:
+        busy = f"ranks are busy {outcome.utilisation:.0%} of the time{when}"
+        if best.busiest is not None:
+            busy += f", {best.outcome.utilisation:.0%} of the day"
         return f"Take {best.fit.candidate}. Its limit is {outcome.limit}; {busy}."
     return (
-        f"None of these keeps up with the load. {best.fit.candidate} comes furthest, with "
+        f"None of these keeps up with the load{when}. {best.fit.candidate} comes furthest, with "
         f"{outcome.output_tokens_per_s:,.0f} tokens a second; its limit is {outcome.limit}."
     )
 
@@ -89,7 +92,9 @@ def trial_table(trials: Sequence[Trial], width: int) -> Table:
     least = () if width >= _WIDE else ("busy", "streams", "KV", "limit")
     table = _table("Simulated, the best first", caption, heads, least)
     for trial in trials:
-        _add(table, str(trial.fit.candidate), dict(zip(heads, _trial_cells(trial), strict=True)), least)
+        _add(table, str(trial.fit.candidate), dict(zip(heads, _trial_cells(trial.outcome), strict=True)), least)
+        if trial.busiest is not None:
+            _add(table, "  in the busiest hour", dict(zip(heads, _trial_cells(trial.busiest), strict=True)), least)
     return table
 
 
@@ -129,8 +134,7 @@ def _ms(seconds: float | None) -> str:
     return "–" if seconds is None else f"{seconds * 1e3:.1f}"
 
 
-def _trial_cells(trial: Trial) -> list[str]:
-    outcome = trial.outcome
+def _trial_cells(outcome: Outcome) -> list[str]:
     hours = outcome.gpu_hours_per_million_answer_tokens
     return [
         _both(outcome.ttft, 1.0),

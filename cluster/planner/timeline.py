@@ -139,16 +139,37 @@ def _quantile(values: Sequence[float | None], share: float) -> float | None:
     return known[place] if place < len(known) else math.inf
 
 
-def series(recorder: Recorder, arrived: Arrived, ranks: int) -> dict[str, list[Any]]:
+def look_at_all(looks: Sequence[Look]) -> Look:
+    """Cells at one moment, as one fleet."""
+    if len(looks) == 1:
+        return looks[0]
+    ready = sum(look.copies_ready for look in looks)
+    return Look(
+        time_s=looks[0].time_s,
+        waiting=sum(look.waiting for look in looks),
+        longest_queue=max(look.longest_queue for look in looks),
+        running=sum(look.running for look in looks),
+        copies_ready=ready,
+        copies=sum(look.copies for look in looks),
+        kv_use=sum(look.kv_use * look.copies_ready for look in looks) / max(1, ready),
+        tokens_per_s=sum(look.tokens_per_s for look in looks),
+        gateway_cpu=max(look.gateway_cpu for look in looks),
+        router_cpu=max(look.router_cpu for look in looks),
+        traffic=[copy for look in looks for copy in look.traffic],
+        num_moved_total=sum(look.num_moved_total for look in looks),
+        num_recomputed_total=sum(look.num_recomputed_total for look in looks),
+    )
+
+
+def series(looks: Sequence[Look], every_s: float, arrived: Arrived, ranks: int) -> dict[str, list[Any]]:
     """Columns of equal length."""
-    looks = recorder.looks
 
     def latency(value: Callable[[Flight], float | None], share: float) -> list[float | None]:
         """Nothing where it is not known."""
         return [None if one == math.inf else one for one in arrived.column(value, share)]
 
     return {
-        "time_s": [look.time_s - recorder.every_s / 2 for look in looks],
+        "time_s": [look.time_s - every_s / 2 for look in looks],
         "arrivals": [len(bucket) for bucket in arrived.buckets],
         "refused": [sum(flight.was_refused for flight in bucket) for bucket in arrived.buckets],
         "ended": arrived.ends,

@@ -21,6 +21,8 @@ _MOST_COPIES = 8
 """That are simulated where nothing happens to them."""
 _LEAST_REQUESTS, _MOST_REQUESTS = 100, 1500
 """To be measured, whatever the rate."""
+_DAY_LIVES, _MOST_OF_DAY = 24, 6000
+"""A day is simulated as if it had so many lifetimes of a request, or fewer with at most so many requests."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,13 +33,22 @@ class Trial:
     settled: Settled
     """What was guessed before."""
     outcome: Outcome
+    """Of a load that goes by the day, over one."""
+    busiest: Outcome | None = None
+    """Of such a load, in its busiest hour."""
+
+    @property
+    def keeps_up(self) -> bool:
+        """At any time of the day."""
+        return self.outcome.keeps_up and (self.busiest is None or self.busiest.keeps_up)
 
     def as_json(self) -> dict[str, Any]:
         candidate = self.fit.candidate
         layout = candidate.layout
         where: dict[str, Any] = {"layout": str(candidate), "copies": candidate.copies}
         where |= {"tp": layout.tp, "dp": layout.dp, "expert_tp": layout.expert_tp}
-        return where | self.outcome.as_json()
+        busiest = {} if self.busiest is None else {"busiest_hour": self.busiest.as_json()}
+        return where | self.outcome.as_json() | busiest
 
 
 def shortlist(setting: Setting, fits: Sequence[Fit], load: Load, most: int) -> list[tuple[Fit, Settled]]:
@@ -68,29 +79,55 @@ def try_out(setting: Setting, chosen: Sequence[tuple[Fit, Settled]], load: Load)
 
 def merit(trial: Trial) -> tuple[bool, float, float]:
     """The least is the best: it keeps up with the load; its answers begin soonest; it gives most."""
-    outcome = trial.outcome
+    outcome = trial.outcome if trial.busiest is None else trial.busiest
     answer = outcome.time_to_answer
-    seconds = answer.p95 if outcome.keeps_up and answer is not None else 0.0
-    return not outcome.keeps_up, seconds, -outcome.output_tokens_per_s
+    seconds = answer.p95 if trial.keeps_up and answer is not None else 0.0
+    return not trial.keeps_up, seconds, -outcome.output_tokens_per_s
 
 
 def _try(setting: Setting, fit: Fit, guess: Settled, load: Load) -> Trial:
     match load:
         case TraceLoad():
-            outcome = replay(setting.fleet(fit, load), load.trace, fit)
+            return Trial(fit=fit, settled=guess, outcome=replay(setting.fleet(fit, load), load.trace, fit))
+        case DrawnLoad(pattern="diurnal"):
+            day, span = _day(load, guess)
+            busiest = replace(load, pattern="steady", rate_per_s=load.most_per_s)
+            return Trial(
+                fit=fit,
+                settled=guess,
+                outcome=_drawn(setting, fit, day, span),
+                busiest=_drawn(setting, fit, busiest, measured_span(busiest, guess)),
+            )
         case DrawnLoad():
-            # Copies beside each other do not matter to each other: some, with their part of the load, stand for all.
-            copies = min(fit.candidate.copies, _MOST_COPIES)
-            part = replace(load, rate_per_s=load.rate_per_s * copies / fit.candidate.copies)
-            fleet = setting.fleet(fit, part, copies=copies)
-            outcome = simulate(fleet, part.arrivals(fit.limits.context), measured_span(part, guess), fit)
-            outcome = outcome.of_more(fit.candidate.copies / copies)
-    return Trial(fit=fit, settled=guess, outcome=outcome)
+            return Trial(fit=fit, settled=guess, outcome=_drawn(setting, fit, load, measured_span(load, guess)))
+
+
+def _drawn(setting: Setting, fit: Fit, load: DrawnLoad, span: Span) -> Outcome:
+    """Copies beside each other do not matter to each other: some, with their part of the load, stand for all."""
+    copies = min(fit.candidate.copies, _MOST_COPIES)
+    part = replace(load, rate_per_s=load.rate_per_s * copies / fit.candidate.copies)
+    outcome = simulate(setting.fleet(fit, part, copies=copies), part.arrivals(fit.limits.context), span, fit)
+    return outcome.of_more(fit.candidate.copies / copies)
+
+
+def _day(load: DrawnLoad, guess: Settled) -> tuple[DrawnLoad, Span]:
+    """A whole day, shortened to what has to be simulated of it: streams are short against it all the same."""
+    life_s = _life_s(load, guess)
+    day_s = min(
+        load.day_s, max(_LEAST_REQUESTS / load.rate_per_s, min(_DAY_LIVES * life_s, _MOST_OF_DAY / load.rate_per_s))
+    )
+    start_s = _WARM_UP * life_s
+    return replace(load, day_s=day_s, begins_s=start_s), Span(start_s=start_s, end_s=start_s + day_s)
 
 
 def measured_span(load: DrawnLoad, guess: Settled) -> Span:
     """Behind a lifetime or so, in which the load settles; long enough for its requests to say something."""
-    life_s = max(1.0, (load.lengths.thinking + load.lengths.answer) * guess.token_s)
+    life_s = _life_s(load, guess)
     least_s, most_s = _LEAST_REQUESTS / load.rate_per_s, _MOST_REQUESTS / load.rate_per_s
     start_s = _WARM_UP * life_s
     return Span(start_s=start_s, end_s=start_s + min(max(_MEASURED * life_s, least_s), max(least_s, most_s)))
+
+
+def _life_s(load: DrawnLoad, guess: Settled) -> float:
+    """Of a request."""
+    return max(1.0, (load.lengths.thinking + load.lengths.answer) * guess.token_s)

@@ -15,7 +15,7 @@ from cluster.planner.layouts import Fit
 from cluster.planner.operations import Operations
 from cluster.planner.sim_copy import SimCopy
 
-Kind = Literal["lose-rank", "lose-router", "double-load", "rolling-update", "scale"]
+Kind = Literal["lose-rank", "silent-rank", "lose-router", "double-load", "rolling-update", "scale"]
 _DRAIN_LOOK_S = 1.0
 """A Router that drains ends as soon as it has nothing left."""
 
@@ -26,6 +26,11 @@ class Upset:
 
     time_s: float
     kind: Kind
+
+    @property
+    def is_everywhere(self) -> bool:
+        """Not in one copy alone: in each cell of a fleet."""
+        return self.kind in ("double-load", "rolling-update")
 
 
 @dataclass(kw_only=True)
@@ -45,6 +50,8 @@ class Operator:
         self._fleet = fleet
         self._serve = operations.serve
         self._drain_s = operations.router.drain_s
+        self._step_timeout_s = operations.router.step_timeout_s
+        self._node_s = operations.starting.node_s
         self._rank_s = operations.starting.rank_s(fit)
         self.copy_start_s = operations.starting.copy_s(fit, device)
 
@@ -52,6 +59,7 @@ class Operator:
         """Let it happen when its time comes."""
         do: dict[Kind, Callable[[], object]] = {
             "lose-rank": self.lose_rank,
+            "silent-rank": self.silence_rank,
             "lose-router": self.lose_router,
             "rolling-update": self.roll,
             "double-load": lambda: self._note("double-load", "twice as many requests come from now on"),
@@ -69,6 +77,25 @@ class Operator:
         )
         self._fleet.lose_ranks(copy)
         self._fleet.at(self._fleet.now_s + self._rank_s, lambda: self._ranks_back(copy))
+
+    def silence_rank(self) -> None:
+        """A process stands still, its Router counts it as lost after the longest that a step may take."""
+        copy = self._busiest()
+        if copy is None:
+            self._note("silent-rank", "no copy took work: nothing more fell silent")
+            return
+        self._note(
+            "silent-rank",
+            f"a rank of {copy.name} fell silent with {len(copy.flights)} requests; noticed after "
+            f"{self._step_timeout_s:.0f} s, back in {self._rank_s:.0f} s more",
+        )
+        self._fleet.silence(copy)
+        self._fleet.at(self._fleet.now_s + self._step_timeout_s, lambda: self._notice(copy))
+
+    def _notice(self, copy: SimCopy) -> None:
+        if copy.name in self._fleet.copies:
+            self._fleet.lose_ranks(copy)
+            self._fleet.at(self._fleet.now_s + self._rank_s, lambda: self._ranks_back(copy))
 
     def lose_router(self) -> None:
         """Its gateways notice at once and go elsewhere; Serve starts it again with all its ranks."""
@@ -100,9 +127,10 @@ class Operator:
             replace_next()
 
     def add_copies(self, count: int, words: str) -> None:
+        """On nodes that must come up first."""
         self._note("scale", words)
         for _ in range(count):
-            self._start(self.copy_start_s)
+            self._start(self._node_s + self.copy_start_s)
 
     def remove_copies(self, count: int, words: str) -> None:
         """Those that load first, then the youngest."""

@@ -69,6 +69,8 @@ def runner_configs(config: ClusterConfig, max_model_len: int, device: Device) ->
             graphs=engine.graphs,
             deterministic=engine.deterministic,
             host_kv_bytes=engine.host_kv_bytes,
+            symmetric_memory=engine.symmetric_memory,
+            halved_from=engine.halved_from,
         )
         for rank in range(world)
     ]

@@ -80,9 +80,14 @@ class BlockAllocator:
     def allocate(self, count: int) -> list[int]:
         """Blocks for one new user each; the caller has checked `num_free`. Idle ones lose their content."""
         assert count <= self.num_free, f"{count} blocks asked for, {self.num_free} are free"
-        block_ids = [self._free.pop() if self._free else self._evict() for _ in range(count)]
+        free, num_users = self._free, self._num_users
+        if count <= len(free):
+            block_ids = free[: -count - 1 : -1]
+            del free[len(free) - count :]
+        else:
+            block_ids = [free.pop() if free else self._evict() for _ in range(count)]
         for block_id in block_ids:
-            self._num_users[block_id] = 1
+            num_users[block_id] = 1
         if self.host is not None:
             self.host.given(block_ids)
         return block_ids
@@ -132,19 +137,19 @@ class BlockAllocator:
 
     def release(self, block_ids: Sequence[int]) -> None:
         """One user less for each block of a table, from its end: so a prefix is evicted from its end, too."""
+        num_users, hash_of, free = self._num_users, self._hash_of, self._free
         if self.host is not None:
             self.host.was_used(block_ids)
         for block_id in reversed(block_ids):
-            self._num_users[block_id] -= 1
-            assert self._num_users[block_id] >= 0, f"block {block_id} was released more often than taken"
-            if self._num_users[block_id] == 0:
-                self._set_aside(block_id)
-
-    def _set_aside(self, block_id: int) -> None:
-        if block_id in self._hash_of:
-            self._idle[block_id] = None
-        else:
-            self._free.append(block_id)
+            num_left = num_users[block_id] - 1
+            assert num_left >= 0, f"block {block_id} was released more often than taken"
+            num_users[block_id] = num_left
+            if num_left:
+                continue
+            if block_id in hash_of:
+                self._idle[block_id] = None
+            else:
+                free.append(block_id)
 
     def _evict(self) -> int:
         block_id, _ = self._idle.popitem(last=False)

@@ -38,6 +38,7 @@ class CopyScheduler:
         self._config = config
         self._quarantine = Quarantine()
         self._groups = [_Group(index, config, blocks, self._quarantine) for index, blocks in enumerate(pools)]
+        self._schedulers = [group.scheduler for group in self._groups]
         self._group_of: dict[Hashable, _Group] = {}
         self._queue: WaitingQueue[SequenceRequest] = WaitingQueue()
         self._num_added_total = 0
@@ -60,7 +61,7 @@ class CopyScheduler:
     @property
     def groups(self) -> list[Scheduler]:
         """The schedulers of the groups, in their order."""
-        return [group.scheduler for group in self._groups]
+        return self._schedulers
 
     @property
     def num_unfinished(self) -> int:
@@ -118,19 +119,19 @@ class CopyScheduler:
         """
         if self.num_in_flight >= self._config.max_in_flight:
             return None
-        move = next_move(self._config.speculation, [group.scheduler for group in self._groups])
+        move = next_move(self._config.speculation, self._schedulers)
         if move is Move.WAIT:
             return None
         self._assign()
         most_prompt_tokens = self.most_prompt_tokens()
         built = self._build(move, most_prompt_tokens)
-        if most_prompt_tokens is not None and all(plan is None for plan in built):
+        if most_prompt_tokens is not None and not any(built):
             built = self._build(move, None)  # those who decode wait for blocks: prompts hold up nobody
-        if all(plan is None for plan in built):
+        if not any(built):
             return None
         plans = [
-            group.scheduler.schedule_idle() if plan is None else plan
-            for group, plan in zip(self._groups, built, strict=True)
+            scheduler.schedule_idle() if plan is None else plan
+            for scheduler, plan in zip(self._schedulers, built, strict=True)
         ]
         self._pace.sent(_load(plans))
         if len(plans) == 1:
@@ -168,27 +169,30 @@ class CopyScheduler:
     def _build(self, move: Move, most_prompt_tokens: int | None) -> list[StepPlan | None]:
         is_drafting = move is Move.DRAFT
         return [
-            group.scheduler.build(drafts=is_drafting, most_prompt_tokens=most_prompt_tokens) for group in self._groups
+            scheduler.build(drafts=is_drafting, most_prompt_tokens=most_prompt_tokens) for scheduler in self._schedulers
         ]
 
     def most_prompt_tokens(self) -> int | None:
         """Of each group's next plan; None: all that its budget leaves."""
         if not self._pace.is_limiting:
             return None
-        schedulers = [group.scheduler for group in self._groups]
-        num_prefilling = sum(scheduler.num_prefilling for scheduler in schedulers)
-        num_decoding = sum(scheduler.num_running for scheduler in schedulers) - num_prefilling
+        schedulers = self._schedulers
         # Not those in the queue: for them there is no room, so that they are no prompts of the next step.
-        num_waiting = sum(scheduler.num_waiting for scheduler in schedulers)
+        num_waiting = sum([scheduler.num_waiting for scheduler in schedulers])
+        num_prefilling = sum([scheduler.num_prefilling for scheduler in schedulers])
+        if not num_waiting and not num_prefilling:
+            return None
+        num_decoding = sum([scheduler.num_running for scheduler in schedulers]) - num_prefilling
         num_free_slots = self.num_groups * self._config.max_num_seqs - num_decoding - num_prefilling
         return self._pace.limit(num_decoding, num_prefilling + min(num_waiting, num_free_slots))
 
     def _assign(self) -> None:
         """Give the queue's head to a group as long as one can admit it now."""
+        if not self._queue:
+            return
         groups = self._groups
-        if self._queue:
-            for group in groups:
-                group.count_backlog()
+        for group in groups:
+            group.count_backlog()
         while self._queue and (groups := [group for group in groups if group.has_room]):
             key, request = self._queue.pop()
             hashes = groups[0].hash_blocks(request)
@@ -199,8 +203,8 @@ class CopyScheduler:
 
 def _load(plans: Sequence[StepPlan]) -> StepLoad:
     """Of the step that these plans make."""
-    num_prompt_tokens = max(sum(len(prefill.token_ids) for prefill in plan.prefills) for plan in plans)
-    return StepLoad(sum(len(plan.decodes) for plan in plans), num_prompt_tokens)
+    num_prompt_tokens = max([sum([len(prefill.token_ids) for prefill in plan.prefills]) for plan in plans])
+    return StepLoad(sum([len(plan.decodes) for plan in plans]), num_prompt_tokens)
 
 
 _STATS = [field.name for field in fields(SchedulerStats)]

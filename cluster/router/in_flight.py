@@ -62,6 +62,18 @@ class StepsInFlight:
         """It was sent."""
         self._steps.append(step)
 
+    def passed(self, num_steps: int, running: list[Sequence]) -> None:
+        """So many results were taken, and behind each a plan was sent with a decode of everyone who runs.
+
+        For the planner, which knows many steps at once.
+        """
+        steps = self._steps
+        num_new = min(num_steps, len(steps))
+        first = steps[-1].step + 1 + num_steps - num_new
+        for step in range(first, first + num_new):
+            steps.popleft()
+            steps.append(StepInFlight(step, running.copy(), [], [], running.copy(), []))
+
     def drop_newest(self) -> None:
         """It would not be made any more: for the planner, which knows it before it runs."""
         self._steps.pop()

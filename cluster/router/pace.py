@@ -100,6 +100,20 @@ class PromptPace:
             added_s = max(seconds - self._plain_s, 0.1 * seconds)
             self._token_s = _learn(self._token_s, added_s / load.num_prompt_tokens)
 
+    def took_alike(self, first_s: float, growth_s: float, count: int) -> None:
+        """So many steps like the oldest one under way have, each by `growth_s` longer than the one before.
+
+        Others like them were sent in their places. None of them has prompts. For the planner, which knows many at once.
+        """
+        load = self._in_flight[0]
+        done = 0
+        while done < count and (done < 2 or not self._follows(first_s + done * growth_s, growth_s)):
+            self.took(first_s + done * growth_s)
+            self.sent(load)
+            done += 1
+        if self._plain_s and done < count:
+            self._plain_s = _learn_alike(self._plain_s, first_s + (count - 1) * growth_s, growth_s, count - done)
+
     def are_under_way(self, loads: Iterable[StepLoad]) -> None:
         """These steps are, and no others: for the planner, which knows many steps at once."""
         self._in_flight = deque(loads)
@@ -107,6 +121,11 @@ class PromptPace:
     def lost(self) -> None:
         """Steps under way have no results any more."""
         self._in_flight.clear()
+
+    def _follows(self, seconds: float, growth_s: float) -> bool:
+        """Steps from this one on are no outliers, and so much alike that they can be learnt together."""
+        known = self._plain_s
+        return known is not None and 0.5 < seconds / known < 2.0 and growth_s < 1e-4 * seconds
 
     def _is_like(self, num_decodes: int) -> bool:
         """What is known of steps without prompts holds for so many decodes, more or less."""
@@ -118,3 +137,30 @@ def _learn(known: float | None, new: float) -> float:
     if not known:
         return new
     return known * math.pow(min(max(new / known, 0.5), 2.0), RATE)
+
+
+def _learn_alike(known: float, last_s: float, growth_s: float, count: int) -> float:
+    """`_learn` of so many steps, of which each was by `growth_s` longer than the one before.
+
+    In logarithms it is a mean with weights that fall by `1 - RATE` with each step; they are of `last_s` times (1 - i x)
+    for small x, so that the first two terms of its series are enough.
+    """
+    keeps = (1 - RATE) ** count
+    x = growth_s / last_s
+    place = min(count, len(_MOMENTS) - 1)
+    first, second = _MOMENTS[place]
+    return math.exp(keeps * math.log(known) + (1 - keeps) * math.log(last_s) - x * first - x * x / 2 * second)
+
+
+def _moments(most: int) -> list[tuple[float, float]]:
+    """For each number of steps, the sums of i and of i², weighted as `_learn` weighs the step i before the last."""
+    sums, first, second = [(0.0, 0.0)], 0.0, 0.0
+    for index in range(most):
+        weight = RATE * (1 - RATE) ** index
+        first, second = first + weight * index, second + weight * index * index
+        sums.append((first, second))
+    return sums
+
+
+_MOMENTS = _moments(128)
+"""Behind so many steps nothing changes any more."""

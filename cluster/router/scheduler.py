@@ -109,7 +109,7 @@ class Scheduler:
     @property
     def num_prefilling(self) -> int:
         """Running sequences some of whose known tokens are in no plan yet."""
-        return sum(seq.is_prefilling for seq in self._slots.running)
+        return sum([seq.num_computed < seq.prefill_end for seq in self._slots.running])
 
     @property
     def num_in_flight(self) -> int:
@@ -289,6 +289,11 @@ class Scheduler:
             self._wait(seq)
         return num_lost_tokens
 
+    def passed(self, num_steps: int) -> None:
+        """See `StepsInFlight.passed`."""
+        self._next_step += num_steps
+        self._in_flight.passed(num_steps, list(self._slots.running))
+
     @property
     def computing(self) -> list[Sequence]:
         """The unfinished sequences of whom plans under way compute a token."""
@@ -319,9 +324,9 @@ class Scheduler:
             # Only where it is prefilled, too: a step that computes nothing is not sent, and would tell nobody.
             if seq.must_reopen and not (step.can_prefill and self._reopen(seq, step)):
                 continue
-            if seq.is_prefilling:
+            if seq.num_computed < seq.prefill_end:
                 prefilling.append(seq)
-            elif seq.can_sample_more and self._make_room(seq, step):
+            elif len(seq.output_ids) + seq.num_pending < seq.max_output and self._make_room(seq, step):
                 step.decode(seq)
         return prefilling
 

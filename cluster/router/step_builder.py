@@ -143,11 +143,16 @@ class StepBuilder:
 
     def in_flight(self, step: int) -> StepInFlight:
         """What is kept until the result is back."""
-        sampled = [seq for prefill, seq in zip(self.prefills, self.prefilled, strict=True) if prefill.sample]
-        chunks = enumerate(zip(self.prefills, self.prefilled, strict=True))
-        scored = [(index, seq, prefill.start) for index, (prefill, seq) in chunks if prefill.score is not None]
-        computed = self.prefilled + self.decoded
-        return StepInFlight(step, sampled + self.decoded, self.admitted, scored, computed, self.drafted)
+        decoded = self.decoded
+        if not self.prefills:
+            return StepInFlight(step, decoded, self.admitted, [], decoded.copy(), self.drafted)
+        sampled, scored = [], []
+        for index, (prefill, seq) in enumerate(zip(self.prefills, self.prefilled, strict=True)):
+            if prefill.sample:
+                sampled.append(seq)
+            if prefill.score is not None:
+                scored.append((index, seq, prefill.start))
+        return StepInFlight(step, sampled + decoded, self.admitted, scored, self.prefilled + decoded, self.drafted)
 
 
 def _score(seq: Sequence, start: int, end: int) -> Score | None:

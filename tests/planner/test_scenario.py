@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
+
 import pytest
 
+from cluster.errors import ConfigError
+from cluster.planner.cell import Scenario
+from cluster.planner.command import add_plan_command, make_plan
 from cluster.planner.devices import find_device, published_kernels
 from cluster.planner.fleet import Fleet
 from cluster.planner.layouts import Candidate, Fit, Limits, fit
 from cluster.planner.load import DrawnLoad
 from cluster.planner.operations import known_operations
 from cluster.planner.scaling import Autoscaler
-from cluster.planner.scenario import Course, Scenario, follow
+from cluster.planner.scenario import Course, follow
 from cluster.planner.setting import Setting
 from cluster.planner.simulate import copy_maker
 from cluster.planner.upsets import Operator, Upset
@@ -20,7 +25,7 @@ from workers.layout import ParallelLayout
 
 H200 = find_device("h200")
 SETTING = Setting(model=QWEN3_235B, device=H200, kernels=published_kernels())
-OPERATIONS = known_operations()
+OPERATIONS = known_operations(node_s=0.0)
 LIMITS = Limits(max_num_seqs=16, max_num_batched_tokens=2048, context=4096)
 LOAD = DrawnLoad(rate_per_s=1.0, lengths=Lengths(prompt=200, thinking=200, answer=50))
 
@@ -58,6 +63,36 @@ def test_requests_of_a_lost_rank_stand_still_until_it_is_back_and_are_computed_a
         assert flight.num_moves == 0
     # Prompts and what had come of the outputs: at most three seconds of it.
     assert 4 * 100 < fleet.copies["copy-1"].work.recomputed_tokens < 4 * (100 + 150)
+
+
+def test_a_silent_rank_is_noticed_when_a_step_has_lasted_too_long_and_takes_requests_until_then() -> None:
+    fleet, operator = fleet_of(1)
+    operator.arrange(Upset(time_s=3.0, kind="silent-rank"))
+
+    fleet.run(arrivals(8, every_s=1.0))
+
+    back_s = 3.0 + OPERATIONS.router.step_timeout_s + OPERATIONS.starting.rank_s(copies_of(1))
+    for flight in fleet.flights[:3]:
+        ((since_s, until_s),) = flight.pauses
+        assert since_s == 3.0
+        assert until_s == pytest.approx(back_s, abs=1.0)
+    for flight in fleet.flights[4:]:  # they came when nobody knew
+        assert not flight.was_refused
+        assert flight.first_token_s == pytest.approx(back_s, abs=1.0)
+
+
+def test_a_copy_that_autoscaling_adds_waits_for_its_node() -> None:
+    ready_at: list[float] = []
+    for node_s in (0.0, 120.0):
+        fleet, _ = fleet_of(1)
+        operator = Operator(fleet, copies_of(1), H200, known_operations(node_s=node_s))
+        operator.add_copies(1, "one more")
+        fleet.run(arrivals(300, every_s=1.0), until_s=operator.copy_start_s + node_s - 1.0)
+        assert sum(copy.is_open for copy in fleet.copies.values()) == 1
+        fleet.run(arrivals(300, every_s=1.0), until_s=operator.copy_start_s + node_s + 1.0)
+        ready_at.append(fleet.now_s)
+        assert sum(copy.is_open for copy in fleet.copies.values()) == 2
+    assert ready_at[1] - ready_at[0] == pytest.approx(120.0, abs=2.0)
 
 
 def test_requests_of_a_lost_router_go_on_at_another_copy_at_once() -> None:
@@ -143,6 +178,19 @@ def test_columns_of_a_course_are_of_one_length_and_count_every_request() -> None
     assert effect.settled_after_s > OPERATIONS.starting.rank_s(copies_of(1)) - 2.0  # it is looked every two seconds
 
 
+def test_each_part_of_the_control_plane_is_told_of_its_own_busiest_moment() -> None:
+    result = course(2, Upset(time_s=100.0, kind="lose-router"))
+
+    used = {part.part: part.used for part in result.parts}
+    assert used["busiest Router's core"] == max(result.series["router_cpu"])
+    assert used["gateway's core"] == max(result.series["gateway_cpu"])
+    # One Router with the streams of two is at its busiest when the fleet as a whole is not.
+    most = max(result.series["output_tokens_per_s"])
+    assert result.series["router_cpu"][result.series["output_tokens_per_s"].index(most)] < max(
+        result.series["router_cpu"]
+    )
+
+
 def test_a_doubled_load_comes_twice_as_often() -> None:
     series = course(2, Upset(time_s=150.0, kind="double-load")).series
 
@@ -157,6 +205,41 @@ def test_the_same_seed_gives_the_same_course() -> None:
 
     assert one["series"] == other["series"]
     assert one["events"] == other["events"]
+
+
+def test_cells_give_the_same_course_in_however_many_processes() -> None:
+    scenario = Scenario(
+        duration_s=60,
+        upsets=[Upset(time_s=20.0, kind="lose-router"), Upset(time_s=40.0, kind="double-load")],
+        num_cells=2,
+    )
+
+    one, other = (
+        follow(SETTING, copies_of(4), LOAD, scenario, OPERATIONS, num_processes=count).as_json() for count in (1, 2)
+    )
+
+    for course in (one, other):
+        del course["simulation"]["wall_s"], course["simulation"]["cpu_s"], course["simulation"]["requests_per_minute"]
+    assert one == other
+    assert max(one["series"]["copies"]) == 4
+    assert sum(one["series"]["arrivals"]) == pytest.approx(60 + 20, rel=0.3)  # both cells' parts, and twice of it
+    assert len(one["events"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["--copies", "4", "--cells", "3"], "--copies 4 is not divisible by --cells 3"),
+        (["--copies", "4", "--cells", "2", "--gateways", "5"], "--gateways 5 is not divisible by --cells 2"),
+        (["--copies", "4", "--node-start", "2m"], "--node-start is of copies that autoscaling adds"),
+    ],
+)
+def test_a_fleet_that_cannot_be_split_is_refused(words: list[str], problem: str) -> None:
+    parser = argparse.ArgumentParser()
+    add_plan_command(parser)
+
+    with pytest.raises(ConfigError, match=problem):
+        make_plan(parser.parse_args(["qwen3-235b", "--gpus", "16", "--rate", "1/s", "--for", "60s", *words]))
 
 
 def test_tenants_share_the_load_unevenly_and_are_told_one_by_one() -> None:
