@@ -10,6 +10,7 @@ import pytest
 from cluster.config import ClusterConfig, parse_config, read_config
 from cluster.errors import ConfigError
 from cluster.flags import add_serve_flags, builtin_model, config_from_flags
+from cluster.router.assembly import runner_configs
 
 
 def config_of(*flags: str, fallbacks: dict[str, int] | None = None) -> ClusterConfig:
@@ -50,6 +51,12 @@ def test_a_layout_comes_from_its_three_flags() -> None:
     assert (engine.layout.world_size, engine.layout.ep, engine.redundant_experts) == (8, 4, 8)
 
 
+def test_every_rank_is_told_how_it_computes() -> None:
+    config = config_of("--deterministic", "--graphs", "piecewise", "--kv-dtype", "fp8", "--tp", "2")
+    for runner in runner_configs(config, 4096, "cuda"):
+        assert (runner.deterministic, runner.graphs, runner.kv_dtype) == (True, "piecewise", "fp8")
+
+
 def test_gateways_and_routers_have_metrics_ports_of_their_own() -> None:
     config = config_of("--metrics-port", "7000", "--router-metrics-port", "7001", "--copies", "2")
 
@@ -70,6 +77,9 @@ def test_a_model_is_named_after_its_directory() -> None:
         ({"engine": {"dp": 0}}, "engine.dp"),
         ({"engine": {"tp": 2, "dp": 2, "expert_tp": 3}}, "expert_tp 3 does not divide tp 2 * dp 2 = 4 ranks"),
         ({"engine": {"redundant_experts": -1}}, "engine.redundant_experts"),
+        ({"engine": {"kv_dtype": "fp8", "device": "cpu"}}, "engine: kv_dtype fp8 needs a GPU"),
+        ({"engine": {"deterministic": True, "redundant_experts": 2}}, "engine: deterministic allows no redundant"),
+        ({"engine": {"graphs": "some"}}, "engine.graphs"),
         ({"engine": {"typo": 1}}, "engine.typo"),
         ({"engine": {"max_num_seqs": 64, "max_num_batched_tokens": 32}}, "max_num_batched_tokens 32"),
         ({"engine": {"host_kv_bytes": 1, "enable_prefix_cache": False}}, "host_kv_bytes needs enable_prefix_cache"),

@@ -21,6 +21,15 @@ class Bucket:
     longest: int
     """Keys of the longest sequence."""
 
+    @property
+    def is_affordable(self) -> bool:
+        """Whether its partial sums are of a size to keep."""
+        return self.num_rows * self.longest <= MAX_KEYS
+
+
+MAX_KEYS = 2**24
+"""Rows times bound: attention keeps partial sums for all of them, some 64 bytes for each."""
+
 
 class Buckets:
     """All sizes of a rank."""
@@ -31,20 +40,20 @@ class Buckets:
 
     def __iter__(self) -> Iterator[Bucket]:
         """The largest first: what is recorded later then fits into memory that they have."""
-        return (Bucket(rows, length) for length in reversed(self.lengths) for rows in reversed(self.row_sizes))
+        sizes = (Bucket(rows, length) for length in reversed(self.lengths) for rows in reversed(self.row_sizes))
+        return (bucket for bucket in sizes if bucket.is_affordable)
 
-    def __len__(self) -> int:
-        return len(self.row_sizes) * len(self.lengths)
+    def bucket_for(self, num_rows: int, longest: int) -> Bucket | None:
+        """The smallest for so many rows, of which the longest sees so many keys; None where there is none."""
+        rows, length = self.rows_for(num_rows), _at_least(self.lengths, longest)
+        if rows is None or length is None:
+            return None
+        bucket = Bucket(rows, length)
+        return bucket if bucket.is_affordable else None
 
     def rows_for(self, num_rows: int) -> int | None:
         """The smallest size for so many rows; None where there is none."""
         return _at_least(self.row_sizes, num_rows)
-
-    def length_for(self, longest: int) -> int:
-        """The smallest bound for a sequence that the model has room for."""
-        length = _at_least(self.lengths, longest)
-        assert length is not None, f"no sequence has {longest} tokens"
-        return length
 
 
 def _at_least(sizes: list[int], wanted: int) -> int | None:

@@ -116,15 +116,16 @@ class DecodeSteps:
     def prepare(self) -> Prepared:
         """Run each bucket once, which compiles and loads its kernels, and record it. All ranks do it together."""
         start, told_at = time.monotonic(), time.monotonic()
-        for index, bucket in enumerate(self._buckets):
+        buckets = list(self._buckets)
+        for index, bucket in enumerate(buckets):
             self._upload.write(self._padding[: bucket.num_rows])
             self._compute(bucket)
             self._record(bucket)
             if time.monotonic() - told_at > PROGRESS_INTERVAL_S:
                 told_at = time.monotonic()
-                log.info("decode steps: %d of %d sizes are recorded", index + 1, len(self._buckets))
+                log.info("decode steps: %d of %d sizes are recorded", index + 1, len(buckets))
         return Prepared(
-            num_graphs=len(self._buckets),
+            num_graphs=len(buckets),
             num_bytes=self._recorder.num_bytes,
             seconds=time.monotonic() - start,
         )
@@ -136,15 +137,14 @@ class DecodeSteps:
     def bucket_for(self, plan: StepPlan) -> Bucket | None:
         """The smallest that the plan fits in; None where it takes the long way. Ranks of a group agree on it."""
         groups = plan.group_tokens or [plan.num_tokens]
-        num_rows = self._buckets.rows_for(max(groups))
-        if num_rows is None or plan.prefills or not max(groups):
+        if plan.prefills or not max(groups):
             return None
         slots = np.array(plan.decodes, dtype=np.int64)
         if not self._sampler.is_plainly_drawn(slots, NUM_CANDIDATES):
             return None
         longest = int(self._slots.num_computed[slots].max(initial=0)) + 1
         longest += max((len(draft.token_ids) for draft in plan.drafts), default=0)
-        return Bucket(num_rows, self._buckets.length_for(min(longest, self._slots.max_model_len)))
+        return self._buckets.bucket_for(max(groups), min(longest, self._slots.max_model_len))
 
     def run(self, plan: StepPlan, bucket: Bucket) -> tuple[Tensor, SequenceRows]:
         """Take the plan's rows through the model. Returns their tokens, [B], still on the device, and whose they are.

@@ -1,6 +1,6 @@
 """Recording what a step does on a device, to do it again without saying it again: CUDA graphs.
 
-A step of 94 layers is some two thousand launches, and each costs the host as long as the device needs for it. What is
+A step of 94 layers is some two thousand launches, and each costs the host microseconds, as it does the device. What is
 recorded reads and writes the same memory each time, and looks at no value. On a CPU nothing is recorded: the same step
 is computed each time, from the same buffers, so that tests see all but the replay itself.
 """
