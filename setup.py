@@ -4,9 +4,12 @@ One library per instruction set, so that no function of the one can be linked in
 compiler with OpenMP and nothing else. Where there is none the package installs without them, and torch computes.
 """
 
+import os
+from copy import copy
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 SOURCE_DIR = Path("workers/kernels/cpu/native")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -21,8 +24,19 @@ INSTRUCTION_SETS = {
 # GCC 12's own intrinsics look uninitialised to it.
 FLAGS = ["-std=c++17", "-O3", "-fopenmp", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 
+
+class BuildApart(build_ext):
+    """Each library has a folder of its own for object files: they have the same names, and are made at once."""
+
+    def build_extension(self, ext):
+        apart = copy(self)
+        apart.build_temp = str(Path(self.build_temp) / ext.name)
+        build_ext.build_extension(apart, ext)
+
+
 setup(
-    # One after the other: in parallel they would overwrite each other's object files, which have the same names.
+    cmdclass={"build_ext": BuildApart},
+    options={"build_ext": {"parallel": os.cpu_count()}},
     ext_modules=[
         Extension(
             f"workers.kernels.cpu.native_{name}",

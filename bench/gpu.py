@@ -6,7 +6,8 @@
 
 First the machine's ceilings: a copy's bandwidth, bf16 and FP8 products. Then every kernel: error against its reference,
 GB/s and TFLOP/s, and how much of the time a perfect kernel would take. Then rank slices: the whole decode step of one
-rank of Qwen3-235B and of Qwen3-4B, in a CUDA graph. What has not been measured on a GPU is not in `results`.
+rank of Qwen3-235B and of Qwen3-4B, in a CUDA graph. Then the server from end to end, with the whole 4B and a model of
+the 30B-A3B's shape. What has not been measured on a GPU is not in `results`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 
+from bench.gpu_serving import servings
 from bench.report import Spread, machine, versions, write
 
 WARM_UPS = 3
@@ -27,6 +29,9 @@ RUNS = 11
 LAUNCHES_PER_GRAPH = 24
 SLICE_LOADS = ((1, 4096), (8, 4096), (32, 4096), (64, 4096), (128, 4096), (256, 4096), (8, 32768), (2, 131072))
 PROMPT = 8192
+PARTS = ("kernels", "slices", "servings")
+KERNELS_SHARE, SLICES_SHARE = 0.4, 0.7
+"""Of the time, at which each ends."""
 COMMUNICATION = (0.0, 1.0, 2.0)
 """Times the published latency."""
 
@@ -194,6 +199,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     parser.add_argument("--minutes", type=float, default=8.5, help="after which what is left is skipped")
+    parser.add_argument("--parts", default=",".join(PARTS), help="some of them (default: %(default)s)")
     parser.add_argument("--build", action="store_true", help="compile for Hopper, and run nothing")
     arguments = parser.parse_args()
     if arguments.build:
@@ -209,21 +215,29 @@ def main() -> None:
             parser.error("there is no GPU here; TRITON_INTERPRET=1 runs tiny sizes in Triton's interpreter")
         os.environ |= {"MULL_GPU_KERNELS": "interpret", "MULL_CPU_KERNELS": "torch"}
         print("no GPU: tiny sizes in Triton's interpreter; this shows that the bench works, its times mean nothing")
-    print_and_write(device, arguments.out, time.monotonic() + 60 * arguments.minutes)
+    parts = arguments.parts.split(",")
+    print_and_write(device, arguments.out, time.monotonic() + 60 * arguments.minutes, parts)
+    if arguments.out is not None:
+        from bench.gpu_plot import draw
+
+        draw(arguments.out)
 
 
-def print_and_write(device: torch.device, out: Path | None, until: float) -> None:
+def print_and_write(device: torch.device, out: Path | None, until: float, parts: list[str]) -> None:
     """Rows as they come; the file has all of them."""
     about = machine() | {"gpu": torch.cuda.get_device_name() if device.type == "cuda" else None}
     found = ceilings(device)
     print(about, versions("torch", "triton"), {name: f"{value:.4g}" for name, value in found.items()}, sep="\n")
     results: dict[str, Any] = {"machine": about, "versions": versions("torch", "triton"), "ceilings": found}
-    # A third of the time is the slices'.
     now = time.monotonic()
+    left = until - now
     for name, rows in (
-        ("kernels", kernels(device, found, now + (until - now) * 2 / 3)),
-        ("slices", slices(device, found, until)),
+        ("kernels", kernels(device, found, now + KERNELS_SHARE * left)),
+        ("slices", slices(device, found, now + SLICES_SHARE * left)),
+        ("servings", servings(device, until)),
     ):
+        if name not in parts:
+            continue
         results[name] = []
         for row in rows:
             results[name].append(row)

@@ -94,6 +94,17 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 4,
         "moe_intermediate_size": 512,
     },
+    "30b-a3b": {
+        **MOE,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+    },
     "235b": {
         **MOE,
         "hidden_size": 4096,

@@ -47,7 +47,8 @@ def check_context(config: ClusterConfig, model: ModelConfig) -> None:
     kv_bytes = engine.kv_memory_bytes or (CPU_KV_BYTES if engine.device == "cpu" else None)
     if kv_bytes is None:
         return
-    itemsize = 4 if engine.device == "cpu" else 2
+    computed = 4 if engine.device == "cpu" else 2
+    itemsize = {"auto": computed, "bf16": 2, "fp8": 1}[engine.kv_dtype]
     block_bytes = engine.block_size * kv_token_bytes(model, ShardSpec(engine.layout, 0), itemsize)
     needed_bytes = -(-asked // engine.block_size) * block_bytes
     if needed_bytes > kv_bytes:

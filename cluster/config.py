@@ -62,6 +62,11 @@ class EngineConfig(_Part):
     kv_memory_bytes: int | None = Field(None, ge=1)
     """KV pool of one rank; None sizes it from free memory on a GPU and takes 256 MiB on a CPU."""
     enable_prefix_cache: bool = True
+    halved_from: int | None = Field(None, ge=0)
+    """Tokens of an attention group from which on, with dp above 1, a step is computed as two halves: one computes while
+    the other's tokens travel to their experts. 0: none is; None: from 1,024 on a GPU, and none on a CPU."""
+    symmetric_memory: bool = True
+    """GPUs of one host may do small sums by reading each other's memory; false: through NCCL alone."""
     kv_dtype: Literal["auto", "bf16", "fp8"] = "auto"
     """How keys and values are kept: as computed, which is fp32 on a CPU and bf16 on a GPU, or rounded to half of those
     bytes: to bf16 on a CPU, to e4m3 (fp8) on a GPU."""

@@ -74,6 +74,7 @@ def test_a_context_that_kv_memory_does_not_hold_is_refused_naming_what_would_do(
     with pytest.raises(ConfigError, match=f"512 needs {needed_bytes // 4} bytes"):
         context(moe, max_model_len=512, tp=2, kv_memory_bytes=needed_bytes // 4 - 1)
     context(moe, max_model_len=512, device="cpu", kv_memory_bytes=needed_bytes)
+    context(moe, max_model_len=512, device="cpu", kv_memory_bytes=needed_bytes // 2, kv_dtype="bf16")
     context(moe, max_model_len=512, device="cpu")
 
 

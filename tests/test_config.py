@@ -72,6 +72,7 @@ def test_a_model_is_named_after_its_directory() -> None:
         ({"engine": {"redundant_experts": -1}}, "engine.redundant_experts"),
         ({"engine": {"typo": 1}}, "engine.typo"),
         ({"engine": {"max_num_seqs": 64, "max_num_batched_tokens": 32}}, "max_num_batched_tokens 32"),
+        ({"engine": {"host_kv_bytes": 1, "enable_prefix_cache": False}}, "host_kv_bytes needs enable_prefix_cache"),
         ({"gateway": {"grpc_port": 70000}}, "gateway.grpc_port"),
         ({"gateway": {"grpc_port": 7000, "metrics_port": 7000}}, "both 7000"),
         ({"router": {"metrics_port": 9460, "copies": 8}}, "gateway.metrics_port 9464 is one of the Routers' metrics"),

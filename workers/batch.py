@@ -92,6 +92,11 @@ class ForwardBatch:
     """Rows that are there for a fixed shape alone, and go to no expert; None: there are none."""
 
     @property
+    def has_scores(self) -> bool:
+        """Somebody asks for logprobs of a prompt."""
+        return self.scored_rows_S is not None
+
+    @property
     def is_every_row_sampled(self) -> bool:
         """A step of decodes alone."""
         return self.ends is None and self.scored_rows_S is None and len(self.sample_slots) > 0

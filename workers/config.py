@@ -148,6 +148,11 @@ class RunnerConfig:
     block_size: int = 32
     kv_memory_bytes: int | None = None
     """KV pool of this rank; None takes a share of the free memory on a GPU and 256 MiB on a CPU."""
+    halved_from: int | None = None
+    """Tokens of the fullest attention group from which on a step is computed as two halves, of which one computes while
+    the other's tokens travel to their experts. 0: none is; None: large ones on a GPU."""
+    symmetric_memory: bool = True
+    """GPUs of one host may sum by reading each other's memory."""
     host_kv_bytes: int = 0
     """Host memory of this rank for KV whose blocks are needed for others; 0: that is computed again."""
 

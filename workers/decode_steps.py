@@ -130,7 +130,7 @@ class DecodeSteps:
         )
 
     def forget(self) -> None:
-        """What was recorded routes tokens to where experts were; each size is recorded again when it comes."""
+        """Nothing is recorded any more, as it routes tokens to where experts were; each size will be when it comes."""
         self._recorded.clear()
 
     def bucket_for(self, plan: StepPlan) -> Bucket | None:

@@ -69,9 +69,11 @@ class HostKV:
     """Blocks of a KV pool in the host's memory: [num_blocks, L, X, block_size, D], a block in one piece."""
 
     def __init__(self, kv: KVPool, num_blocks: int, stream: CopyStream | None = None) -> None:
-        first = kv.layers[0]
-        shape = (len(kv.layers), first.shape[0], *first.shape[2:])
-        self._kv, self.num_blocks = kv, num_blocks
+        # Not every device gathers e4m3.
+        self._caches = [layer.view(torch.uint8) if layer.itemsize == 1 else layer for layer in kv.layers]
+        first = self._caches[0]
+        shape = (len(self._caches), first.shape[0], *first.shape[2:])
+        self.num_blocks = num_blocks
         self._device = first.device
         self._stream = stream or (CudaStream(first.device) if first.is_cuda else NoStream())
         self._blocks = torch.zeros(num_blocks, *shape, dtype=first.dtype, pin_memory=first.is_cuda)
@@ -83,11 +85,6 @@ class HostKV:
     @property
     def nbytes(self) -> int:
         return self._blocks.nbytes
-
-    @property
-    def num_kv_tokens(self) -> int:
-        """Of the pool on the device."""
-        return self._kv.layers[0].shape[1] * self._kv.layers[0].shape[2]
 
     def move(self, plan: StepPlan) -> None:
         """Queue the copies of a plan. Afterwards it may be computed. Raises PlanError where a block does not exist.
@@ -111,13 +108,14 @@ class HostKV:
     def free(self) -> None:
         """Give the memory back."""
         self._blocks = self._outgoing = self._incoming = torch.empty(0)
+        self._caches = []
 
     def _offload(self, pairs: list[tuple[int, int]]) -> None:
         """The pool's blocks may be written over as soon as they are gathered, which computing does itself."""
         self._stream.hold_compute()  # the staging buffer may be on its way still
         ids_n = self._ids([block_id for block_id, _ in pairs])
         staged = self._outgoing[: len(pairs)]
-        for layer, cache in enumerate(self._kv.layers):
+        for layer, cache in enumerate(self._caches):
             staged[:, layer] = cache.index_select(1, ids_n).transpose(0, 1)
         with self._stream.after_compute():
             for place, (_, host_id) in enumerate(pairs):
@@ -130,7 +128,7 @@ class HostKV:
             staged = self._incoming[: len(pairs)]
             for place, (host_id, _) in enumerate(pairs):
                 staged[place].copy_(self._blocks[host_id], non_blocking=True)
-            for layer, cache in enumerate(self._kv.layers):
+            for layer, cache in enumerate(self._caches):
                 cache.index_copy_(1, ids_n, staged[:, layer].transpose(0, 1))
 
     def _ids(self, ids: list[int]) -> Tensor:
@@ -141,7 +139,7 @@ class HostKV:
         return on_host.pin_memory().to(self._device, non_blocking=True)
 
     def _check(self, plan: StepPlan) -> None:
-        num_device = self._kv.layers[0].shape[1]
+        num_device = self._caches[0].shape[1]
         pairs = [*plan.offload, *((block_id, host_id) for host_id, block_id in plan.fetch)]
         for block_id, host_id in pairs:
             if not (0 <= block_id < num_device and 0 <= host_id < self.num_blocks):
@@ -164,9 +162,10 @@ def open_host_kv(config: RunnerConfig, kv: KVPool, bytes_per_block: int, world: 
     return HostKV(kv, world.minimum(config.host_kv_bytes // bytes_per_block, kv.layers[0].device))
 
 
-def measure(host: HostKV, config: RunnerConfig, execute: Callable[[StepPlan], object]) -> HostMemory:
+def measure(host: HostKV, config: RunnerConfig, num_blocks: int, execute: Callable[[StepPlan], object]) -> HostMemory:
     """Whether copies pay, on this machine with this model: all ranks of the copy measure together, with slot 0."""
-    num_tokens = min(NUM_TOKENS, config.max_num_batched_tokens, config.max_model_len - 1, host.num_kv_tokens - 1)
+    num_kv_tokens = num_blocks * config.block_size
+    num_tokens = min(NUM_TOKENS, config.max_num_batched_tokens, config.max_model_len - 1, num_kv_tokens - 1)
     blocks = list(range(-(-(num_tokens + 1) // config.block_size)))
     groups = config.layout.dp
     prefill = Prefill(slot=0, start=0, token_ids=[0] * num_tokens, sample=True)

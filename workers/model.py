@@ -87,6 +87,11 @@ class DecoderLayer:
         x_RH = x_TH.index_select(0, rows_R)
         return x_RH.add_(self._feed_forward(x_RH, attended_RH, dispatcher))
 
+    def to_experts(self, x_TH: Tensor, delta_TH: Tensor | None, batch: ForwardBatch, kv: KVPool) -> Tensor:
+        """Up to the gate: adds `delta_TH` and attention to x_TH in place. Returns what experts are chosen for."""
+        attended_TH = self.tp.all_reduce(self._attend(x_TH, delta_TH, batch, kv))
+        return add_rms_norm(x_TH, attended_TH, self.post_norm, self.eps)
+
     def assist(self, x_0H: Tensor, dispatcher: Dispatcher[Any]) -> None:
         """Compute this rank's experts for the tokens of other groups: this one has none."""
         if isinstance(self.feed_forward, ExpertLayer):
@@ -169,9 +174,18 @@ class Decoder:
 
     def assist(self, group_tokens: list[int]) -> None:
         """Take part in a step in which this group has no tokens, and others have."""
-        dispatcher, x_0H = self._dispatcher(group_tokens), self.norm.new_empty(0, len(self.norm))
+        dispatcher = self._dispatcher(group_tokens)
         for layer in self.layers:
-            layer.assist(x_0H, dispatcher)
+            layer.assist(self.no_rows, dispatcher)
+
+    @property
+    def no_rows(self) -> Tensor:
+        """[0, H]"""
+        return self.norm.new_empty(0, len(self.norm))
+
+    def uneven_dispatcher(self) -> Dispatcher[Any]:
+        """For rows of any number in any group."""
+        return self.traffic.metered(self.choice.over_tp(self.choice.all_to_all()))
 
     def _dispatcher(self, group_tokens: list[int]) -> Dispatcher[Any]:
         return self.traffic.metered(self.choice.for_step(group_tokens))

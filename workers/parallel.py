@@ -5,14 +5,22 @@ Passed to whoever communicates. Every wait is bounded by the timeout given when 
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # its stubs do not re-export it
 
 from workers.host_group import share_memory
 from workers.layout import ParallelLayout
 from workers.rank_group import RankGroup
+from workers.symmetric_group import share_symmetric_memory
+
+NCCL_ERRORS = ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+"""A lost connection or a late rank shall neither end this process, with the weights that it could keep, nor abort the
+collectives, behind which it would compute on garbage and answer. It waits: the Router names the rank that the others
+wait for, and has them abort."""
 
 
 class ParallelState:
@@ -37,18 +45,37 @@ class ParallelState:
 
     @classmethod
     def connect(
-        cls, rank: int, layout: ParallelLayout, store_host: str, store_port: int, device: str, timeout_s: float
+        cls,
+        rank: int,
+        layout: ParallelLayout,
+        store_host: str,
+        store_port: int,
+        device: str,
+        timeout_s: float,
+        *,
+        symmetric_memory: bool = True,
     ) -> ParallelState:
-        """Meet the other ranks at a TCPStore that someone else serves; every wait, later ones too, is bounded."""
+        """Meet the other ranks at a TCPStore that someone else serves; every wait, later ones too, is bounded.
+
+        `symmetric_memory`: GPUs of one host may sum by reading each other's memory.
+        """
         timeout = timedelta(seconds=timeout_s)
         store = TCPStore(store_host, store_port, world_size=None, is_master=False, timeout=timeout)
         backend = "nccl" if device == "cuda" else "gloo"
+        os.environ.setdefault(*NCCL_ERRORS)
         size = layout.world_size
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         world = RankGroup(rank, size, dist.group.WORLD)
         if device == "cpu" and size > 1:
             world = share_memory(world, timeout_s)
-        return cls(rank, layout, world, _attention_group(rank, layout, world, timeout))
+        tp = _attention_group(rank, layout, world, timeout)
+        if device == "cuda" and symmetric_memory:
+            cuda = torch.device("cuda", rank % torch.cuda.device_count())
+            torch.cuda.set_device(cuda)
+            # Where groups are several, sums of all ranks are of rows on their way to experts: few, and large.
+            tp = share_symmetric_memory(tp, cuda)
+            world = tp if layout.dp == 1 else world
+        return cls(rank, layout, world, tp)
 
     def regrouped(self, layout: ParallelLayout, timeout_s: float) -> ParallelState:
         """The same ranks in other groups; all of them call this together."""

@@ -17,7 +17,7 @@ import psutil
 import torch
 
 from workers.allocator import keep_freed_memory
-from workers.batch import BatchBuilder, PromptLayout
+from workers.batch import BatchBuilder, ForwardBatch, PromptLayout
 from workers.buckets import Buckets
 from workers.candidates import CandidateExchange
 from workers.checkpoint import Checkpoint, Progress, no_progress
@@ -43,8 +43,12 @@ from workers.slots import Ints, SlotStates
 from workers.step import OpenSlot, PlacementUpdate, Prefill, SamplingParams, StepPlan, StepResult, TokenLogprobs
 from workers.threads import ThreadChooser
 from workers.transfers import Arrival, Here, fetching_from, to_device
+from workers.two_halves import HalvedBatch, forward_halves, travel_on
 
 log = logging.getLogger(__name__)
+
+HALVED_FROM = 1024
+"""On a GPU. Fewer rows take less time to travel than a second launch of each kernel takes."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +164,7 @@ class ModelRunner:
         self.experts = PlacedExperts(self.decoder.expert_layers, config.spec, parallel.world)
         self.last_tokens = torch.zeros(config.max_num_seqs + num_spare, dtype=torch.int64, device=self.device)
         self._fetch = fetching_from(self.device)
+        self._halved_from, self._travel = _halved_from(config, self.model, self.device), travel_on(self.device)
         self._finished_s = 0.0
         self._decode_steps: DecodeSteps | None = None
         self._warm_up()
@@ -167,7 +172,9 @@ class ModelRunner:
             shared = (self.decoder, self.sampler, self.batches, self.kv, self.last_tokens)
             self._decode_steps = DecodeSteps(*shared, buckets, recorder, config.layout.dp)
             self._prepare(self._decode_steps)
-        self.host_memory = None if self.host_kv is None else measure(self.host_kv, config, self.execute)
+        self.host_memory = None
+        if self.host_kv is not None:
+            self.host_memory = measure(self.host_kv, config, self.num_blocks, self.execute)
 
     @property
     def weights(self) -> dict[str, Weight] | None:
@@ -185,6 +192,8 @@ class ModelRunner:
 
     def leave(self) -> None:
         """Leave the group and free the KV; only `weights` are of use afterwards."""
+        if self._decode_steps is not None:
+            self._decode_steps.forget()  # what is recorded holds memory, and the group's channels
         self.parallel.close()
         self.kv.free()
         if self.host_kv is not None:
@@ -252,7 +261,7 @@ class ModelRunner:
             raise PlanError(f"step {plan.step} computes {plan.num_tokens} tokens, the rank was started for {limit}")
 
     def _compute(self, plan: StepPlan) -> _Computed:
-        if self._decode_steps is not None:
+        if self._decode_steps is not None and not self._is_halved(plan):
             bucket = self._decode_steps.bucket_for(plan)
             if bucket is not None:
                 self.sampler.check_drafts(plan.drafts)
@@ -262,17 +271,31 @@ class ModelRunner:
 
     def _assist(self, plan: StepPlan) -> _Computed:
         """Other groups may have tokens for this rank's experts."""
-        if any(plan.group_tokens):
+        if self._is_halved(plan):
+            self._forward_halves((None, None))
+        elif any(plan.group_tokens):
             self.decoder.assist(plan.group_tokens)
         return _Computed.nothing()
 
+    def _is_halved(self, plan: StepPlan) -> bool:
+        """The same for all ranks."""
+        return self._halved_from is not None and max(plan.group_tokens, default=0) >= self._halved_from
+
+    def _forward_halves(self, halves: tuple[ForwardBatch | None, ForwardBatch | None]) -> torch.Tensor:
+        return forward_halves(self.decoder, halves, self.kv, self._travel, self.decoder.uneven_dispatcher())
+
     def _forward(self, plan: StepPlan) -> _Computed:
         self.sampler.check_drafts(plan.drafts)
-        batch = self.batches.build(plan, self.last_tokens)
+        batch: ForwardBatch | HalvedBatch
+        if self._is_halved(plan):
+            batch = HalvedBatch.build(self.batches, plan, self.last_tokens)
+            x_RH = self._forward_halves(batch.halves)
+        else:
+            batch = self.batches.build(plan, self.last_tokens)
+            x_RH = self.decoder.forward(batch, self.kv)
         num_sampled = len(batch.sample_slots)
-        x_RH = self.decoder.forward(batch, self.kv)
         scores: dict[int, list[TokenLogprobs]] = {}
-        if batch.scored_rows_S is not None:
+        if batch.has_scores:
             scores = score_prompts(plan.prefills, x_RH[num_sampled:], self.decoder.logits, self.sampler.exchange)
         if not num_sampled:
             return _Computed.nothing(scores)
@@ -346,6 +369,15 @@ def _device(config: RunnerConfig) -> tuple[torch.device, torch.dtype]:
         torch.cuda.set_device(config.rank % torch.cuda.device_count())
         return torch.device("cuda", torch.cuda.current_device()), torch.bfloat16
     return torch.device("cpu"), torch.float32
+
+
+def _halved_from(config: RunnerConfig, model: ModelConfig, device: torch.device) -> int | None:
+    """Rows of the fullest group from which on a step is computed as two halves; None: none is."""
+    if config.layout.dp == 1 or not model.has_moe_layers:
+        return None
+    if config.halved_from is None:
+        return HALVED_FROM if device.type == "cuda" else None
+    return config.halved_from or None
 
 
 def _buckets(model: ModelConfig, config: RunnerConfig, device: torch.device) -> Buckets | None:

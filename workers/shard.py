@@ -134,6 +134,7 @@ def load_runner(config: ShardConfig, progress: Progress, previous: Runner | None
         config.store_port,
         config.runner.device,
         config.connect_timeout_s,
+        symmetric_memory=config.runner.symmetric_memory,
     )
     return ModelRunner(config.runner, parallel, progress, weights)
 

@@ -52,8 +52,7 @@ def host_words(memories: Sequence[HostMemory | None], plan: HostPlan | None) -> 
     """What to tell of it; None where nobody has such memory."""
     if plan is not None:
         return (
-            f"host memory keeps {plan.num_blocks} KV blocks of each group; sequences of fewer than "
-            f"{plan.least_blocks} are computed again"
+            f"host memory keeps {plan.num_blocks} KV blocks of each group, of sequences of {plan.least_blocks} or more"
         )
     known = next((memory for memory in memories if memory is not None), None)
     if known is None:

@@ -11,8 +11,8 @@ import pytest
 
 from cluster.config import ClusterConfig, EngineConfig, ModelSource, RouterConfig
 from cluster.offline import OfflineConfig, OfflineEngine
+from cluster.router.assembly import group_factory, model_info
 from cluster.router.balancer import ExpertBalancer, RebalancePolicy, make_balancer
-from cluster.router.deployment import group_factory, model_info
 from cluster.router.engine import Engine
 from cluster.router.scheduler_config import SchedulerConfig
 from cluster.router.sequence import SequenceRequest, SequenceUpdate

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from cluster.config import ClusterConfig, EngineConfig, ModelSource, RouterConfig
-from cluster.router.deployment import group_factory
+from cluster.router.assembly import group_factory
 from cluster.router.engine import Engine
 from cluster.router.scheduler_config import SchedulerConfig
 from cluster.router.sequence import FinishReason, SequenceRequest, SequenceUpdate
@@ -71,7 +71,8 @@ class Streams:
         self.ended: str | None = None
         config = ClusterConfig(
             model=ModelSource(path=POCKET, name="pocket"),
-            engine=EngineConfig(tp=2, threads_per_rank=1, kv_memory_bytes=2**24, device="cpu"),
+            # 16 blocks, for a quarter of what is asked of them.
+            engine=EngineConfig(tp=2, threads_per_rank=1, kv_memory_bytes=2**21, host_kv_bytes=2**24, device="cpu"),
             router=RouterConfig(step_timeout_s=step_timeout_s),
         )
         scheduler = SchedulerConfig(max_model_len=CONTEXT, max_num_seqs=8, max_num_batched_tokens=64)
@@ -111,6 +112,12 @@ class Streams:
         await self.until(lambda: len(self.ran.finish) == len(asked), "the ends of all streams")
         return self.ran
 
+    @property
+    def num_preempted(self) -> int:
+        stats = self.engine.core.stats
+        assert stats is not None
+        return stats.num_preempted_total
+
     def pids(self) -> list[int]:
         assert self.engine.info is not None
         return [rank.pid for rank in self.engine.info.ranks]
@@ -129,6 +136,7 @@ async def test_streams_outlive_killed_and_hanging_ranks_token_for_token() -> Non
     await streams.start()
     try:
         undisturbed = await streams.run()
+        assert streams.num_preempted > 0, "there is room for all: nothing goes to the host's memory and comes back"
         killed = await streams.run(lambda: kill(streams, 1), lambda: kill(streams, 0))
         hung = await streams.run(lambda: hang(streams, 1))
     finally:

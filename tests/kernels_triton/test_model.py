@@ -31,7 +31,7 @@ SMALL = {"num_hidden_layers": 1, "vocab_size": 200, "eos_token_id": 199, "mlp_on
 
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Triton's kernels compute on a CPU, too."""
+    """Triton's kernels compute on a CPU, too, and mull's own for CPUs do not."""
     monkeypatch.setenv(CHOICE_VARIABLE, "interpret")
     monkeypatch.setenv(CPU_CHOICE, "torch")
     for cached in (has_triton, native):
@@ -147,3 +147,49 @@ def test_the_tiles_of_a_rank_stand_for_its_slice(
         values, want = weight.dense() if isinstance(weight, TileWeight) else weight, floats[name]
         held = slice(len(spec.experts(checkpoint.config)) if ".experts." in name else None)  # a slot may stay empty
         assert torch.equal(values[held], want[held]), name
+
+
+def padded(directory: Path, **changes: Any) -> ModelRunner:
+    """The sizes of two and of three rows are enough."""
+    return load(directory, block_size=1, max_num_seqs=3, max_model_len=16, **changes)
+
+
+@pytest.mark.whole_steps
+@pytest.mark.usefixtures("interpreted")
+def test_a_padded_decode_step_gives_the_bits_of_the_rows_alone(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path, MOE, fp8=True, **SMALL)
+    orders = [*plans(), *decode_steps([1], 1)]
+    want, got = (run(padded(directory, graphs=graphs), orders) for graphs in ("off", "whole"))
+    assert got.tokens == want.tokens
+    pairs = [(a[: len(b)], b) for a, b in zip(got.logits, want.logits, strict=True)]
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.whole_steps
+@pytest.mark.usefixtures("interpreted")
+def test_a_deterministic_rank_gives_the_bits_of_a_decode_to_known_tokens_in_any_batch(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path, MOE, fp8=True, **SMALL)
+    quiet, busy = padded(directory, deterministic=True), padded(directory, deterministic=True, graphs="whole")
+    prompts = random_prompts([3, 2], SMALL["vocab_size"])
+    first = run(quiet, [whole_prompts(prompts[:1]), *decode_steps([0], 2)])
+    sampled = [tokens[0] for tokens in first.tokens]
+    known = prompts[0] + sampled[:2]
+    beside = StepPlan(
+        step=1,
+        open=[open_slot(0), open_slot(1)],
+        prefills=[Prefill(0, 0, prompts[1], True), Prefill(1, 0, known[:4], False)],
+    )
+    got = run(busy, [beside, StepPlan(step=2, decodes=[0], prefills=[Prefill(1, 4, known[4:], True)])])
+    assert torch.equal(got.logits[-1][0], first.logits[-1][0])
+    for one, other in zip(quiet.kv.layers, busy.kv.layers, strict=True):
+        assert torch.equal(one[:, quiet.slots.blocks[0, :5]], other[:, busy.slots.blocks[1, :5]])
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_fp8_keys_and_values_take_a_quarter_of_the_memory_and_cost_a_rounding(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path, DENSE, fp8=False, **SMALL)
+    exact, rounded = padded(directory), padded(directory, kv_dtype="fp8", graphs="whole")
+    want, got = run(exact, plans()), run(rounded, plans())
+    assert rounded.kv_bytes < exact.kv_bytes / 3
+    error = max(float((a[:1] - b[:1]).norm() / b[:1].norm()) for a, b in zip(got.logits, want.logits, strict=True))
+    assert 1e-5 < error < 0.1  # three bits behind the first, of each key and value

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.errors import EngineError
-from cluster.router.deployment import Device, row_cost
+from cluster.router.assembly import Device, row_cost
 from cluster.router.drafter import MAX_SUFFIXES, SUFFIX, Drafter
 from cluster.router.sequence import FinishReason
 from cluster.router.speculation import Speculation

@@ -13,7 +13,7 @@ from tests.workers.engine import GREEDY, Ran, decode_steps, load, open_slot, ran
 from tests.workers.ranks import RankProcesses
 from workers.config import ParallelLayout
 from workers.errors import LayoutError
-from workers.kernels.cpu.library import CHOICE_VARIABLE, native
+from workers.kernels.cpu.library import CHOICE_VARIABLE, multiplies_bf16, native
 from workers.runner import ModelRunner
 from workers.step import Prefill, SamplingParams, StepPlan
 
@@ -82,19 +82,19 @@ def kv_of(runner: ModelRunner, slot: int, count: int) -> list[Tensor]:
     return [layer.flatten(1, 2)[:, cells].float() for layer in runner.kv.layers]
 
 
-def check_bits(directory: Path, graphs: str = "off") -> None:
-    first = load(directory, deterministic=True, graphs=graphs)
+def check_bits(directory: Path, **changes: str) -> None:
+    first = load(directory, deterministic=True, **changes)
     plans = alone()
     ran = run(first, plans)
     want, want_kv = own_logits(ran, plans, 0), kv_of(first, 0, len(PROMPT) + NUM_TOKENS - 1)
     tokens = [step[0] for step in ran.tokens]
     for slot, cuts in ((5, [20, 1, 16]), (0, [9, 9, 9, 10])):
-        runner, plans = load(directory, deterministic=True, graphs=graphs), crowded(slot, cuts)
+        runner, plans = load(directory, deterministic=True, **changes), crowded(slot, cuts)
         got = own_logits(run(runner, plans), plans, slot)
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
         kv = kv_of(runner, slot, len(PROMPT) + NUM_TOKENS - 1)
         assert all(torch.equal(a, b) for a, b in zip(kv, want_kv, strict=True))
-    runner, plans = load(directory, deterministic=True, graphs=graphs), replayed(tokens)
+    runner, plans = load(directory, deterministic=True, **changes), replayed(tokens)
     (last,) = own_logits(run(runner, plans), plans, 3)
     assert torch.equal(last, want[-1])
     kv = kv_of(runner, 3, len(PROMPT) + NUM_TOKENS - 1)
@@ -105,8 +105,13 @@ def check_bits(directory: Path, graphs: str = "off") -> None:
 def test_a_cpu_gives_the_same_bits_at_any_load_and_after_a_preemption(
     graphs: str, moe_fp8: Path, dense_fp8: Path
 ) -> None:
-    check_bits(moe_fp8, graphs)
-    check_bits(dense_fp8, graphs)
+    check_bits(moe_fp8, graphs=graphs)
+    check_bits(dense_fp8, graphs=graphs)
+
+
+@pytest.mark.skipif(not multiplies_bf16(), reason="this CPU multiplies no bf16")
+def test_products_and_kv_in_bf16_give_the_same_bits_at_any_load(moe_fp8: Path) -> None:
+    check_bits(moe_fp8, products="bf16", kv_dtype="bf16")
 
 
 def test_what_is_known_attends_otherwise_than_what_was_sampled_unless_it_is_asked_for(dense_fp8: Path) -> None:

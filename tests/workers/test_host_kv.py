@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 
 import psutil
@@ -84,6 +85,18 @@ def test_more_blocks_than_a_batch_keep_their_places(runner: ModelRunner) -> None
     host.move(StepPlan(1, fetch=[(count - 1 - block, block) for block in range(count)]))
 
     assert torch.equal(cache[:, :count], before[:, :count])
+
+
+def test_blocks_in_fp8_keep_their_bits(runner: ModelRunner) -> None:
+    codes = [torch.randint(0, 256, (4, 8, 16, 2), dtype=torch.uint8) for _ in range(2)]
+    kv = copy(runner.kv)
+    kv.layers = [layer.clone().view(torch.float8_e4m3fn) for layer in codes]
+    host = HostKV(kv, 4)
+
+    host.move(StepPlan(0, offload=[(1, 2), (6, 0)], fetch=[(2, 5), (0, 3)]))
+
+    for layer, before in zip(kv.layers, codes, strict=True):
+        assert torch.equal(layer.view(torch.uint8)[:, [5, 3]], before[:, [1, 6]])
 
 
 def test_computing_waits_for_what_comes_back_in_the_plan_that_needs_it(runner: ModelRunner) -> None:

@@ -20,14 +20,15 @@ from cluster.router.scheduler import Scheduler
 from cluster.router.scheduler_config import SchedulerConfig
 from cluster.router.sequence import FinishReason, SequenceRequest
 from tests.checkpoints import DENSE, MOE, read_tensors, write_checkpoint
-from tests.workers.engine import GREEDY, blocks_of, in_step, load, open_slot, run, run_on_layout
-from tests.workers.ranks import RankProcesses
+from tests.workers.engine import GREEDY, Ran, blocks_of, in_step, load, open_slot, run, runner_config
+from tests.workers.ranks import TIMEOUT_S, RankProcesses
 from tests.workers.sparse import sparse_zeros
 from workers.config import ParallelLayout
 from workers.errors import PlanError
 from workers.kernels.decode_attention import PagedKeys, decode_attention
 from workers.kernels.prefill_attention import Chunks, prefill_attention
 from workers.kernels.qk_norm_rope import qk_norm_rope_store
+from workers.parallel import ParallelState
 from workers.runner import ModelRunner
 from workers.slots import SlotStates
 from workers.step import OpenSlot, Prefill, StepPlan
@@ -218,29 +219,48 @@ def test_a_chunk_far_behind_sees_every_token_before_it() -> None:
     torch.testing.assert_close(last_BND[0, 0, :1], means[-1:], rtol=1e-4, atol=0)
 
 
-LONG = {"kv_memory_bytes": 2**28} | LIMITS
+FAR_LIMITS = {"kv_memory_bytes": 2**28} | LIMITS
 LAYOUTS = {"tp=2": ParallelLayout(tp=2), "dp=2": ParallelLayout(dp=2)}
+NUM_CACHED = CONTEXT - 1024
 
 
-def context_plans(prompt: list[int]) -> list[StepPlan]:
-    """Chunks of 8,192 tokens, and four decodes to the last position."""
-    opened = OpenSlot(0, list(range(CONTEXT // 32)), 0, GREEDY)
-    starts = range(0, len(prompt), 8192)
-    prefills = [Prefill(0, start, prompt[start : start + 8192], start + 8192 >= len(prompt)) for start in starts]
-    chunks = [StepPlan(1, open=[opened] if not index else [], prefills=[p]) for index, p in enumerate(prefills)]
-    return [*chunks, *(StepPlan(2, decodes=[0]) for _ in range(4))]
+def fill_pool(runner: ModelRunner, layout: ParallelLayout) -> None:
+    """KV of a whole context as if it had been computed: a rank has its heads of it."""
+    for index, layer in enumerate(runner.kv.layers):
+        whole = torch.randn(4, *layer.shape[1:], generator=torch.Generator().manual_seed(index))
+        tp_rank = runner.config.rank % layout.tp
+        layer.copy_(whole[tp_rank :: layout.tp] if layout.tp > 1 else whole)
+
+
+def run_at_the_end(parallel: ParallelState, directory: Path, layout: ParallelLayout, groups: list[Any]) -> Ran:
+    config = runner_config(directory, rank=parallel.rank, layout=layout, **FAR_LIMITS)
+    runner = ModelRunner(config, parallel.regrouped(layout, TIMEOUT_S))
+    fill_pool(runner, layout)
+    return run(runner, groups[config.spec.dp_rank])
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_two_ranks_fill_a_context_as_one_does(layout: str, tmp_path: Path, two_ranks: RankProcesses) -> None:
+def test_two_ranks_end_a_context_as_one_does(layout: str, tmp_path: Path, two_ranks: RankProcesses) -> None:
+    # given: a model of two layers, and two chunks and decodes behind 261,120 tokens
     changes = TINY | {"num_hidden_layers": 2, "moe_intermediate_size": 32, "mlp_only_layers": []}
     directory = write_checkpoint(tmp_path, MOE, fp8=False, **changes)
-    plans = context_plans(prompt_of(CONTEXT - 4))
-    alone = run(load(directory, **LONG), plans)
+    prompt = prompt_of(CONTEXT - 4)
+    opened = OpenSlot(0, list(range(CONTEXT // 32)), NUM_CACHED, GREEDY)
+    chunks = [(NUM_CACHED, NUM_CACHED + 600), (NUM_CACHED + 600, CONTEXT - 4)]
+    prefills = [Prefill(0, start, prompt[start:end], end == CONTEXT - 4) for start, end in chunks]
+    plans = [
+        StepPlan(1, open=[opened], prefills=prefills[:1]),
+        StepPlan(2, prefills=prefills[1:]),
+        *(StepPlan(step, decodes=[0]) for step in range(3, 7)),
+    ]
+    alone = load(directory, **FAR_LIMITS)
+    fill_pool(alone, ParallelLayout())
+    expected = run(alone, plans)
 
     groups = in_step([plans, []] if layout == "dp=2" else [plans])
-    ran = two_ranks.run(run_on_layout, directory, LAYOUTS[layout], groups, LONG)[0]
+    ran = two_ranks.run(run_at_the_end, directory, LAYOUTS[layout], groups)[: LAYOUTS[layout].tp]
 
-    torch.testing.assert_close(torch.cat(ran.logits), torch.cat(alone.logits), rtol=1e-3, atol=1e-3)
-    assert ran.tokens == alone.tokens
+    logits = torch.cat([torch.cat(rank.logits) for rank in ran], dim=1)
+    torch.testing.assert_close(logits, torch.cat(expected.logits), rtol=1e-3, atol=1e-3)
+    assert ran[0].tokens == expected.tokens

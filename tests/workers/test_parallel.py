@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import time
 from functools import reduce
 
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # its stubs do not re-export it
 
 from tests.workers.ranks import RankProcesses
 from workers.errors import PeerLate
@@ -64,3 +66,22 @@ def test_a_wait_for_a_missing_rank_ends_at_the_timeout() -> None:
     finally:
         ranks.stop()
     assert waited_s == pytest.approx([0.0, 0.0, 1.0, 0.0], abs=0.9)
+
+
+def test_a_lost_rank_ends_no_process_that_has_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own way is to end it (3), or to let it compute on what was not summed (2)."""
+    told: dict[str, str | None] = {}
+
+    def note(backend: str, **_: object) -> None:
+        told[backend] = os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING")
+        raise ConnectionError
+
+    monkeypatch.setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "")  # so that it is as before in the end
+    monkeypatch.delenv("TORCH_NCCL_ASYNC_ERROR_HANDLING")
+    monkeypatch.setattr("workers.parallel.dist.init_process_group", note)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+    with pytest.raises(ConnectionError):
+        ParallelState.connect(0, ParallelLayout(tp=2), "127.0.0.1", store.port, "cuda", 5.0)
+
+    assert told == {"nccl": "0"}

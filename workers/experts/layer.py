@@ -58,17 +58,18 @@ class ExpertLayer:
 
     def __call__(self, x_TH: Tensor, dispatcher: Dispatcher[Any]) -> Tensor:
         """[T, H]: each token's experts, summed over all ranks. Every rank takes part, with tokens or without."""
-        rows, handle = dispatcher.dispatch(self._route(x_TH))
-        return dispatcher.combine(self._apply(rows), handle)
+        rows, handle = dispatcher.dispatch(self.route(x_TH))
+        return dispatcher.combine(self.apply(rows), handle)
 
-    def _route(self, x_TH: Tensor) -> RoutedRows:
+    def route(self, x_TH: Tensor) -> RoutedRows:
+        """Each token's experts, as slots of ranks."""
         if not len(x_TH):
             return RoutedRows.none(x_TH, self.num_chosen)
         logits_TE = linear(x_TH, self.gate_EH)
         topk_ids_TK, weights_TK = choose_experts(logits_TE, self.num_chosen, is_normalized=self.is_normalized)
         return RoutedRows(x_TH, self.table.slots(topk_ids_TK), weights_TK)
 
-    def _apply(self, rows: RoutedRows) -> Tensor:
+    def apply(self, rows: RoutedRows) -> Tensor:
         """This rank's partial sums, [R, H]."""
         if not len(rows.x_RH):
             return torch.zeros_like(rows.x_RH)

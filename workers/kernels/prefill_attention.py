@@ -17,8 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from workers.kernels import flash_attention
 from workers.kernels.cpu.library import VALUE_KINDS, native
 from workers.kernels.triton.choice import has_triton
+from workers.transfers import to_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +37,13 @@ class Chunks:
     def bounds_3C(self) -> Tensor:
         """On the tables' device: the chunks' first positions, first rows and sizes."""
         first_rows = np.cumsum(self.sizes) - self.sizes
-        bounds_3C = torch.from_numpy(np.stack([self.starts, first_rows, self.sizes]))
-        return bounds_3C.to(self.tables_CM.device, non_blocking=True)
+        return to_device(np.stack([self.starts, first_rows, self.sizes]), self.tables_CM.device)
+
+    @cached_property
+    def ends_2C(self) -> Tensor:
+        """int32, on the device: behind each chunk's last row, and its sequence's end, after a column of zeros."""
+        ends = np.stack([np.cumsum(self.sizes), self.starts + self.sizes]).astype(np.int32)
+        return to_device(np.pad(ends, ((0, 0), (1, 0))), self.tables_CM.device)
 
     @cached_property
     def alike(self) -> list[range]:
@@ -68,6 +75,10 @@ def prefill_attention(q_TND: Tensor, kv_TXD: Tensor, pool: Tensor, chunks: Chunk
     if library is None and has_triton(q_TND.device.type):
         from workers.kernels.triton import prefill_attention as paged
 
+        flash = flash_attention.library_for(q_TND, pool)
+        if flash is not None:
+            longest = int(chunks.sizes.max())
+            return flash_attention.prefill_attention(flash, q_TND, pool, chunks.tables_CM, chunks.ends_2C, longest)
         return paged.prefill_attention(q_TND, pool, chunks.tables_CM, chunks.bounds_3C, chunks.sizes.tolist())
     if library is None:
         return _gathered_attention(q_TND, kv_TXD, pool, chunks)

@@ -15,7 +15,8 @@ import torch
 log = logging.getLogger(__name__)
 
 CHOICE_VARIABLE = "MULL_GPU_KERNELS"
-"""torch takes none of these kernels; interpret takes them on a CPU, too; unset, they compute on GPUs."""
+"""torch takes none of these kernels; interpret takes them on a CPU, too; triton takes them on GPUs, and no library of
+others beside them; unset, they and those libraries compute on GPUs."""
 FIRST_WITH_FP8 = (8, 9)
 """Compute capability of the first GPUs that convert e4m3: Ada. The kernels are cut for Hopper, 9.0."""
 

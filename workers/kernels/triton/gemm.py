@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from workers.kernels import tiles
+from workers.kernels import deep_gemm, tiles
 from workers.kernels.invariance import is_invariant
 from workers.kernels.tiles import TileWeight
 from workers.kernels.triton.numerics import TILE, cast, dot
@@ -71,6 +71,9 @@ def linear(x: QuantizedRows, weight: TileWeight) -> Tensor:
 
 def partial_linear(x: QuantizedRows, weight: TileWeight) -> Tensor:
     """x @ weight.T as [S, R, O] to be summed over S in order: fp32 where S is more than one."""
+    library = deep_gemm.library_for(x, weight)
+    if library is not None:
+        return deep_gemm.linear(library, x, weight).unsqueeze(0)
     (num_rows, size_in), (num_outputs, _) = x.codes_RI.shape, weight.shape
     splits = num_splits(weight.whole_rows, size_in)
     blocks = blocks_of(num_rows, splits)

@@ -1,0 +1,170 @@
+"""Libraries that need not be there: what we ask of them, shown by modules that compute it in plain torch."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+from itertools import pairwise
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+pytest.importorskip("triton", reason="the GPU kernels need triton: pip install triton")
+
+from tests.kernels_triton.values import DEVICE, normal, tile_weight
+from workers.kernels import deep_gemm, flash_attention, optional, reference
+from workers.kernels.invariance import invariance
+from workers.kernels.prefill_attention import Chunks, prefill_attention
+from workers.kernels.triton import choice, gemm
+from workers.kernels.triton import reference as in_tiles
+from workers.kernels.triton.rows import QuantizedRows
+
+ROWS = 257
+
+
+class FakeDeepGemm(ModuleType):
+    """Refuses what the real one would misread."""
+
+    def __init__(self) -> None:
+        super().__init__("deep_gemm")
+        self.num_calls = 0
+
+    def fp8_gemm_nt(self, a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], d: Tensor) -> None:
+        self.num_calls += 1
+        (codes, scale), (weight, weight_scale) = a, b
+        rows, size_in = codes.shape
+        assert codes.dtype == weight.dtype == torch.float8_e4m3fn
+        assert codes.is_contiguous()
+        assert weight.is_contiguous()
+        assert weight_scale.is_contiguous()
+        assert scale.stride() == (1, -(-rows // 4) * 4)  # rows side by side, aligned to 16 bytes
+        assert d.dtype == torch.bfloat16
+        dense = codes.float() * scale.repeat_interleave(128, 1)
+        scales = weight_scale.repeat_interleave(128, 0)[: len(weight)].repeat_interleave(128, 1)
+        d.copy_(dense @ (weight.float() * scales).t())
+        assert size_in == weight.shape[1]
+
+
+class FakeFlashAttention(ModuleType):
+    """Looks pages up one by one."""
+
+    def __init__(self) -> None:
+        super().__init__("flash_attn_interface")
+        self.num_calls = 0
+
+    def flash_attn_with_kvcache(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        *,
+        cache_seqlens: Tensor,
+        page_table: Tensor,
+        cu_seqlens_q: Tensor,
+        max_seqlen_q: int,
+        causal: bool,
+    ) -> Tensor:
+        self.num_calls += 1
+        assert k_cache.stride(-1) == v_cache.stride(-1) == 1
+        assert {x.dtype for x in (cache_seqlens, page_table, cu_seqlens_q)} == {torch.int32}
+        assert causal
+        outs, page_size = [], k_cache.shape[1]
+        for chunk, (first, stop) in enumerate(pairwise(cu_seqlens_q)):
+            size, num_keys = int(stop - first), int(cache_seqlens[chunk])
+            assert size <= max_seqlen_q
+            pages = page_table[chunk, : math.ceil(num_keys / page_size)].long()
+            k, v = (cache[pages].flatten(0, 1)[:num_keys].transpose(0, 1) for cache in (k_cache, v_cache))
+            mask = torch.ones(size, num_keys, dtype=torch.bool).tril(num_keys - size)
+            rows = q[first:stop].transpose(0, 1)
+            outs.append(F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, enable_gqa=True).transpose(0, 1))
+        return torch.cat(outs)
+
+
+@pytest.fixture
+def fakes(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[FakeDeepGemm, FakeFlashAttention]]:
+    """They are installed, on a Hopper GPU."""
+    modules = FakeDeepGemm(), FakeFlashAttention()
+    monkeypatch.setattr(optional, "importlib", FakeImports({module.__name__: module for module in modules}))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.delenv(choice.CHOICE_VARIABLE, raising=False)
+    optional.installed.cache_clear()
+    yield modules
+    optional.installed.cache_clear()
+
+
+class FakeImports:
+    """importlib, which finds these."""
+
+    def __init__(self, modules: dict[str, ModuleType]) -> None:
+        self._modules = modules
+        self.util = self
+
+    def find_spec(self, name: str) -> ModuleType | None:
+        return self._modules.get(name)
+
+    def import_module(self, name: str) -> ModuleType:
+        return self._modules[name]
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="a fake computes on a CPU")
+def test_a_prompts_product_is_deep_gemms_where_it_is_installed(
+    fakes: tuple[FakeDeepGemm, FakeFlashAttention],
+) -> None:
+    plain = in_tiles.quantize(normal(1, ROWS, 256, dtype=torch.bfloat16))
+    rows = QuantizedRows.empty(ROWS, 256, torch.bfloat16, DEVICE)
+    rows.codes_RI.copy_(plain.codes_RI)
+    rows.scale_Rk.copy_(plain.scale_Rk)
+    weight = tile_weight(2, 192, 256)
+    got = gemm.linear(rows, weight)
+    assert fakes[0].num_calls == 1
+    torch.testing.assert_close(got, in_tiles.linear(rows, weight).to(torch.bfloat16), rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="a fake computes on a CPU")
+def test_chunks_attend_by_flash_attention_where_it_is_installed(
+    fakes: tuple[FakeDeepGemm, FakeFlashAttention], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.kernels.prefill_attention.native", lambda: None)
+    monkeypatch.setattr("workers.kernels.prefill_attention.has_triton", lambda _: True)
+    pool = normal(3, 4, 6, 16, 64, dtype=torch.float16)
+    tables = torch.tensor([[4, 1, 5], [2, 0, 3]])
+    chunks = Chunks(tables_CM=tables, starts=np.array([20, 0]), sizes=np.array([7, 18]))
+    q = normal(4, 25, 8, 64, dtype=torch.float16)
+    got = prefill_attention(q, normal(5, 25, 4, 64, dtype=torch.float16), pool, chunks)
+    assert fakes[1].num_calls == 1
+    want = reference.prefill_attention(q.float(), pool.float(), chunks)
+    torch.testing.assert_close(got.float(), want, rtol=1e-2, atol=3e-3)
+
+
+def test_few_rows_odd_shapes_and_other_types_are_our_own_kernels() -> None:
+    assert deep_gemm.fits(256, (192, 256), torch.bfloat16)
+    assert not deep_gemm.fits(255, (192, 256), torch.bfloat16)
+    assert not deep_gemm.fits(256, (200, 256), torch.bfloat16)
+    assert not deep_gemm.fits(256, (192, 256), torch.float32)
+    assert flash_attention.fits(128, torch.bfloat16, torch.bfloat16)
+    assert not flash_attention.fits(128, torch.bfloat16, torch.float8_e4m3fn)
+    assert not flash_attention.fits(96, torch.bfloat16, torch.bfloat16)
+
+
+@pytest.mark.usefixtures("fakes")
+def test_a_deterministic_rank_and_one_that_is_told_so_use_no_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, pool = torch.empty(1, 1, 128, dtype=torch.bfloat16), torch.empty(2, 1, 1, 128, dtype=torch.bfloat16)
+    assert flash_attention.library_for(q, pool) is not None
+    with invariance(True):
+        assert flash_attention.library_for(q, pool) is None
+    monkeypatch.setenv(choice.CHOICE_VARIABLE, "triton")
+    optional.installed.cache_clear()
+    assert flash_attention.library_for(q, pool) is None
+
+
+def test_without_a_gpu_nothing_is_imported() -> None:
+    optional.installed.cache_clear()
+    if not torch.cuda.is_available():
+        assert optional.installed("deep_gemm") is None
+        assert "deep_gemm" not in sys.modules
