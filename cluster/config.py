@@ -98,6 +98,13 @@ class EngineConfig(_Part):
     def _device_has_the_kernels(self) -> Self:
         if self.kv_dtype == "fp8" and self.device == "cpu":
             raise ValueError("kv_dtype fp8 needs a GPU, and device is cpu; leave kv_dtype out")
+        if self.products == "bf16" and self.device == "cuda":
+            raise ValueError("products are a CPU's, and device is cuda; leave products out")
+        if self.graphs == "whole" and self.dp > 1 and self.device != "cpu":
+            raise ValueError(
+                f"graphs whole needs dp 1, and dp is {self.dp}: attention groups do not all record at once; "
+                "use piecewise or auto"
+            )
         return self
 
     @model_validator(mode="after")

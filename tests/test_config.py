@@ -78,6 +78,8 @@ def test_a_model_is_named_after_its_directory() -> None:
         ({"engine": {"tp": 2, "dp": 2, "expert_tp": 3}}, "expert_tp 3 does not divide tp 2 * dp 2 = 4 ranks"),
         ({"engine": {"redundant_experts": -1}}, "engine.redundant_experts"),
         ({"engine": {"kv_dtype": "fp8", "device": "cpu"}}, "engine: kv_dtype fp8 needs a GPU"),
+        ({"engine": {"products": "bf16", "device": "cuda"}}, "engine: products are a CPU's"),
+        ({"engine": {"graphs": "whole", "dp": 2, "device": "cuda"}}, "engine: graphs whole needs dp 1, and dp is 2"),
         ({"engine": {"deterministic": True, "redundant_experts": 2}}, "engine: deterministic allows no redundant"),
         ({"engine": {"graphs": "some"}}, "engine.graphs"),
         ({"engine": {"typo": 1}}, "engine.typo"),

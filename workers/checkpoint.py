@@ -78,15 +78,16 @@ class Checkpoint:
         Raises LayoutError or KernelError before any byte is read, CheckpointError where a file fails.
         """
         spec.layout.check(self.config)
-        if products == "bf16" and not multiplies_bf16():
+        slices = list(rank_slices(self.config, spec))
+        shapes = param_shapes(slices)
+        by_param = {name: [part for part in slices if part.param == name] for name in shapes}
+        is_cpu = device is None or device.type == "cpu"
+        has_panels = native() is not None and is_cpu and dtype == torch.float32
+        if is_cpu and products == "bf16" and not multiplies_bf16():
             raise KernelError(
                 f"products in bf16 need a CPU with avx512_bf16 and the kernels compiled for it; this rank has "
                 f"{build() or 'none'}; take --products fp32"
             )
-        slices = list(rank_slices(self.config, spec))
-        shapes = param_shapes(slices)
-        by_param = {name: [part for part in slices if part.param == name] for name in shapes}
-        has_panels = native() is not None and (device is None or device.type == "cpu") and dtype == torch.float32
         params = {
             name: self._empty(shape, by_param[name], dtype, device, products if has_panels else None)
             for name, shape in shapes.items()

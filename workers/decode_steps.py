@@ -133,6 +133,7 @@ class DecodeSteps:
     def forget(self) -> None:
         """Nothing is recorded any more, as it routes tokens to where experts were; each size will be when it comes."""
         self._recorded.clear()
+        self._recorder.forget()
 
     def bucket_for(self, plan: StepPlan) -> Bucket | None:
         """The smallest that the plan fits in; None where it takes the long way. Ranks of a group agree on it."""

@@ -27,6 +27,9 @@ class Recorder(Protocol):
     def record(self, run: Action) -> Action:
         """What does the same as `run`, each time it is called. Recording changes no buffer for good."""
 
+    def forget(self) -> None:
+        """All recordings have been dropped."""
+
     @property
     def num_bytes(self) -> int:
         """Of memory that all recordings hold."""
@@ -39,6 +42,9 @@ class CallAgain:
 
     def record(self, run: Action) -> Action:
         return run
+
+    def forget(self) -> None:
+        pass
 
 
 class Interruptible(Protocol):
@@ -59,7 +65,8 @@ class CudaRecorder:
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch's own has no annotations
         self._pieces: list[Action] | None = None
-        self._graph = torch.cuda.CUDAGraph()
+        self._graph: torch.cuda.CUDAGraph | None = None
+        """That is being recorded. None afterwards: a graph that is kept keeps its memory and the group's channels."""
         self.num_bytes = 0
 
     @property
@@ -87,6 +94,11 @@ class CudaRecorder:
         now_exchanges, now_sent = _counts(self._parallel)
         return _Replay(pieces, self._parallel.world, now_exchanges - exchanges, now_sent - sent)
 
+    def forget(self) -> None:
+        # A pool ends with the last of its graphs, and what has ended cannot be recorded into.
+        self._pool = torch.cuda.graph_pool_handle()
+        self.num_bytes = 0
+
     def interrupt(self, action: Action) -> None:
         assert self._pieces is not None, "only a recording can be interrupted"
         self._end()
@@ -99,9 +111,11 @@ class CudaRecorder:
         self._graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
 
     def _end(self) -> None:
+        graph, self._graph = self._graph, None
         assert self._pieces is not None, "a recording has begun"
-        self._graph.capture_end()
-        self._pieces.append(self._graph.replay)
+        assert graph is not None, "a recording has begun"
+        graph.capture_end()
+        self._pieces.append(graph.replay)
 
 
 class _Replay:

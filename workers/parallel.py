@@ -54,10 +54,12 @@ class ParallelState:
         timeout_s: float,
         *,
         symmetric_memory: bool = True,
+        is_first_group: bool = True,
     ) -> ParallelState:
         """Meet the other ranks at a TCPStore that someone else serves; every wait, later ones too, is bounded.
 
-        `symmetric_memory`: GPUs of one host may sum by reading each other's memory.
+        `symmetric_memory`: GPUs of one host may sum by reading each other's memory. Not where one of them was in a
+        group before: torch knows where they meet by the group's name, which is the same again.
         """
         timeout = timedelta(seconds=timeout_s)
         store = TCPStore(store_host, store_port, world_size=None, is_master=False, timeout=timeout)
@@ -73,7 +75,8 @@ class ParallelState:
             cuda = torch.device("cuda", rank % torch.cuda.device_count())
             torch.cuda.set_device(cuda)
             # Where groups are several, sums of all ranks are of rows on their way to experts: few, and large.
-            tp = share_symmetric_memory(tp, cuda)
+            if tp.minimum(int(is_first_group), cuda):
+                tp = share_symmetric_memory(tp, cuda)
             world = tp if layout.dp == 1 else world
         return cls(rank, layout, world, tp)
 

@@ -83,7 +83,11 @@ class LaunchedStep:
         self._dispatch_s, self._dispatch_bytes = runner.decoder.traffic.take()
         self._loads = runner.experts.take_loads() if plan.report_loads else []
         # What comes next depends on these tokens in more ways than the device knows of.
-        is_next_bound = bool(plan.drafts) or bool(runner.sampler.rules.active[computed.slots].any())
+        rules = runner.sampler.rules
+        is_next_bound = bool(plan.drafts) or bool(rules.active[computed.slots].any())
+        # Later would be too late: the next plan may give a slot to another sequence, which has rules of its own.
+        if is_next_bound:
+            rules.advance(computed.slots, computed.sampled.token_ids())
         self._named = self._name() if is_next_bound else None
 
     def is_done(self) -> bool:
@@ -109,7 +113,6 @@ class LaunchedStep:
 
     def _name(self) -> _Named:
         token_ids, plan, runner = self._computed.sampled.token_ids(), self._plan, self._runner
-        runner.sampler.rules.advance(self._computed.slots, token_ids)
         accepted = runner.keep_right_guesses(plan, token_ids) if plan.drafts else []
         return _Named(token_ids[: len(plan.sampling_slots)], accepted)
 
@@ -190,14 +193,18 @@ class ModelRunner:
         """From another thread: whoever waits for other ranks waits no longer. Only `leave` may follow."""
         self.parallel.abort()
 
+    def forget(self) -> None:
+        """Drop what is recorded: it holds memory, and the group's channels, which do not close before."""
+        if self._decode_steps is not None:
+            self._decode_steps.forget()
+
     def leave(self) -> None:
         """Leave the group and free the KV; only `weights` are of use afterwards."""
-        if self._decode_steps is not None:
-            self._decode_steps.forget()  # what is recorded holds memory, and the group's channels
+        self.forget()
         self.parallel.close()
-        self.kv.free()
         if self.host_kv is not None:
-            self.host_kv.free()
+            self.host_kv.free()  # first, as it knows the pool's layers, too
+        self.kv.free()
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one plan; only tp_rank 0 of a group names its tokens.
@@ -228,8 +235,7 @@ class ModelRunner:
         """Move experts between steps. All ranks do it together. Raises PlanError where the update cannot be."""
         with torch.inference_mode():
             self.experts.apply(update)
-        if self._decode_steps is not None:
-            self._decode_steps.forget()
+        self.forget()
 
     def _check_groups(self, plan: StepPlan) -> None:
         """Ranks that disagree on the groups' sizes would wait for one another."""
@@ -351,11 +357,17 @@ class ModelRunner:
         return num_blocks
 
     def _warm_up(self) -> None:
-        """Run a chunk and a decode on the first block, so that the first request pays for no lazy set-up."""
-        count = min(self.config.block_size, self.config.max_model_len, self.config.max_num_batched_tokens + 1) - 1
+        """Run a chunk and a decode, so that the first request pays for no lazy set-up.
+
+        On a GPU the longest chunk: some kernels are compiled when rows of that number first come.
+        """
+        config, block_size = self.config, self.config.block_size
+        room = self.num_blocks * block_size if self.device.type == "cuda" else block_size
+        count = min(room, config.max_model_len, config.max_num_batched_tokens + 1) - 1
         if count < 1:
             return
-        opened = OpenSlot(slot=0, block_ids=[0], num_cached=0, sampling=SamplingParams())
+        blocks = list(range(count // block_size + 1))
+        opened = OpenSlot(slot=0, block_ids=blocks, num_cached=0, sampling=SamplingParams())
         prefill = Prefill(slot=0, start=0, token_ids=[0] * count, sample=True)
         groups = self.config.layout.dp
         self.execute(StepPlan(step=0, open=[opened], prefills=[prefill], group_tokens=[count] * groups))

@@ -105,6 +105,9 @@ class Runner(Protocol):
     def abort(self) -> None:
         """From another thread: whoever waits for other ranks waits no longer."""
 
+    def forget(self) -> None:
+        """Drop what would keep the group's channels from closing, for whoever aborts them waits for that."""
+
     def leave(self) -> None:
         """Leave the group; of use afterwards only to a runner that takes over its weights."""
 
@@ -135,6 +138,7 @@ def load_runner(config: ShardConfig, progress: Progress, previous: Runner | None
         config.runner.device,
         config.connect_timeout_s,
         symmetric_memory=config.runner.symmetric_memory,
+        is_first_group=previous is None,
     )
     return ModelRunner(config.runner, parallel, progress, weights)
 
@@ -228,6 +232,8 @@ class Rank:
         except Exception as error:  # the boundary of the process: whatever it was, the Router hears of it
             link.send(RankFailed(rank, _one_line(error), traceback.format_exc()))
         finally:
+            if runner is not None:
+                runner.forget()
             link.close()
             if runner is not None:
                 runner.leave()

@@ -44,24 +44,28 @@ class Choice:
         """With a seed it chooses the same every time."""
         self._draw = random.Random(seed)
         self._said = Said()
-        self._num_own = 0
         self._own: Counter[str] = Counter()
         """Sequences that are there through this gateway."""
         self._sent: Counter[str] = Counter()
         """Of those, how many more than when the copy said how busy it is."""
+        self._num_own = 0
         self._num_sent = 0
+        """Both at the copies that take work, as what they said is: some hold on to old work for long."""
         self._memories: dict[str, PrefixMemory] = {}
 
     def heard(self, name: str, load: CopyLoad | None) -> None:
         """A copy said how busy it is; None: it takes no work."""
+        self._add_to_totals(name, -1)
         self._said.tell(name, load)
-        self._num_sent -= self._sent.pop(name, 0)
+        self._sent.pop(name, None)
+        self._add_to_totals(name, 1)
 
     def heard_all(self, said: Said) -> None:
         """All said so at once: for the planner, whose gateways share what they heard."""
         self._said = said
         self._sent.clear()
         self._num_sent = 0
+        self._num_own = sum(count for name, count in self._own.items() if name in said.loads)
 
     def sent(self, name: str, prefix: Sequence[int]) -> None:
         """A sequence went there; its prompt begins with these chunks."""
@@ -75,9 +79,10 @@ class Choice:
 
     def lost(self, name: str) -> None:
         """The copy is out of reach, with all that was sent there, and with its caches."""
+        self._add_to_totals(name, -1)
         self._said.tell(name, None)
-        self._num_own -= self._own.pop(name, 0)
-        self._num_sent -= self._sent.pop(name, 0)
+        self._own.pop(name, None)
+        self._sent.pop(name, None)
         self._memories.pop(name, None)
 
     def load(self, name: str) -> CopyLoad:
@@ -101,10 +106,16 @@ class Choice:
         return min(found, key=lambda name: cost_tokens(num_tokens, self._num_cached(name, prefix), self.load(name)))
 
     def _count(self, name: str, more: int) -> None:
-        self._num_own += more
-        self._num_sent += more
         self._own[name] += more
         self._sent[name] += more
+        if name in self._said.loads:
+            self._num_own += more
+            self._num_sent += more
+
+    def _add_to_totals(self, name: str, sign: int) -> None:
+        if name in self._said.loads:
+            self._num_own += sign * self._own[name]
+            self._num_sent += sign * self._sent[name]
 
     def _num_looked_at(self) -> int | None:
         """None: all. By the share of the load that is others': of two gateways each looks at four, of many at two."""

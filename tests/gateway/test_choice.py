@@ -98,3 +98,19 @@ def test_a_copy_that_takes_no_work_or_is_lost_is_not_taken_and_counts_no_more() 
 
     assert {choice.choose(2100, PREFIX) for _ in range(20)} == {"b"}
     assert choice.choose(2100, PREFIX, {"b"}) is None
+
+
+def test_what_drains_at_a_copy_that_takes_no_work_is_no_share_of_the_others_load() -> None:
+    names = [f"copy-{one}" for one in range(40)]
+    loads = {name: CopyLoad(num_running=20) for name in names} | {"copy-7": CopyLoad(num_running=10)}
+    choices = gateways(260, loads)
+    for choice in choices:
+        for name in names[30:]:
+            for _ in range(200):
+                choice.sent(name, ())
+            choice.heard(name, None)
+
+    taken = Counter(take(choice) for choice in choices)
+
+    assert not set(taken) & set(names[30:])
+    assert max(taken.values()) < 60, "they all took the idlest"

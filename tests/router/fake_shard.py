@@ -73,6 +73,9 @@ class FakeRunner:
     def abort(self) -> None:
         self._left.set()
 
+    def forget(self) -> None:
+        pass
+
     def leave(self) -> None:
         pass
 

@@ -323,6 +323,9 @@ class EchoRunner:
     def abort(self) -> None:
         pass
 
+    def forget(self) -> None:
+        pass
+
     def leave(self) -> None:
         pass
 

@@ -51,6 +51,9 @@ class Tape(TorchDispatchMode):
         actions = self._actions
         return lambda: self._replay(actions)
 
+    def forget(self) -> None:
+        self._actions = []
+
     def interrupt(self, action: Action) -> None:
         self._actions.append(action)
 
