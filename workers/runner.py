@@ -8,31 +8,27 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import psutil
 import torch
 
 from workers.allocator import keep_freed_memory
 from workers.batch import BatchBuilder, ForwardBatch, PromptLayout
-from workers.buckets import Buckets
 from workers.candidates import CandidateExchange
 from workers.checkpoint import Checkpoint, Progress, no_progress
 from workers.config import ModelConfig, RunnerConfig, ShardSpec
 from workers.decode_steps import DecodeSteps
+from workers.device import buckets_of, check_kernels, check_memory, device_of, free_bytes, halved_from, recorder_of
 from workers.errors import KVMemoryError, LayoutError, PlanError
-from workers.experts.choice import MAX_GATHERED_ROWS, DispatcherChoice
+from workers.experts.choice import DispatcherChoice
 from workers.experts.rebalance import PlacedExperts
 from workers.grammar import Grammars
-from workers.graphs import CallAgain, CudaRecorder, Recorder, interrupting
 from workers.host_kv import measure, open_host_kv
-from workers.kernels.cpu.library import native
 from workers.kernels.invariance import invariance
 from workers.kernels.linear import Weight
-from workers.kernels.triton.choice import has_triton
 from workers.kv_memory import default_kv_bytes
 from workers.kv_pool import KVPool, block_bytes, num_blocks_in
 from workers.model import Decoder
@@ -46,9 +42,6 @@ from workers.transfers import Arrival, Here, fetching_from, to_device
 from workers.two_halves import HalvedBatch, forward_halves, travel_on
 
 log = logging.getLogger(__name__)
-
-HALVED_FROM = 1024
-"""On a GPU. Fewer rows take less time to travel than a second launch of each kernel takes."""
 
 
 @dataclass(frozen=True)
@@ -134,22 +127,22 @@ class ModelRunner:
                 f"{parallel.layout}; start every rank with its own config"
             )
         self.config, self.parallel = config, parallel
-        self.device, dtype = _device(config)
-        _check_kernels(config, self.device)
+        self.device, dtype = device_of(config)
+        check_kernels(config, self.device)
         kv_dtype = {"auto": dtype, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}[config.kv_dtype]
         self.model = ModelConfig.from_dir(Path(config.model_dir))
         if weights is None:
             checkpoint = Checkpoint.open(config.model_dir)
-            _check_memory(checkpoint, config.spec, self.device)
+            check_memory(checkpoint, config.spec, self.device)
             weights = checkpoint.read(config.spec, progress, device=self.device, dtype=dtype, products=config.products)
         self._weights = weights
         self.threads = ThreadChooser(self.model, weights, config.num_threads or torch.get_num_threads())
         if self.device.type == "cpu":
             keep_freed_memory()
         self.weight_bytes = sum(weight.nbytes for weight in weights.values())
-        buckets = _buckets(self.model, config, self.device)
+        buckets = buckets_of(self.model, config, self.device)
         choice = DispatcherChoice(self.model, config.spec, parallel, dtype, config.dispatch_rows, buckets)
-        recorder, self._collectives = _recorder(config, parallel, self.device)
+        recorder, self._collectives = recorder_of(config, parallel, self.device)
         self.decoder = Decoder(self.model, config.spec, weights, self._collectives, choice)
         self.num_blocks = parallel.world.minimum(self._affordable_blocks(kv_dtype), self.device)
         num_spare = 0 if buckets is None else 1
@@ -167,7 +160,7 @@ class ModelRunner:
         self.experts = PlacedExperts(self.decoder.expert_layers, config.spec, parallel.world)
         self.last_tokens = torch.zeros(config.max_num_seqs + num_spare, dtype=torch.int64, device=self.device)
         self._fetch = fetching_from(self.device)
-        self._halved_from, self._travel = _halved_from(config, self.model, self.device), travel_on(self.device)
+        self._halved_from, self._travel = halved_from(config, self.model, self.device), travel_on(self.device)
         self._finished_s = 0.0
         self._decode_steps: DecodeSteps | None = None
         self._warm_up()
@@ -344,15 +337,15 @@ class ModelRunner:
 
     def _affordable_blocks(self, dtype: torch.dtype) -> int:
         """Blocks that fit the KV memory, and no more than all slots at full length can use."""
-        config, free_bytes = self.config, _free_bytes(self.device)
+        config, num_free_bytes = self.config, free_bytes(self.device)
         bytes_per_block = block_bytes(self.model, config.spec, config.block_size, dtype)
-        kv_bytes = config.kv_memory_bytes or default_kv_bytes(free_bytes, self.device.type)
+        kv_bytes = config.kv_memory_bytes or default_kv_bytes(num_free_bytes, self.device.type)
         affordable = num_blocks_in(kv_bytes, bytes_per_block)
         num_blocks = min(affordable, config.max_num_seqs * -(-config.max_model_len // config.block_size))
-        if num_blocks * bytes_per_block > free_bytes:
+        if num_blocks * bytes_per_block > num_free_bytes:
             raise KVMemoryError(
                 f"rank {config.rank} needs {num_blocks * bytes_per_block / 1e9:.3g} GB for {num_blocks} KV blocks, "
-                f"{free_bytes / 1e9:.3g} are free; lower kv_memory_bytes"
+                f"{num_free_bytes / 1e9:.3g} are free; lower kv_memory_bytes"
             )
         return num_blocks
 
@@ -375,84 +368,6 @@ class ModelRunner:
         self.execute(StepPlan(step=0, close=[0], report_loads=True))
 
 
-def _device(config: RunnerConfig) -> tuple[torch.device, torch.dtype]:
-    """The device, and the dtype of weights and KV there."""
-    if config.device == "cuda":
-        torch.cuda.set_device(config.rank % torch.cuda.device_count())
-        return torch.device("cuda", torch.cuda.current_device()), torch.bfloat16
-    return torch.device("cpu"), torch.float32
-
-
-def _halved_from(config: RunnerConfig, model: ModelConfig, device: torch.device) -> int | None:
-    """Rows of the fullest group from which on a step is computed as two halves; None: none is."""
-    if config.layout.dp == 1 or not model.has_moe_layers:
-        return None
-    if config.halved_from is None:
-        return HALVED_FROM if device.type == "cuda" else None
-    return config.halved_from or None
-
-
-def _buckets(model: ModelConfig, config: RunnerConfig, device: torch.device) -> Buckets | None:
-    """The sizes of decode steps; None where none are recorded."""
-    is_on = device.type == "cuda" and has_triton("cuda") if config.graphs == "auto" else config.graphs != "off"
-    if not is_on:
-        return None
-    # More would be sent to their experts with uneven counts, at which the host has to look.
-    is_even = config.layout.dp == 1 or not any(map(model.is_moe_layer, range(model.num_layers)))
-    most = config.max_num_seqs if is_even else min(config.max_num_seqs, MAX_GATHERED_ROWS * config.layout.tp)
-    return Buckets(most, config.max_model_len)
-
-
-def _recorder(config: RunnerConfig, parallel: ParallelState, device: torch.device) -> tuple[Recorder, ParallelState]:
-    """What records decode steps, and the ranks' collectives as it needs them."""
-    if device.type == "cpu":
-        return CallAgain(), parallel
-    recorder = CudaRecorder(parallel)
-    is_whole = config.graphs == "whole" or (config.graphs == "auto" and config.layout.dp == 1)
-    return recorder, parallel if is_whole else interrupting(parallel, recorder)
-
-
-def _check_kernels(config: RunnerConfig, device: torch.device) -> None:
-    """Raises LayoutError where what is asked for has no kernel here."""
-    is_cpu = device.type == "cpu" and native() is not None
-    if config.kv_dtype == "fp8" and (is_cpu or not has_triton(device.type)):
-        raise LayoutError(f"kv_dtype fp8 needs the GPU kernels, which do not compute on {device}; leave it out")
-    if config.deterministic and not is_cpu and not has_triton(device.type):
-        raise LayoutError(
-            f"deterministic needs mull's own kernels, and torch computes on {device}; install triton for a GPU, or "
-            "build the CPU's kernels"
-        )
-    if config.deterministic and config.redundant_experts:
-        raise LayoutError(
-            f"deterministic allows no redundant experts, and there are {config.redundant_experts}: which of them "
-            "computes a token depends on its row; use 0"
-        )
-
-
 def _exchange(model: ModelConfig, config: RunnerConfig, parallel: ParallelState) -> CandidateExchange:
     parts = [ShardSpec(config.layout, tp_rank).vocab(model) for tp_rank in range(config.layout.tp)]
     return CandidateExchange(parallel.tp, parts)
-
-
-def _check_memory(checkpoint: Checkpoint, spec: ShardSpec, device: torch.device) -> None:
-    """Raises LayoutError where not even the stored bytes of this rank's weights fit; unpacked ones take no less."""
-    spec.layout.check(checkpoint.config)
-    free_bytes = _free_bytes(device)
-    needed_bytes = checkpoint.slice_bytes(spec)
-    if needed_bytes <= free_bytes:
-        return
-    redundant = ""
-    if spec.redundant_experts:
-        extra_bytes = needed_bytes - checkpoint.slice_bytes(replace(spec, redundant_experts=0))
-        redundant = f" ({extra_bytes / 1e9:.3g} of them for {spec.redundant_experts} redundant experts)"
-    raise LayoutError(
-        f"rank {spec.rank} of {spec.layout} needs {needed_bytes / 1e9:.3g} GB for its weights{redundant}, "
-        f"{free_bytes / 1e9:.3g} are free; use more ranks or fewer redundant experts"
-    )
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cpu":
-        return psutil.virtual_memory().available
-    free_bytes, _ = torch.cuda.mem_get_info(device)
-    return free_bytes

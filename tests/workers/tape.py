@@ -95,7 +95,7 @@ def taped() -> Iterator[list[Tape]]:
         tapes.append(Tape())
         return tapes[-1], interrupting(parallel, tapes[-1]) if config.graphs == "piecewise" else parallel
 
-    patch.setattr(runner_module, "_recorder", recorder)
+    patch.setattr(runner_module, "recorder_of", recorder)
     try:
         yield tapes
     finally:

@@ -19,7 +19,6 @@ from tests.workers.engine import (
     whole_prompts,
 )
 from tests.workers.ranks import RankProcesses
-from workers import runner as runner_module
 from workers.checkpoint import Checkpoint
 from workers.config import ModelConfig, ParallelLayout, RunnerConfig
 from workers.errors import KernelError, KVMemoryError, LayoutError, PlanError
@@ -249,7 +248,7 @@ def test_a_layout_that_cannot_split_is_refused_before_loading(dense_fp8: Path) -
 def test_weights_beyond_memory_are_refused_with_what_redundant_experts_take(
     moe_fp8: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner_module, "_free_bytes", lambda _device: 10**6)
+    monkeypatch.setattr("workers.device.free_bytes", lambda _device: 10**6)
     needs = (
         r"rank 0 of tp=1 needs 0.00\d+ GB for its weights \(0.00\d+ of them for 9 redundant experts\), 0.001 are free"
     )
