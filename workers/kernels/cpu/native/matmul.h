@@ -43,6 +43,8 @@ template <>
 struct Step<E4m3Pair> : PairStep {};
 template <>
 struct Step<Bf16Pair> : PairStep {};
+template <>
+struct Step<Pair> : PairStep {};
 #endif
 
 // Rows lie in blocks of at most MAX_ROWS: the rows of a block side by side, one step after another, so that going along

@@ -31,9 +31,37 @@ const float* as_floats(const Bf16* values, std::int64_t count, float* room) {
     return room;
 }
 
+// What is multiplied: pairs of bf16 where K and V are bf16 and the processor has products of it, or floats.
+template <class Value>
+struct Products {
+    using Factor = float;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct Products<Bf16> {
+    using Factor = Pair;
+};
+#endif
+
+// A row of a panel of factors: of one row of floats, or of two. A second one that is not there counts nothing.
+inline void put_factors(const float* first, const float*, int count, float* to) {
+    std::memcpy(to, first, sizeof(float) * count);
+}
+inline void put_scaled(const float* query, float scale, float* to) { *to = *query * scale; }
+#if defined(__AVX512BF16__)
+inline void put_factors(const float* first, const float* second, int count, Pair* to) {
+    constexpr float NOTHING[PANEL] = {};
+    round_to_pairs(first, second ? second : NOTHING, count, to);
+}
+inline void put_scaled(const float* query, float scale, Pair* to) {
+    *to = {{round_to_bf16(query[0] * scale).bits, round_to_bf16(query[1] * scale).bits}};
+}
+#endif
+
 // 32 rows: queries, and what they have gathered so far.
+template <class Factor>
 struct Panel {
-    float* queries;            // [head_dim][32], scaled
+    Factor* queries;           // [head_dim / inputs of a factor][32], scaled
     float (*out)[PANEL];       // [panels of the head dimension][32 rows][32]
     alignas(64) float positions[PANEL], largest[PANEL], sums[PANEL];
     int rows;
@@ -42,7 +70,8 @@ struct Panel {
 
 // From scores to weights: e to the power of their distance to the largest so far; what was gathered before is scaled to
 // it. Keys behind a row's position weigh nothing.
-void weigh(Panel& panel, std::int64_t first_key, int count, float (*scores)[PANEL], float* factors) {
+template <class Factor>
+void weigh(Panel<Factor>& panel, std::int64_t first_key, int count, float (*scores)[PANEL], float* factors) {
     const bool is_cut = first_key + count - 1 > static_cast<std::int64_t>(panel.positions[0]);
     for (int lane = 0; lane < PANEL; lane += Floats::width) {
         const Floats zero = Floats::zero(), one = Floats::broadcast(1.0f), low = Floats::broadcast(LOWEST);
@@ -70,18 +99,21 @@ void weigh(Panel& panel, std::int64_t first_key, int count, float (*scores)[PANE
 }
 
 // out += weights @ values, for all rows of a panel and each 32 values of the head dimension.
-template <int ROWS = MAX_ROWS>
-void gather(int rows, const float* weights, int count, const float* values, float (*out)[PANEL]) {
+template <int ROWS = MAX_ROWS, class Factor>
+void gather(int rows, const Factor* weights, int steps, const Factor* values, float (*out)[PANEL]) {
     if (rows >= ROWS) {
-        multiply<ROWS, PANEL>(weights, count, values, nullptr, out);
-        return rows > ROWS ? gather(rows - ROWS, weights + ROWS, count, values, out + ROWS) : void();
+        multiply<ROWS, PANEL>(weights, steps, values, nullptr, out);
+        return rows > ROWS ? gather(rows - ROWS, weights + ROWS, steps, values, out + ROWS) : void();
     }
-    if constexpr (ROWS > 1) gather<ROWS - 1>(rows, weights, count, values, out);
+    if constexpr (ROWS > 1) gather<ROWS - 1>(rows, weights, steps, values, out);
 }
 
 // The rows of one tile of a chunk that share a KV head.
 template <class Value>
 struct Tile {
+    using Factor = typename Products<Value>::Factor;
+    static constexpr int INPUTS = Step<Factor>::inputs;
+
     std::int64_t group, head_dim, first_position;
     int rows;
     Pages<Value> keys, values;
@@ -90,35 +122,41 @@ struct Tile {
     void attend(const QueryOf& query_of, const OutOf& out_of) const {
         const std::int64_t columns = (head_dim + PANEL - 1) / PANEL;  // panels of the head dimension
         const int num_panels = (rows + PANEL - 1) / PANEL;
+        const std::int64_t of_panel = head_dim / INPUTS * PANEL, of_column = KEYS / INPUTS * PANEL;
         const auto floats = [](std::int64_t count) { return std::unique_ptr<float[]>(new float[count]); };
-        const auto queries = floats(num_panels * head_dim * PANEL), out = floats(num_panels * columns * PANEL * PANEL);
-        const auto packed = floats(KEYS * head_dim), copied = floats(columns * KEYS * PANEL);
-        const auto widened = floats(KEYS * head_dim);
+        const auto factors = [](std::int64_t count) { return std::unique_ptr<Factor[]>(new Factor[count]()); };
+        const auto out = floats(num_panels * columns * PANEL * PANEL), widened = floats(KEYS * head_dim);
+        const auto queries = factors(num_panels * of_panel), copied = factors(columns * of_column);
+        const auto packed = factors(KEYS * head_dim / INPUTS);
         std::fill_n(out.get(), num_panels * columns * PANEL * PANEL, 0.0f);
-        std::fill_n(copied.get(), columns * KEYS * PANEL, 0.0f);
-        std::vector<Panel> panels(num_panels);
+        std::vector<Panel<Factor>> panels(num_panels);
         for (int p = 0; p < num_panels; ++p)
-            open(panels[p], p, queries.get() + p * head_dim * PANEL,
+            open(panels[p], p, queries.get() + p * of_panel,
                  reinterpret_cast<float (*)[PANEL]>(out.get() + p * columns * PANEL * PANEL), query_of);
         const std::int64_t num_keys = panels.back().last_position + 1;
         for (std::int64_t first = 0; first < num_keys; first += KEYS) {
             const int count = static_cast<int>(std::min<std::int64_t>(KEYS, num_keys - first));
-            const float* key_rows[KEYS];
-            for (int key = 0; key < count; ++key)
-                key_rows[key] = as_floats(keys.row(first + key), head_dim, widened.get() + key * head_dim);
+            const float* found[KEYS];
+            const auto find = [&](const Pages<Value>& pages) {
+                for (int key = 0; key < count; ++key)
+                    found[key] = as_floats(pages.row(first + key), head_dim, widened.get() + key * head_dim);
+            };
+            find(keys);
             pack_chunk(
-                count, head_dim, [&](int key) { return key_rows[key]; }, packed.get());
-            for (int key = 0; key < count; ++key) {
-                const float* row = as_floats(values.row(first + key), head_dim, widened.get());
-                for (std::int64_t column = 0; column < columns; ++column)
-                    std::memcpy(copied.get() + (column * KEYS + key) * PANEL, row + column * PANEL,
-                                sizeof(float) * std::min<std::int64_t>(PANEL, head_dim - column * PANEL));
-            }
-            for (Panel& panel : panels)
+                count, head_dim, [&](int key) { return found[key]; }, packed.get());
+            find(values);
+            for (int key = 0; key < count; key += INPUTS)
+                for (std::int64_t column = 0; column < columns; ++column) {
+                    const std::int64_t start = column * PANEL;
+                    put_factors(found[key] + start, key + 1 < count ? found[key + 1] + start : nullptr,
+                                static_cast<int>(std::min<std::int64_t>(PANEL, head_dim - start)),
+                                copied.get() + column * of_column + key / INPUTS * PANEL);
+                }
+            for (Panel<Factor>& panel : panels)
                 if (first <= panel.last_position) take_in(panel, first, count, packed.get(), copied.get());
         }
         for (int row = 0; row < rows; ++row) {
-            const Panel& panel = panels[row / PANEL];
+            const Panel<Factor>& panel = panels[row / PANEL];
             const int lane = row % PANEL;
             float* to = out_of(row);
             for (std::int64_t d = 0; d < head_dim; ++d)
@@ -128,7 +166,7 @@ struct Tile {
 
 private:
     template <class QueryOf>
-    void open(Panel& panel, int index, float* queries, float (*out)[PANEL], const QueryOf& query_of) const {
+    void open(Panel<Factor>& panel, int index, Factor* queries, float (*out)[PANEL], const QueryOf& query_of) const {
         const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
         panel.queries = queries;
         panel.out = out;
@@ -140,21 +178,27 @@ private:
             panel.largest[lane] = LOWEST;
             panel.sums[lane] = 0;
             const float* query = query_of(row);
-            for (std::int64_t d = 0; d < head_dim; ++d) queries[d * PANEL + lane] = query[d] * scale;
+            for (std::int64_t d = 0; d < head_dim; d += INPUTS)
+                put_scaled(query + d, scale, queries + d / INPUTS * PANEL + lane);
         }
     }
 
     // One block of keys: `packed` K, `copied` V.
-    void take_in(Panel& panel, std::int64_t first, int in_block, const float* packed, const float* copied) const {
+    void take_in(Panel<Factor>& panel, std::int64_t first, int in_block, const Factor* packed,
+                 const Factor* copied) const {
         const int count = static_cast<int>(std::min<std::int64_t>(in_block, panel.last_position + 1 - first));
         alignas(64) float scores[KEYS][PANEL], factors[PANEL];
+        alignas(64) Factor weights[KEYS / INPUTS][PANEL];
+        const int steps = static_cast<int>(head_dim / INPUTS);
         std::memset(scores, 0, sizeof(float) * PANEL * in_block);
         for (int block = 0; block < blocks_of(in_block) && block_start(in_block, block) < count; ++block) {
             const int start = block_start(in_block, block), width = block_start(in_block, block + 1) - start;
-            multiply_rows(width, packed + start * head_dim, static_cast<int>(head_dim), panel.queries, nullptr,
+            multiply_rows(width, packed + start * steps, steps, static_cast<const Factor*>(panel.queries), nullptr,
                           scores + start);
         }
         weigh(panel, first, count, scores, factors);
+        for (int key = 0; key < count; key += INPUTS)
+            put_factors(scores[key], key + 1 < count ? scores[key + 1] : nullptr, PANEL, weights[key / INPUTS]);
         for (std::int64_t column = 0; column * PANEL < head_dim; ++column) {
             float (*out)[PANEL] = panel.out + column * PANEL;
             for (int row = 0; row < panel.rows; ++row) {
@@ -162,7 +206,8 @@ private:
                 for (int d = 0; d < PANEL; d += Floats::width)
                     (Floats::load(out[row] + d) * factor).store(out[row] + d);
             }
-            gather(panel.rows, scores[0], count, copied + column * KEYS * PANEL, out);
+            gather(panel.rows, static_cast<const Factor*>(weights[0]), (count + INPUTS - 1) / INPUTS,
+                   copied + column * (KEYS / INPUTS * PANEL), out);
         }
     }
 };

@@ -227,12 +227,28 @@ inline void widen_all(const Bf16Pair* codes, Pairs (&out)[2]) {
     for (int i = 0; i < 2; ++i) out[i].v = _mm512_loadu_si512(codes + i * Floats::width);
 }
 
+inline void widen_all(const Pair* pairs, Pairs (&out)[2]) {
+    for (int i = 0; i < 2; ++i) out[i].v = _mm512_loadu_si512(pairs + i * Floats::width);
+}
+
 // Rounds `count` floats, an even number, to the nearest bf16, of two the even one.
 inline void round_to_pairs(const float* from, int count, Pair* to) {
     for (int i = 0; i < count; i += Floats::width) {
         const int width = count - i < Floats::width ? count - i : Floats::width;
         const __m256bh halves = _mm512_cvtneps_pbh(Floats::load(from + i, width).v);
         _mm256_mask_storeu_epi16(to + i / 2, static_cast<__mmask16>((1u << width) - 1), (__m256i)halves);
+    }
+}
+
+// Pairs of one value of each row, rounded.
+inline void round_to_pairs(const float* first, const float* second, int count, Pair* to) {
+    for (int i = 0; i < count; i += Floats::width) {
+        const int width = count - i < Floats::width ? count - i : Floats::width;
+        const auto words = [&](const float* from) {
+            return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(Floats::load(from + i, width).v));
+        };
+        const __m512i pairs = _mm512_or_si512(words(first), _mm512_slli_epi32(words(second), 16));
+        _mm512_mask_storeu_epi32(to + i, static_cast<__mmask16>((1u << width) - 1), pairs);
     }
 }
 
