@@ -40,6 +40,10 @@ class LeanNode(Node):
         )
         self._guard = _start_guard()
         super().__init__(params, head=True, shutdown_at_exit=False)
+        assert self._guard.stdin is not None, "its pipe is ours"
+        session: str = self.get_session_dir_path()  # type: ignore[no-untyped-call]  # Ray has no types there
+        self._guard.stdin.write(f"{session}/".encode())
+        self._guard.stdin.flush()
 
     def stop(self) -> None:
         """For who goes on after it; who ends need not call it."""
