@@ -12,7 +12,8 @@ from typing import Literal
 from cluster.router.blocks import BlockAllocator
 from cluster.router.host_tier import HostTier, plan_host
 from cluster.router.scheduler import Scheduler
-from cluster.router.scheduler_config import SchedulerConfig, SchedulerStats
+from cluster.router.scheduler_config import SchedulerConfig
+from cluster.router.scheduler_stats import SchedulerStats
 from cluster.router.sequence import SequenceRequest, SequenceUpdate
 from cluster.router.speculation import Speculation
 from workers.config import ParallelLayout, RunnerConfig

@@ -19,7 +19,7 @@ from cluster.metrics.process import BUILD_INFO, CERTIFICATES
 
 if TYPE_CHECKING:
     from cluster.router.router import RouterStats
-    from cluster.router.scheduler_config import SchedulerStats
+    from cluster.router.scheduler_stats import SchedulerStats
     from workers.step import RankReady
 
 QUEUE_TIME = histogram(

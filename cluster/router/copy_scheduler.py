@@ -21,7 +21,8 @@ from cluster.router.blocks import BlockAllocator, chain_hashes, root_hash
 from cluster.router.pace import PromptPace, StepLoad
 from cluster.router.quarantine import Quarantine
 from cluster.router.scheduler import Scheduler
-from cluster.router.scheduler_config import SchedulerConfig, SchedulerStats
+from cluster.router.scheduler_config import SchedulerConfig
+from cluster.router.scheduler_stats import SchedulerStats
 from cluster.router.sequence import FinishReason, SequenceRequest, SequenceUpdate
 from cluster.router.speculation import Move, next_move
 from cluster.router.waiting import WaitingQueue

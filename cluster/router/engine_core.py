@@ -16,7 +16,8 @@ from cluster.errors import EngineError, MullError, NotReady, RankLossCause, Rank
 from cluster.router.blocks import BlockAllocator
 from cluster.router.copy_scheduler import CopyScheduler
 from cluster.router.host_tier import HostPlan, HostTier
-from cluster.router.scheduler_config import SchedulerConfig, SchedulerStats
+from cluster.router.scheduler_config import SchedulerConfig
+from cluster.router.scheduler_stats import SchedulerStats
 from cluster.router.sequence import SequenceRequest, SequenceUpdate
 from cluster.router.supervision import EngineState, RestartPolicy, Supervisor
 from workers.step import StepPlan, StepResult

@@ -22,7 +22,8 @@ from cluster.router.engine import Engine, GroupFactory
 from cluster.router.layout_table import RankRole, table_lines
 from cluster.router.metrics_port import MetricsPort
 from cluster.router.request_watch import RequestWatch
-from cluster.router.scheduler_config import SchedulerConfig, SchedulerStats
+from cluster.router.scheduler_config import SchedulerConfig
+from cluster.router.scheduler_stats import SchedulerStats
 from cluster.router.sequence import SequenceUpdate
 from cluster.router.servicer import RouterServicer
 from cluster.router.session import MAX_UNREAD, Session

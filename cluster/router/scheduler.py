@@ -19,7 +19,8 @@ from cluster.router.blocks import BlockAllocator
 from cluster.router.host_tier import HostTier
 from cluster.router.in_flight import StepsInFlight
 from cluster.router.quarantine import Quarantine
-from cluster.router.scheduler_config import SchedulerConfig, SchedulerStats
+from cluster.router.scheduler_config import SchedulerConfig
+from cluster.router.scheduler_stats import SchedulerStats, Totals
 from cluster.router.sequence import FinishReason, Phase, Sequence, SequenceRequest, SequenceUpdate
 from cluster.router.slots import SlotTable
 from cluster.router.speculation import Move, Speculation, next_move
@@ -43,13 +44,7 @@ class Scheduler:
         self._slots = SlotTable(config.max_num_seqs, blocks)
         self._in_flight = StepsInFlight()
         self._next_step = 0
-        self._num_preempted_total = 0
-        self._prefix_query_tokens_total = 0
-        self._prefix_hit_tokens_total = 0
-        self._draft_tokens_total = 0
-        self._accepted_tokens_total = 0
-        self._num_offloaded_total = 0
-        self._num_fetched_total = 0
+        self._totals = Totals()
 
     @property
     def context_limit(self) -> int:
@@ -90,7 +85,7 @@ class Scheduler:
 
     @property
     def num_preempted_total(self) -> int:
-        return self._num_preempted_total
+        return self._totals.preempted
 
     @property
     def has_unfinished(self) -> bool:
@@ -129,13 +124,13 @@ class Scheduler:
             num_cached_blocks=self._blocks.num_cached,
             num_host_blocks=0 if host is None else host.plan.num_blocks,
             num_used_host_blocks=0 if host is None else host.num_used,
-            offloaded_tokens_total=self._num_offloaded_total * self._blocks.block_size,
-            fetched_tokens_total=self._num_fetched_total * self._blocks.block_size,
-            num_preempted_total=self._num_preempted_total,
-            prefix_query_tokens_total=self._prefix_query_tokens_total,
-            prefix_hit_tokens_total=self._prefix_hit_tokens_total,
-            draft_tokens_total=self._draft_tokens_total,
-            accepted_tokens_total=self._accepted_tokens_total,
+            offloaded_tokens_total=self._totals.offloaded_blocks * self._blocks.block_size,
+            fetched_tokens_total=self._totals.fetched_blocks * self._blocks.block_size,
+            num_preempted_total=self._totals.preempted,
+            prefix_query_tokens_total=self._totals.prefix_query_tokens,
+            prefix_hit_tokens_total=self._totals.prefix_hit_tokens,
+            draft_tokens_total=self._totals.draft_tokens,
+            accepted_tokens_total=self._totals.accepted_tokens,
         )
 
     def add(self, request: SequenceRequest, block_hashes: Iterable[bytes] = ()) -> None:
@@ -247,7 +242,7 @@ class Scheduler:
         for seq, cached_tokens in done.admitted:
             seq.unannounced_cached_tokens = cached_tokens
         more = dict(zip(done.drafted, result.accepted_ids, strict=True))
-        self._accepted_tokens_total += sum(map(len, more.values()))
+        self._totals.accepted_tokens += sum(map(len, more.values()))
         for prefill, seq, start in done.scored:
             seq.take_scores(start, result.prompt_logprobs[prefill])
         updates: list[SequenceUpdate] = []
@@ -338,7 +333,7 @@ class Scheduler:
             room = len(seq.block_ids) * self._blocks.block_size - seq.num_computed
             token_ids = seq.draft(min(speculation.max_tokens, room, step.budget), least_chance)
             if token_ids:
-                self._draft_tokens_total += len(token_ids)
+                self._totals.draft_tokens += len(token_ids)
                 step.draft(seq, token_ids)
 
     def _make_room(self, seq: Sequence, step: StepBuilder) -> bool:
@@ -407,8 +402,8 @@ class Scheduler:
         seq.was_admitted = True
         step.admitted.append((seq, seq.num_computed))
         if self._blocks.enable_prefix_cache and not seq.needs_scores:
-            self._prefix_query_tokens_total += len(seq.request.prompt_ids)
-            self._prefix_hit_tokens_total += seq.num_computed
+            self._totals.prefix_query_tokens += len(seq.request.prompt_ids)
+            self._totals.prefix_hit_tokens += seq.num_computed
 
     def _send(self, step: StepBuilder, close: list[int]) -> StepPlan:
         """Number the step and remember it until its result is back."""
@@ -422,8 +417,8 @@ class Scheduler:
             return step.plan(number, close, [])
         host.let_go(host_id for host_id, _ in step.fetched)
         offloads = host.take_offloads()
-        self._num_offloaded_total += len(offloads)
-        self._num_fetched_total += len(step.fetched)
+        self._totals.offloaded_blocks += len(offloads)
+        self._totals.fetched_blocks += len(step.fetched)
         return step.plan(number, close, offloads)
 
     def _preempt(self, seq: Sequence) -> None:
@@ -432,7 +427,7 @@ class Scheduler:
         self._slots.leave(seq)
         self._wait(seq)
         seq.num_preemptions += 1
-        self._num_preempted_total += 1
+        self._totals.preempted += 1
 
     def _wait(self, seq: Sequence) -> None:
         is_near_end = seq.was_admitted and seq.phase is Phase.ANSWER

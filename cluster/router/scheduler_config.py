@@ -1,4 +1,4 @@
-"""What a scheduler is told before it begins, and what it tells of itself.
+"""What a scheduler is told before it begins.
 
 Hop 5. Plain numbers.
 """
@@ -35,33 +35,3 @@ class SchedulerConfig:
                 f"max_num_batched_tokens is {self.max_num_batched_tokens}, below max_num_seqs {self.max_num_seqs}; "
                 "raise the one or lower the other"
             )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SchedulerStats:
-    """A snapshot for metrics. Those named _total only grow."""
-
-    num_running: int
-    num_thinking: int
-    """Of the running ones, those in their thoughts."""
-    num_answering: int
-    """Of the running ones, the others."""
-    num_waiting: int
-    num_blocks: int
-    num_free_blocks: int
-    num_cached_blocks: int
-    num_host_blocks: int
-    """Room in the memory of the ranks' hosts."""
-    num_used_host_blocks: int
-    offloaded_tokens_total: int
-    """Whose KV was kept there when its blocks were needed for others."""
-    fetched_tokens_total: int
-    """Whose KV was brought back from there."""
-    num_preempted_total: int
-    prefix_query_tokens_total: int
-    """Prompt tokens looked up in the prefix cache, once per request."""
-    prefix_hit_tokens_total: int
-    draft_tokens_total: int
-    """Put through the model before they were sampled."""
-    accepted_tokens_total: int
-    """Of those, the ones that were sampled then."""

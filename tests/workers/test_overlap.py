@@ -111,14 +111,14 @@ def test_a_slot_with_rules_is_told_of_its_token_before_the_next_is_launched(dens
     assert queue.waits == [1]
 
 
-def test_a_late_result_tells_the_next_owner_of_a_slot_nothing(dense_fp8: Path) -> None:
+def test_a_late_result_tells_the_next_owner_of_a_slot_nothing(dense_fp8: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runner, _ = on_queue(dense_fp8)
     first = runner.launch(whole_prompts(PROMPTS[:1]))
     token = run(load(dense_fp8), [whole_prompts(PROMPTS[:1])]).tokens[0][0]
     opened = open_slot(0, GREEDY, rules=TokenRules(bad_words=[[token, 9]]))
     second = runner.launch(StepPlan(2, close=[0], open=[opened], prefills=[Prefill(0, 0, PROMPTS[1][:-1], False)]))
     advanced: list[list[int]] = []
-    runner.sampler.rules.advance = lambda _slots, token_ids: advanced.append(token_ids)  # type: ignore[method-assign]
+    monkeypatch.setattr(runner.sampler.rules, "advance", lambda _slots, token_ids: advanced.append(token_ids))
     assert [first.result().token_ids, second.result().token_ids] == [[token], []]
     assert advanced == []
 

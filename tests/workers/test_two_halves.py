@@ -112,12 +112,11 @@ def events_of_a_layer(parallel: ParallelState, directory: Path) -> list[str]:
         notes.events.append("experts")
         return apply(self, *arguments)
 
-    DecoderLayer.to_experts, ExpertLayer.apply = noted_attend, noted_apply  # type: ignore[method-assign]
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DecoderLayer, "to_experts", noted_attend)
+        patch.setattr(ExpertLayer, "apply", noted_apply)
         plan = StepPlan(1, open=[open_slot(0, GREEDY)], prefills=[Prefill(0, 0, OTHER, True)])
         run(runner, in_step([[plan], [plan]])[0])
-    finally:
-        DecoderLayer.to_experts, ExpertLayer.apply = attend, apply  # type: ignore[method-assign]
     return notes.events
 
 

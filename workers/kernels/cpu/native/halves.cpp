@@ -1,5 +1,5 @@
-// Half a layer in one call, which is what stands between two sums over ranks; where a rank is alone, all of them.
-// without a tensor and a call from Python for each: of a decode step of one stream those are a good part.
+// Half a layer in one call, which is what stands between two sums over ranks; where a rank is alone, all layers. A tensor
+// and a call from Python for each kernel would be a good part of a decode step of one stream.
 #include <memory>
 
 #include "kernels.h"
