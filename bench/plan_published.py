@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from cluster.planner.cost import CostModel
@@ -200,7 +200,7 @@ class Streamed:
         time = self._ranks.step(shape)
         num_sampled = sum(group.num_decodes + group.num_prefills for group in shape)
         missing_s = num_sampled / self._tokens_per_s - time.total_s
-        return time if missing_s <= 0 else replace(time, overhead_s=time.overhead_s + missing_s)
+        return time if missing_s <= 0 else time._replace(overhead_s=time.overhead_s + missing_s)
 
     def context_s(self, group: GroupShape) -> float:
         """Of the ranks; where streaming takes longest, it grows by a little too much with each foreseen step."""

@@ -1,4 +1,5 @@
-"""How many requests a minute `mull plan` simulates: short, middling and long answers, on one core and on two.
+"""How many requests a minute `mull plan` simulates: short, middling and long answers, on one core and on two, as it is
+and with `--compile`.
 
     python -m bench.plan_speed [--out bench/results/plan_speed.json]
 
@@ -9,9 +10,16 @@ production scheduler, blocks, pace and choice of copies decide, ranks are the co
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from bench import report
+from cluster.planner import machine_code
 from cluster.planner.cell import Scenario
 from cluster.planner.devices import find_device, published_kernels
 from cluster.planner.layouts import Candidate, Limits, fit
@@ -27,6 +35,7 @@ COPIES, CELLS = 64, 8
 LIMITS = Limits(max_num_seqs=256, max_num_batched_tokens=4096, context=32768)
 LOADS = {
     # name: lengths, requests a second of the fleet, seconds
+    "10 tokens out, prompts of 50": (Lengths(prompt=50, thinking=5, answer=5), 640.0, 60.0),
     "100 tokens out": (Lengths(prompt=500, thinking=50, answer=50), 64.0, 120.0),
     "100 tokens out, prompts of 50": (Lengths(prompt=50, thinking=50, answer=50), 64.0, 120.0),
     "800 tokens out": (Lengths(prompt=500, thinking=600, answer=200), 32.0, 180.0),
@@ -59,10 +68,9 @@ def row(name: str, num_processes: int) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = report.arguments(__doc__, streams="")
-    args = parser.parse_args()
+def rows_here() -> list[dict[str, Any]]:
     rows = []
+    print("machine code" if machine_code.is_in_use() else "as it is")
     for name in LOADS:
         for num_processes in (1, 2):
             one = row(name, num_processes)
@@ -71,9 +79,31 @@ def main() -> None:
                 f"{name:30s} {num_processes} processes: {one['requests']:7,} requests, {one['streams_of_a_copy']:4.1f} "
                 f"streams of a copy, {one['steps']:9,} steps ({one['decided_steps']:7,} decided), "
                 f"{one['wall_s']:5.1f} s: {one['requests_per_minute']:9,.0f} a minute; "
-                f"{one['requests_per_cpu_minute']:9,.0f} a minute of CPU"
+                f"{one['requests_per_cpu_minute']:9,.0f} a minute of CPU",
+                flush=True,
             )
-    report.write(args.out, {"machine": report.machine(), "rows": rows})
+    return rows
+
+
+def rows_of_machine_code() -> list[dict[str, Any]]:
+    """In a process of its own."""
+    environment = machine_code.environment()
+    environment["PYTHONPATH"] += os.pathsep + os.getcwd()
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        command = [sys.executable, "-P", "-m", "bench.plan_speed", "--out", file.name]
+        subprocess.run(command, env=environment, check=True)
+        rows: list[dict[str, Any]] = json.loads(Path(file.name).read_text())["machine_code"]
+    return rows
+
+
+def main() -> None:
+    parser = report.arguments(__doc__, streams="")
+    args = parser.parse_args()
+    if machine_code.is_in_use():
+        rows = {"machine_code": rows_here()}
+    else:
+        rows = {"rows": rows_here(), "machine_code": rows_of_machine_code()}
+    report.write(args.out, {"machine": report.machine(), **rows})
 
 
 if __name__ == "__main__":

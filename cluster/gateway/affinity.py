@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 CHUNK_TOKENS = 64
 """Prefixes are remembered in steps of so many tokens."""
@@ -20,8 +20,7 @@ TOKENS_PER_WAITING = 1024
 """One that waits for a slot must first get through its own prefill."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class CopyLoad:
+class CopyLoad(NamedTuple):
     """How busy a copy is."""
 
     num_running: int = 0

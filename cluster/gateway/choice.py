@@ -103,7 +103,12 @@ class Choice:
             found += self._some([name for name in known if name not in besides], most)
         if len(found) == 1:
             return found[0]
-        return min(found, key=lambda name: cost_tokens(num_tokens, self._num_cached(name, prefix), self.load(name)))
+        # Chance decides among equals, or gateways would take the same one.
+        costs = {
+            name: (cost_tokens(num_tokens, self._num_cached(name, prefix), self.load(name)), self._draw.random())
+            for name in found
+        }
+        return min(costs, key=costs.__getitem__)
 
     def _count(self, name: str, more: int) -> None:
         self._own[name] += more
@@ -125,10 +130,8 @@ class Choice:
         return int(LEAST_LOOKED_AT * (1 + self._num_own / max(1, others)))
 
     def _some(self, names: list[str], most: int | None) -> list[str]:
-        """So many of them by chance; all in an order of chance, so that gateways differ among equals."""
-        if most is None or most >= len(names):
-            return self._draw.sample(names, len(names))
-        return self._draw.sample(names, most)
+        """So many of them by chance; None: all."""
+        return names if most is None or most >= len(names) else self._draw.sample(names, most)
 
     def _num_cached(self, name: str, prefix: Sequence[int]) -> int:
         memory = self._memories.get(name) if prefix else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from cluster.planner.cost import CostModel
 from cluster.planner.roofline import StepTime
@@ -15,8 +15,7 @@ from workers.step import StepPlan
 _ENDLESS = 1 << 30
 
 
-@dataclass(frozen=True, slots=True)
-class Sent:
+class Sent(NamedTuple):
     """A plan on its way."""
 
     load: StepLoad
@@ -39,8 +38,7 @@ class Sent:
         return not self.prefill_tokens
 
 
-@dataclass(frozen=True, slots=True)
-class Ahead:
+class Ahead(NamedTuple):
     """Those that are under way, then decodes of all who run: each lasts by `growth_s` longer than the one before."""
 
     start_s: float

@@ -197,7 +197,7 @@ def is_plain(group: Scheduler) -> bool:
     if done.scored or done.drafted:
         return False
     for seq in done.sampled:
-        if seq.finish is not None or seq.slot is None or seq.num_stale or seq.num_undelivered:
+        if seq.has_ended or seq.slot is None or seq.num_stale or seq.num_undelivered:
             return False
         if seq.thinking_budget is not None or len(seq.output_ids) + 1 >= seq.max_output:
             return False

@@ -223,21 +223,25 @@ class Fleet:
             copy = self.copies.get(name)
             if copy is None or not copy.is_open:
                 continue
-            try:
-                copy.add(flight, self.now_s, output_ids)
-            except (Overloaded, PromptTooLong):
-                is_full = True
-                continue
-            except NotReady:
-                continue
-            finally:
-                self.reschedule(copy)
-            door.sent(name, prefix)
-            return
+            refusal = self._offer(copy, flight, output_ids)
+            if refusal is None:
+                door.sent(name, prefix)
+                return
+            is_full = is_full or not isinstance(refusal, NotReady)
         if is_full and not output_ids:
             self._refuse(flight)
         else:
             self._park(flight, output_ids)
+
+    def _offer(self, copy: SimCopy, flight: Flight, output_ids: list[int]) -> Exception | None:
+        """Why it does not take the request; None: it does."""
+        try:
+            copy.add(flight, self.now_s, output_ids)
+        except (Overloaded, PromptTooLong, NotReady) as error:
+            return error
+        finally:
+            self.reschedule(copy)
+        return None
 
     def _refuse(self, flight: Flight) -> None:
         flight.was_refused = True

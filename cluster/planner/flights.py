@@ -93,19 +93,12 @@ class Work:
     kv_share_s: float = 0.0
     """Share of KV blocks in use, integrated over the busy time."""
     gaps: Gaps = field(default_factory=Gaps)
-    seconds_by_part: list[float] = field(default_factory=lambda: list(vars(StepTime()).values()))
-
-    @property
-    def parts(self) -> StepTime:
-        """Where step times went."""
-        return StepTime(**dict(zip(vars(StepTime()), self.seconds_by_part, strict=True)))
+    parts: StepTime = field(default_factory=StepTime)
+    """Where step times went."""
 
     def take(self, time: StepTime, total_s: float, num_steps: int, kv_share: float) -> None:
         """So many steps that lasted `total_s` together, about like `time` each."""
         self.busy_s += total_s
         self.num_steps += num_steps
         self.kv_share_s += kv_share * total_s
-        parts = self.seconds_by_part
-        times = total_s / time.total_s if num_steps > 1 and total_s else 1.0
-        for place, more_s in enumerate(time.__dict__.values()):
-            parts[place] += times * more_s
+        self.parts = self.parts.plus(time, total_s / time.total_s if num_steps > 1 and total_s else 1.0)

@@ -95,7 +95,7 @@ class Outcome:
         )
 
     def as_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return asdict(self) | {"mean_step": self.mean_step._asdict()}
 
 
 def judge(flights: Sequence[Flight], window: Window, *, num_gpus: int, answer_share: float, slots: int) -> Outcome:
@@ -137,7 +137,7 @@ def _limit(window: Window, *, keeps_up: bool, slots: int) -> str:
         return "KV memory: requests wait for blocks"
     if not keeps_up and window.running_at_end >= _BUSY * slots:
         return "slots: raise max_num_seqs"
-    share = max(vars(window.parts).values()) / window.parts.total_s
+    share = max(window.parts) / window.parts.total_s
     return f"{window.parts.limit} ({share:.0%} of a step)"
 
 
@@ -152,9 +152,7 @@ def between(start: Sequence[Work], end: Sequence[Work]) -> Work:
             total.decode_tokens += sign * work.decode_tokens
             total.prefill_tokens += sign * work.prefill_tokens
             total.kv_share_s += sign * work.kv_share_s
-            total.seconds_by_part = [
-                one + sign * more for one, more in zip(total.seconds_by_part, work.seconds_by_part, strict=True)
-            ]
+            total.parts = total.parts.plus(work.parts, sign)
             for bucket, count in work.gaps.counts.items():
                 total.gaps.counts[bucket] += sign * count
     return total

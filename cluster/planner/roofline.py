@@ -7,8 +7,8 @@ long as in the fullest group, experts see the tokens of all.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import inf
+from typing import NamedTuple
 
 from cluster.planner.devices import Device, Kernels
 from cluster.planner.rank_work import RankWork
@@ -21,8 +21,7 @@ _EXPERT_ROW_TILE = 16
 _ACTIVATION_BYTES = 2
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepTime:
+class StepTime(NamedTuple):
     """The parts of a step, in seconds."""
 
     dense_s: float = 0.0
@@ -69,7 +68,7 @@ class StepTime:
     @property
     def limit(self) -> str:
         """What most of the time goes to."""
-        name = max(vars(self), key=lambda part: (vars(self)[part], part))
+        _, name = max((seconds, name) for name, seconds in self._asdict().items())
         return name.removesuffix("_s").replace("_", " ")
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class GroupShape:
+class GroupShape(NamedTuple):
     """The part of one attention group."""
 
     num_decodes: int = 0

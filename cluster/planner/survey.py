@@ -70,7 +70,7 @@ class Row:
                 "streams": step.streams,
                 "floor_s": step.floor_s,
                 "estimate_s": step.estimate.total_s,
-                **vars(step.estimate),
+                **step.estimate._asdict(),
             }
             for step in self.steps
         ]

@@ -51,7 +51,7 @@ class StepsInFlight:
     def computed(self) -> list[Sequence]:
         """The unfinished sequences of whom they compute a token."""
         computed = {id(seq): seq for step in self._steps for seq in step.computed}
-        return [seq for seq in computed.values() if seq.finish is None]
+        return [seq for seq in computed.values() if not seq.has_ended]
 
     @property
     def admitted(self) -> Iterator[tuple[Sequence, int]]:

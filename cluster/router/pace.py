@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 MIN_TOKENS = 16
 """Prompt tokens that a step takes in any case: fewer hardly cost less."""
@@ -24,8 +24,7 @@ MOST_LOOKS = 8
 """Steps that prompts wait for that, at most: they go on whatever is known."""
 
 
-@dataclass(frozen=True, slots=True)
-class StepLoad:
+class StepLoad(NamedTuple):
     """What a step computes."""
 
     num_decodes: int

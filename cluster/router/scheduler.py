@@ -238,7 +238,7 @@ class Scheduler:
         Raises EngineError when the result is of another step or has not one token per sampling slot.
         """
         done = self._in_flight.take(result)
-        admitted = [seq for seq, _ in done.admitted if seq.finish is None]
+        admitted = [seq for seq, _ in done.admitted if not seq.has_ended]
         for seq, cached_tokens in done.admitted:
             seq.unannounced_cached_tokens = cached_tokens
         more = dict(zip(done.drafted, result.accepted_ids, strict=True))
@@ -247,7 +247,7 @@ class Scheduler:
             seq.take_scores(start, result.prompt_logprobs[prefill])
         updates: list[SequenceUpdate] = []
         for index, (seq, token_id) in enumerate(zip(done.sampled, result.token_ids, strict=True)):
-            if seq.finish is not None:
+            if seq.has_ended:
                 continue  # it ended while this step was under way: the token is one too many
             if seq.num_stale:
                 seq.num_stale -= 1
@@ -255,10 +255,10 @@ class Scheduler:
             seq.num_pending -= 1
             if (forced := seq.take_forced()) is not None:
                 updates.append(forced)
-            if seq.finish is None:
+            if not seq.has_ended:
                 logprobs = (result.logprobs[index],) if index in result.logprobs else ()
                 updates.append(seq.take_sampled([token_id, *more.get(seq, ())], logprobs))
-            if seq.finish is not None:
+            if seq.has_ended:
                 self._end(seq)
             elif seq.slot is None:
                 self._wait_again(seq)

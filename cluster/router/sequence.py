@@ -197,6 +197,11 @@ class Sequence:
         return seq
 
     @property
+    def has_ended(self) -> bool:
+        """With its last update, or without one where it was cancelled: nothing brings it tokens any more."""
+        return self.finish is not None
+
+    @property
     def num_known(self) -> int:
         """Tokens whose values the Router has."""
         return len(self.request.prompt_ids) + len(self.output_ids)

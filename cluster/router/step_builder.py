@@ -6,6 +6,7 @@ Hop 5, a part of the scheduler. Holds sequences beside slots: by the time a resu
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from msgspec.structs import replace
 
@@ -13,8 +14,7 @@ from cluster.router.sequence import Sequence
 from workers.step import Draft, ExtendSlot, OpenSlot, Prefill, Score, StepPlan
 
 
-@dataclass(frozen=True, slots=True)
-class StepInFlight:
+class StepInFlight(NamedTuple):
     """A plan that was sent and has no result yet."""
 
     step: int

@@ -50,7 +50,8 @@ async def test_a_request_that_brings_down_its_ranks_twice_is_given_up_and_the_ot
     for key, message in good.items():
         await gateway.end_of(key)
         assert gateway.tokens(key) == alone(message)
-    assert len(groups.made) == 3
+    # Where the others had ended before, its end comes sooner than the next ranks.
+    await until(lambda: len(groups.made) == 3, "ranks to start once more")
     assert router.describe().num_quarantined_total == 1
 
 
