@@ -203,8 +203,12 @@ class Streamed:
         return time if missing_s <= 0 else time._replace(overhead_s=time.overhead_s + missing_s)
 
     def context_s(self, group: GroupShape) -> float:
-        """Of the ranks; where streaming takes longest, it grows by a little too much with each foreseen step."""
+        """Of the ranks."""
         return self._ranks.context_s(group)
+
+    def growth(self, group: GroupShape) -> tuple[float, int]:
+        """Of the ranks; where streaming takes longest, a little too much."""
+        return self._ranks.growth(group)
 
 
 def _arrivals(run: Published) -> list[Arrival]:

@@ -7,12 +7,10 @@ from typing import NamedTuple
 
 from cluster.planner.cost import CostModel
 from cluster.planner.roofline import StepTime
-from cluster.planner.step_shape import GroupShape, StepShape, chunk_pairs
+from cluster.planner.step_shape import ENDLESS, GroupShape, StepShape, chunk_pairs
 from cluster.router.pace import StepLoad
 from cluster.router.scheduler import Scheduler
 from workers.step import StepPlan
-
-_ENDLESS = 1 << 30
 
 
 class Sent(NamedTuple):
@@ -78,25 +76,23 @@ def look_ahead(start_s: float, sent: Sequence[Sent], num_steps: int, next_shape:
     for one in sent:
         time_s += one.total_s
         ends_s.append(time_s)
-    times = [(cost.context_s(group), cost.context_s(_token_more(group))) for group in next_shape]
+    growths = [cost.growth(group) for group in next_shape]
+    num_alike = min([num_alike for _, num_alike in growths])
+    times = [(cost.context_s(group), more_s) for group, (more_s, _) in zip(next_shape, growths, strict=True)]
     _, growth_s = max(times)
     if len(times) > 1:
-        num_steps = min(num_steps, 1 + _steps_until_overtaken(times))  # the last plan that is sent, too, is foreseen
+        num_alike = min(num_alike, _steps_until_overtaken(times))
+    num_steps = min(num_steps, 1 + num_alike)  # the last plan that is sent, too, is foreseen
     count = sum([group.num_decodes for group in next_shape])
     decode = Sent.of(next_shape, cost.step(next_shape), count)
     return Ahead(start_s, num_steps, ends_s, decode, growth_s)
-
-
-def _token_more(group: GroupShape) -> GroupShape:
-    """What the next step reads beyond this one."""
-    return GroupShape(group.num_decodes, group.num_decodes)
 
 
 def _steps_until_overtaken(times: Sequence[tuple[float, float]]) -> int:
     """For so many steps the group that spends most on its KV stays that."""
     most_s, growth_s = max(times)
     steps = [int((most_s - now_s) / (more_s - growth_s)) for now_s, more_s in times if more_s > growth_s]
-    return min(steps, default=_ENDLESS)
+    return min(steps, default=ENDLESS)
 
 
 def group_shape(plan: StepPlan, group: Scheduler) -> GroupShape:

@@ -162,6 +162,9 @@ class _Recording:
     def context_s(self, group: GroupShape) -> float:
         return self.inner.context_s(group)
 
+    def growth(self, group: GroupShape) -> tuple[float, int]:
+        return self.inner.growth(group)
+
 
 @dataclass(frozen=True)
 class _Simulated:

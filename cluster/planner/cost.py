@@ -15,7 +15,7 @@ class CostModel(Protocol):
         """The parts of a step of this shape."""
 
     def context_s(self, group: GroupShape) -> float:
-        """What decodes of a group spend on the KV they read: for as many decodes, proportional to it.
+        """What decodes of a group spend on the KV they read. Of a step, the largest of its groups counts."""
 
-        Of a step, the largest of its groups counts.
-        """
+    def growth(self, group: GroupShape) -> tuple[float, int]:
+        """By how much that is more with each further token of all its decodes, and for how many tokens it stays so."""

@@ -13,7 +13,7 @@ from collections.abc import Collection, Hashable, Mapping
 from typing import NamedTuple
 
 from cluster.planner.ahead import Ahead, Sent
-from cluster.planner.step_shape import GroupShape
+from cluster.planner.step_shape import ENDLESS, GroupShape
 from cluster.router.copy_scheduler import CopyScheduler
 from cluster.router.scheduler import Scheduler
 from cluster.router.sequence import Phase, Sequence
@@ -23,7 +23,6 @@ FILLER_ID, THINK_END_ID = 0, 1
 """All that simulated ranks ever say."""
 
 _FILLER = [FILLER_ID] * 65536
-_ENDLESS = 1 << 30
 _THINKING = Phase.THINKING
 
 
@@ -69,7 +68,7 @@ def foresee(scheduler: CopyScheduler) -> Foreseen | None:
     if not depth:
         return None
     groups = scheduler.groups
-    most, shape, num_running = _ENDLESS, [], 0
+    most, shape, num_running = ENDLESS, [], 0
     for group in groups:
         steady = _steady(group, depth)
         if steady is None:
@@ -264,7 +263,7 @@ def _steady(group: Scheduler, depth: int) -> _Steady | None:
     # Back as soon as its last token is known, or when another suspect is cleared.
     if group.num_waiting and any(seq.num_pending or seq.num_stale or seq.num_strikes for seq in group.waiting):
         return None
-    most, context = _ENDLESS, 0
+    most, context = ENDLESS, 0
     for seq in group.running:
         num_pending, num_computed = seq.num_pending, seq.num_computed
         if not num_pending or num_computed < seq.prefill_end or seq.must_reopen or seq.num_stale:

@@ -12,9 +12,12 @@ from typing import Any
 
 from cluster.planner.rank_work import RankWork
 from cluster.planner.roofline import StepTime
-from cluster.planner.step_shape import GroupShape, StepShape
+from cluster.planner.step_shape import ENDLESS, GroupShape, StepShape
 from workers.config import ModelConfig
 from workers.layout import ParallelLayout
+
+CACHED_BYTES = 4 * 2**20
+"""Of KV, what a core still has of the step before in its caches: its share of a server's last one, 32 MiB of eight."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +30,7 @@ class Costs:
     decode_flop: float = 0.0
     prefill_flop: float = 0.0
     kv_byte: float = 0.0
-    """Read by decodes."""
+    """Read by decodes, beyond what is in the core's caches."""
     attention_flop: float = 0.0
     """Of prefills."""
     row: float = 0.0
@@ -67,7 +70,7 @@ class FittedCost:
             "weight_byte": weights,
             "decode_flop": group.num_decodes * (flops + head),
             "prefill_flop": prefill_flops,
-            "kv_byte": float(group.decode_context * work.kv_token_bytes),
+            "kv_byte": self._far_bytes(group),
             "attention_flop": attention,
             "row": float(num_sampled),
         }
@@ -87,4 +90,15 @@ class FittedCost:
 
     def context_s(self, group: GroupShape) -> float:
         """Of the only group."""
-        return group.decode_context * self._work.kv_token_bytes * self._costs.kv_byte
+        return self._far_bytes(group) * self._costs.kv_byte
+
+    def growth(self, group: GroupShape) -> tuple[float, int]:
+        """Nothing for as long as its KV is in caches."""
+        more_bytes = group.num_decodes * self._work.kv_token_bytes
+        near_bytes = CACHED_BYTES - group.decode_context * self._work.kv_token_bytes
+        if near_bytes > 0:
+            return 0.0, near_bytes // more_bytes
+        return more_bytes * self._costs.kv_byte, ENDLESS
+
+    def _far_bytes(self, group: GroupShape) -> float:
+        return float(max(0, group.decode_context * self._work.kv_token_bytes - CACHED_BYTES))

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from cluster.planner.devices import Device, Kernels
 from cluster.planner.rank_work import RankWork
-from cluster.planner.step_shape import GroupShape, StepShape
+from cluster.planner.step_shape import ENDLESS, GroupShape, StepShape
 from workers.config import ModelConfig
 from workers.layout import ParallelLayout
 
@@ -153,6 +153,10 @@ class Roofline:
         share = kernels.attention_share
         share -= (share - kernels.single_attention_share) / group.num_decodes
         return group.decode_context * self._work.kv_token_bytes / (self._bandwidth * share)
+
+    def growth(self, group: GroupShape) -> tuple[float, int]:
+        """The same for ever: context is read at one bandwidth."""
+        return self.context_s(GroupShape(group.num_decodes, group.num_decodes)), ENDLESS
 
     def _dense_s(self, num_tokens: int, num_sampled: int) -> float:
         work, kernels = self._work, self._kernels

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+ENDLESS = 1 << 30
+"""Steps."""
+
 
 class GroupShape(NamedTuple):
     """The part of one attention group."""
