@@ -20,7 +20,7 @@ import zmq
 from cluster.router.launchers import ProcessLauncher
 from cluster.router.shards import GroupBounds, RankGroup
 from workers.config import RunnerConfig
-from workers.launched import Done, Launched
+from workers.launched import BeforeWait, Done, Launched
 from workers.layout import ParallelLayout
 from workers.shard import Progress, ShardConfig, main
 from workers.step import PlacementUpdate, StepPlan, StepResult
@@ -41,7 +41,8 @@ class NullRunner:
     def place(self, update: PlacementUpdate) -> None:
         del update
 
-    def launch(self, plan: StepPlan) -> Launched:
+    def launch(self, plan: StepPlan, before_wait: BeforeWait) -> Launched:
+        del before_wait
         return Done(self.execute(plan))
 
     def execute(self, plan: StepPlan) -> StepResult:

@@ -30,7 +30,7 @@ import zmq
 
 from workers.config import RunnerConfig
 from workers.errors import MullError
-from workers.launched import Launched
+from workers.launched import BeforeWait, Launched
 from workers.logs import LogFormat, log_fields, write_logs
 from workers.network import interface_towards
 from workers.pulse import Pulse
@@ -98,7 +98,7 @@ class Runner(Protocol):
         """With other ranks, so far."""
 
     def execute(self, plan: StepPlan) -> StepResult: ...
-    def launch(self, plan: StepPlan) -> Launched:
+    def launch(self, plan: StepPlan, before_wait: BeforeWait) -> Launched:
         """Take a plan on; another may be launched before the result of this one is asked for."""
 
     def place(self, update: PlacementUpdate) -> None: ...
@@ -273,14 +273,15 @@ def _ready(config: RunnerConfig, runner: Runner, load_s: float) -> RankReady:
 def _serve_plans(link: RouterSocket, runner: Runner) -> None:
     """Everything strictly in order: a plan's experts lie where the last placement before it has put them.
 
-    A plan that comes while a device still computes the one before it is launched behind that one at once.
+    A plan that comes while a device still computes the one before it is launched behind that one at once. The result of
+    that one leaves when the launch is over, or when it begins to wait for the device itself.
     """
     ahead: Launched | None = None
     while True:
         order = link.receive() if ahead is None else link.receive_before(ahead)
-        launched = runner.launch(order) if isinstance(order, StepPlan) else None
-        if ahead is not None:
-            link.send(ahead.result())
+        owed = _Owed(link, ahead)
+        launched = runner.launch(order, owed.send) if isinstance(order, StepPlan) else None
+        owed.send()
         ahead = launched
         if ahead is not None and ahead.is_done():
             link.send(ahead.result())
@@ -289,6 +290,19 @@ def _serve_plans(link: RouterSocket, runner: Runner) -> None:
             runner.place(order)
         if isinstance(order, Shutdown):
             return
+
+
+class _Owed:
+    """The result of a step that is under way, if there is one: sent once."""
+
+    def __init__(self, link: RouterSocket, step: Launched | None) -> None:
+        self._link, self._step = link, step
+
+    def send(self) -> None:
+        """Waits for the step."""
+        step, self._step = self._step, None
+        if step is not None:
+            self._link.send(step.result())
 
 
 def _one_line(error: Exception) -> str:

@@ -11,7 +11,7 @@ import sys
 import threading
 
 from workers.errors import CheckpointError, PeerLate
-from workers.launched import Done, Launched
+from workers.launched import BeforeWait, Done, Launched
 from workers.shard import Progress, Runner, ShardConfig, main
 from workers.step import PlacementUpdate, StepPlan, StepResult
 
@@ -50,7 +50,8 @@ class FakeRunner:
         if self._scenario == "loads-forever":
             threading.Event().wait()
 
-    def launch(self, plan: StepPlan) -> Launched:
+    def launch(self, plan: StepPlan, before_wait: BeforeWait) -> Launched:
+        del before_wait
         return Done(self.execute(plan))
 
     def execute(self, plan: StepPlan) -> StepResult:

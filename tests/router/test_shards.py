@@ -24,7 +24,7 @@ from cluster.router.rank_socket import RankSocket
 from cluster.router.rendezvous import Rendezvous
 from cluster.router.shards import GroupBounds, GroupInfo, RankGroup, Survivors
 from workers.config import RunnerConfig
-from workers.launched import Done, Launched
+from workers.launched import BeforeWait, Done, Launched
 from workers.layout import ParallelLayout
 from workers.shard import Progress, Runner, ShardConfig
 from workers.step import PlacementUpdate, RankLoading, StepPlan, StepResult
@@ -329,7 +329,8 @@ class EchoRunner:
     def leave(self) -> None:
         pass
 
-    def launch(self, plan: StepPlan) -> Launched:
+    def launch(self, plan: StepPlan, before_wait: BeforeWait) -> Launched:
+        del before_wait
         return Done(self.execute(plan))
 
     def execute(self, plan: StepPlan) -> StepResult:

@@ -34,7 +34,7 @@ class ReplicaTable:
 
 
 class SlotLoads:
-    """Counts (token, expert) pairs of each local slot until they are taken."""
+    """Counts (token, expert) pairs of each local slot; `PlacedExperts` takes those of all layers at once."""
 
     def __init__(self, local: Span, device: torch.device) -> None:
         self.local = local
@@ -44,9 +44,3 @@ class SlotLoads:
         local = slots_RK.flatten() - self.local.start
         is_here = (local >= 0) & (local < self.local.size)
         self.counts_e.index_add_(0, local.clamp(0, self.local.size - 1), is_here.long())
-
-    def take(self) -> list[int]:
-        """The counts since the last call."""
-        counts: list[int] = self.counts_e.tolist()
-        self.counts_e.zero_()
-        return counts
