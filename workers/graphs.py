@@ -27,9 +27,6 @@ class Recorder(Protocol):
     def record(self, run: Action) -> Action:
         """What does the same as `run`, each time it is called. Recording changes no buffer for good."""
 
-    def forget(self) -> None:
-        """All recordings have been dropped."""
-
     @property
     def num_bytes(self) -> int:
         """Of memory that all recordings hold."""
@@ -42,9 +39,6 @@ class CallAgain:
 
     def record(self, run: Action) -> Action:
         return run
-
-    def forget(self) -> None:
-        pass
 
 
 class Interruptible(Protocol):
@@ -93,11 +87,6 @@ class CudaRecorder:
         self.num_bytes += max(0, free_bytes - torch.cuda.mem_get_info()[0])
         now_exchanges, now_sent = _counts(self._parallel)
         return _Replay(pieces, self._parallel.world, now_exchanges - exchanges, now_sent - sent)
-
-    def forget(self) -> None:
-        # A pool ends with the last of its graphs, and what has ended cannot be recorded into.
-        self._pool = torch.cuda.graph_pool_handle()
-        self.num_bytes = 0
 
     def interrupt(self, action: Action) -> None:
         assert self._pieces is not None, "only a recording can be interrupted"

@@ -130,10 +130,10 @@ class ModelRunner:
             keep_freed_memory()
         self.weight_bytes = sum(weight.nbytes for weight in weights.values())
         buckets = buckets_of(self.model, config, self.device)
+        recorder, self._collectives = recorder_of(config, parallel, self.device)
         self._before_wait = owe_nothing
         looking = (config.dispatch_rows, buckets, lambda: self._before_wait())
-        choice = DispatcherChoice(self.model, config.spec, parallel, dtype, *looking)
-        recorder, self._collectives = recorder_of(config, parallel, self.device)
+        choice = DispatcherChoice(self.model, config.spec, self._collectives, dtype, *looking)
         self.decoder = Decoder(self.model, config.spec, weights, self._collectives, choice)
         self.num_blocks = parallel.world.minimum(self._affordable_blocks(kv_dtype), self.device)
         num_spare = 0 if buckets is None else 1
@@ -219,7 +219,6 @@ class ModelRunner:
         """Move experts between steps. All ranks do it together. Raises PlanError where the update cannot be."""
         with torch.inference_mode():
             self.experts.apply(update)
-        self.forget()
 
     def _check_groups(self, plan: StepPlan) -> None:
         """Ranks that disagree on the groups' sizes would wait for one another."""

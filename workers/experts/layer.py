@@ -33,15 +33,16 @@ class ExpertLayer:
         self.is_normalized = config.norm_topk_prob
         self.local_slots = spec.expert_slots(config)
         self.is_alone = spec.layout.ep == 1
-        """Nothing can be rebalanced, so nothing is counted."""
+        """Nothing can be moved, so nothing is counted."""
         self.device = parts_of(self.gate_EH)[0].device
         self.loads = SlotLoads(self.local_slots, self.device)
-        self.place(initial_placement(config.num_experts, spec.redundant_experts, spec.layout.ep))
+        self.placement = initial_placement(config.num_experts, spec.redundant_experts, spec.layout.ep)
+        self.table = ReplicaTable(self.placement, self.num_experts, self.device, can_change=not self.is_alone)
 
     def place(self, placement: list[int]) -> None:
         """Route by another placement from now on; the weights have been moved."""
         self.placement = placement
-        self.table = ReplicaTable(placement, self.num_experts, self.device)
+        self.table.place(placement)
 
     def half(self, norm_H: Tensor, eps: float) -> FeedForwardHalf | None:
         """All of it and the norm before it in one call, where it can be; only while `is_in_order`, on a lone rank."""

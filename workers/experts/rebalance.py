@@ -63,6 +63,8 @@ class PlacedExperts:
             problem = placement_problem(placement, layer.num_experts, num_slots)
             if problem is not None:
                 raise PlanError(f"placement {update.version}, MoE layer {index}: {problem}")
+        if any(layer.is_alone for layer in self.layers):
+            raise PlanError(f"placement {update.version} came to a copy that has all experts at one place")
 
 
 class WeightMoves:
