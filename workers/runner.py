@@ -170,8 +170,13 @@ class ModelRunner:
 
     @property
     def num_exchanges(self) -> int:
-        """With other ranks, so far."""
-        return self.parallel.num_exchanges
+        """Of all ranks, so far."""
+        return self.parallel.world.num_exchanges
+
+    @property
+    def num_group_exchanges(self) -> int:
+        """Of its attention group alone, so far; 0 where that is all ranks."""
+        return self.parallel.num_group_exchanges
 
     def abort(self) -> None:
         """From another thread: whoever waits for other ranks waits no longer. Only `leave` may follow."""

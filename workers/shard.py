@@ -56,9 +56,13 @@ RECEIVE_POLL_MS = 200
 FAREWELL_MS = 2_000
 """How long an ending rank waits for its last message to leave."""
 
+LEAVE_TIMEOUT_S = 30.0
+"""How long a rank may take to leave a group: its device finishes what it has, or is torn out of it."""
+
 EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_ROUTER_GONE = 3
+EXIT_STUCK = 5
 GROUP_LOST = 4
 """Not the end: the rank can join another group."""
 
@@ -95,7 +99,11 @@ class Runner(Protocol):
 
     @property
     def num_exchanges(self) -> int:
-        """With other ranks, so far."""
+        """Of all ranks, so far."""
+
+    @property
+    def num_group_exchanges(self) -> int:
+        """Of its attention group alone, so far; 0 where that is all ranks."""
 
     def execute(self, plan: StepPlan) -> StepResult: ...
     def launch(self, plan: StepPlan, before_wait: BeforeWait) -> Launched:
@@ -232,11 +240,7 @@ class Rank:
         except Exception as error:  # the boundary of the process: whatever it was, the Router hears of it
             link.send(RankFailed(rank, _one_line(error), traceback.format_exc()))
         finally:
-            if runner is not None:
-                runner.forget()
-            link.close()
-            if runner is not None:
-                runner.leave()
+            _close(link, runner)
         return EXIT_FAILED if runner is None else GROUP_LOST
 
     def _join(self, config: ShardConfig, link: RouterSocket) -> Runner:
@@ -253,6 +257,22 @@ class Rank:
         about = log_fields(rank=ready.rank, weight_bytes=ready.weight_bytes, kv_bytes=ready.kv_bytes)
         log.info("ready on %s in %.1f s", ready.device, ready.load_s, extra=about)
         return runner
+
+
+def _close(link: RouterSocket, runner: Runner | None) -> None:
+    """A device that never comes to rest keeps its rank from other groups: the process ends, and is started anew."""
+    if runner is None:
+        link.close()
+        return
+    watchdog = threading.Timer(LEAVE_TIMEOUT_S, os._exit, (EXIT_STUCK,))
+    watchdog.daemon = True
+    watchdog.start()
+    try:
+        runner.forget()
+        link.close()
+        runner.leave()
+    finally:
+        watchdog.cancel()
 
 
 def _ready(config: RunnerConfig, runner: Runner, load_s: float) -> RankReady:
