@@ -303,8 +303,7 @@ class RankGroup:
         self._lose_late(roll_call.blamed, late)
 
     def _lose_late(self, rank: int, late: list[int]) -> None:
-        message = lateness(rank, late, self._bounds.step_timeout_s)
-        self._lose(RankLost(message, rank=rank, cause=RankLossCause.LATE))
+        self._lose(RankLost(lateness(rank, late, self._bounds.step_timeout_s), rank=rank, cause=RankLossCause.LATE))
 
     async def _listen(self) -> None:
         """Ranks tell that they live, whether they have work or not."""
