@@ -113,7 +113,13 @@ def likeliest_without_a_look(logits_Bv: Tensor, count: int) -> Candidates:
 
 
 def experts_without_a_look(
-    x_TH: Tensor, topk_ids_TK: Tensor, weights_TK: Tensor, gate_up_eXH: Tensor, down_eHF: Tensor, first_expert: int
+    x_TH: Tensor,
+    topk_ids_TK: Tensor,
+    weights_TK: Tensor,
+    gate_up_eXH: Tensor,
+    down_eHF: Tensor,
+    first_expert: int,
+    *_: object,
 ) -> Tensor:
     """`apply_experts` with every token at every expert, as torch has to look how many are whose."""
     out_TH = torch.zeros_like(x_TH)

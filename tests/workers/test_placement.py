@@ -17,6 +17,7 @@ from workers.config import ParallelLayout, ShardSpec
 from workers.errors import PlanError
 from workers.experts.rebalance import WeightMoves
 from workers.experts.slots import ReplicaTable
+from workers.kernels.gate import slots_of_chosen
 from workers.layout import Span
 from workers.parallel import ParallelState
 from workers.placement_map import EMPTY_SLOT, initial_placement, moves_between, slots_of, slots_per_rank
@@ -67,8 +68,10 @@ def test_the_moves_between_two_placements_give_the_new_one(
 def test_replicas_share_the_tokens_of_their_expert(data: st.DataObject, num_experts: int, spare: int) -> None:
     placement = data.draw(placements(num_experts, num_experts + spare))
     table = ReplicaTable(placement, num_experts, torch.device("cpu"), can_change=True)
+    replicas = table.replicas
+    assert replicas is not None
     for expert, slots in enumerate(slots_of(placement, num_experts)):
-        chosen = table.slots(torch.full((12 * len(slots), 1), expert)).flatten().tolist()
+        chosen = slots_of_chosen(torch.full((12 * len(slots), 1), expert), replicas).flatten().tolist()
         assert Counter(chosen) == dict.fromkeys(slots, 12)
 
 

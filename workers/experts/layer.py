@@ -16,7 +16,7 @@ from workers.experts.dispatch import Dispatcher
 from workers.experts.rows import RoutedRows
 from workers.experts.slots import ReplicaTable, SlotLoads
 from workers.kernels.cpu.halves import FeedForwardHalf, panels
-from workers.kernels.gate import choose_experts
+from workers.kernels.gate import choose_experts, choose_slots
 from workers.kernels.linear import Weight, linear, parts_of
 from workers.kernels.moe import apply_experts
 from workers.placement_map import initial_placement
@@ -67,8 +67,12 @@ class ExpertLayer:
         if not len(x_TH):
             return RoutedRows.none(x_TH, self.num_chosen)
         logits_TE = linear(x_TH, self.gate_EH)
-        topk_ids_TK, weights_TK = choose_experts(logits_TE, self.num_chosen, is_normalized=self.is_normalized)
-        return RoutedRows(x_TH, self.table.slots(topk_ids_TK), weights_TK)
+        replicas, is_normalized = self.table.replicas, self.is_normalized
+        if replicas is None:
+            slots_TK, weights_TK = choose_experts(logits_TE, self.num_chosen, is_normalized=is_normalized)
+        else:
+            slots_TK, weights_TK = choose_slots(logits_TE, self.num_chosen, replicas, is_normalized=is_normalized)
+        return RoutedRows(x_TH, slots_TK, weights_TK)
 
     def apply(self, rows: RoutedRows) -> Tensor:
         """This rank's partial sums, [R, H]."""

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from workers.kernels.gate import Replicas
 from workers.layout import Span
 from workers.placement_map import slots_of
 from workers.transfers import to_device
@@ -23,27 +24,23 @@ class ReplicaTable:
     def __init__(self, placement: list[int], num_experts: int, device: torch.device, *, can_change: bool) -> None:
         self._num_experts, self._device, self._can_change = num_experts, device, can_change
         most = len(placement) - num_experts + 1  # where all slots that are over hold one expert
-        self.slots_ER = torch.zeros(num_experts, most, dtype=torch.int64, device=device)
-        self.num_replicas_E = torch.zeros(num_experts, dtype=torch.int64, device=device)
+        slots_ER = torch.zeros(num_experts, most, dtype=torch.int64, device=device)
+        self._replicas = Replicas(slots_ER, torch.zeros(num_experts, dtype=torch.int64, device=device))
         self.place(placement)
 
     def place(self, placement: list[int]) -> None:
         """By another placement from now on."""
-        slots, most = slots_of(placement, self._num_experts), self.slots_ER.shape[1]
-        table = [[replicas[index % len(replicas)] for index in range(most)] for replicas in slots]
-        self.slots_ER.copy_(to_device(np.array(table, dtype=np.int64), self._device), non_blocking=True)
+        slots, (slots_ER, counts_E) = slots_of(placement, self._num_experts), self._replicas
+        table = [[replicas[index % len(replicas)] for index in range(slots_ER.shape[1])] for replicas in slots]
+        slots_ER.copy_(to_device(np.array(table, dtype=np.int64), self._device), non_blocking=True)
         counts = np.array([len(replicas) for replicas in slots], dtype=np.int64)
-        self.num_replicas_E.copy_(to_device(counts, self._device), non_blocking=True)
+        counts_E.copy_(to_device(counts, self._device), non_blocking=True)
         self.is_identity = slots == [[expert] for expert in range(self._num_experts)]
 
-    def slots(self, topk_ids_TK: Tensor) -> Tensor:
-        """Physical slots, [T, K]. Neighbouring tokens take different replicas."""
-        if self.is_identity and not self._can_change:
-            return topk_ids_TK
-        if self.slots_ER.shape[1] == 1:
-            return self.slots_ER[:, 0][topk_ids_TK]
-        rows_T1 = torch.arange(len(topk_ids_TK), device=topk_ids_TK.device).unsqueeze(1)
-        return self.slots_ER[topk_ids_TK, rows_T1 % self.num_replicas_E[topk_ids_TK]]
+    @property
+    def replicas(self) -> Replicas | None:
+        """None: an expert's number is its slot's, for good."""
+        return None if self.is_identity and not self._can_change else self._replicas
 
 
 class SlotLoads:
