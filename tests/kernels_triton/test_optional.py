@@ -17,10 +17,10 @@ from torch import Tensor
 pytest.importorskip("triton", reason="the GPU kernels need triton: pip install triton")
 
 from tests.kernels_triton.values import DEVICE, normal, tile_weight
-from workers.kernels import deep_gemm, flash_attention, optional, reference
+from workers.kernels import deep_gemm, deep_gemm_experts, flash_attention, optional, reference
 from workers.kernels.invariance import invariance
 from workers.kernels.prefill_attention import Chunks, prefill_attention
-from workers.kernels.triton import choice, gemm
+from workers.kernels.triton import choice, experts, gemm
 from workers.kernels.triton import reference as in_tiles
 from workers.kernels.triton.rows import QuantizedRows
 
@@ -48,6 +48,61 @@ class FakeDeepGemm(ModuleType):
         scales = weight_scale.repeat_interleave(128, 0)[: len(weight)].repeat_interleave(128, 1)
         d.copy_(dense @ (weight.float() * scales).t())
         assert size_in == weight.shape[1]
+
+    def m_grouped_fp8_gemm_nt_contiguous(
+        self,
+        a: tuple[Tensor, Tensor],
+        b: tuple[Tensor, Tensor],
+        d: Tensor,
+        grouped_layout: Tensor,
+        *,
+        use_psum_layout: bool,
+        expected_m_for_psum_layout: int,
+    ) -> None:
+        """Of the newer versions, whose signature is in their docstrings: use_psum_layout"""
+        assert use_psum_layout
+        assert expected_m_for_psum_layout > 0
+        assert grouped_layout.dtype == torch.int32
+        assert len(grouped_layout) == len(b[0])
+        assert len(d) % deep_gemm_experts.ALIGNMENT == 0
+        d.fill_(torch.nan)  # what nobody computes is nobody's
+        start = 0
+        for expert, end in enumerate(grouped_layout.tolist()):
+            assert start <= end <= len(d)
+            if end > start:
+                self._product(a, b, d, expert, slice(start, end))
+            start = -(-end // deep_gemm_experts.ALIGNMENT) * deep_gemm_experts.ALIGNMENT
+
+    def m_grouped_fp8_gemm_nt_masked(
+        self,
+        a: tuple[Tensor, Tensor],
+        b: tuple[Tensor, Tensor],
+        d: Tensor,
+        masked_m: Tensor,
+        expected_m: int,
+    ) -> None:
+        assert masked_m.dtype == torch.int32
+        assert masked_m.is_contiguous()
+        (experts, room, _), (_, tiles, size_in) = d.shape, (0, *a[1].shape[-1:], a[0].shape[-1])
+        assert room % deep_gemm_experts.ALIGNMENT == 0
+        assert 0 < expected_m <= room
+        assert a[0].shape == (experts, room, size_in)
+        assert a[1].stride() == (room * tiles, 1, room)  # rows side by side in each group
+        d.fill_(torch.nan)
+        for expert, count in enumerate(masked_m.tolist()):
+            if count:
+                self._product((a[0][expert], a[1][expert]), b, d[expert], expert, slice(0, count))
+
+    def _product(self, a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], d: Tensor, expert: int, rows: slice) -> None:
+        part = d.new_empty(rows.stop - rows.start, d.shape[1])
+        codes, scale = a[0][rows], a[1][rows]
+        padded = torch.empty(codes.shape[1] // 128, -(-len(codes) // 4) * 4).t()[: len(codes)]
+        padded.copy_(scale)
+        assert b[0].is_contiguous()
+        assert b[1].is_contiguous()
+        assert a[1].stride(-2) == 1
+        self.fp8_gemm_nt((codes, padded), (b[0][expert], b[1][expert]), part)
+        d[rows] = part
 
 
 class FakeFlashAttention(ModuleType):
@@ -124,6 +179,35 @@ def test_a_prompts_product_is_deep_gemms_where_it_is_installed(
     got = gemm.linear(rows, weight)
     assert fakes[0].num_calls == 1
     torch.testing.assert_close(got, in_tiles.linear(rows, weight).to(torch.bfloat16), rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="a fake computes on a CPU")
+@pytest.mark.filterwarnings("ignore:All-NaN slice")  # numpy's, on whom the interpreter stands
+@pytest.mark.parametrize("pairs_from", [1, 100], ids=["contiguous", "masked"])
+def test_experts_products_are_deep_gemms_where_it_is_installed(
+    pairs_from: int, fakes: tuple[FakeDeepGemm, FakeFlashAttention], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deep_gemm_experts, "MIN_TOKENS", 5)
+    monkeypatch.setattr(deep_gemm_experts, "ALIGNMENT", 8)  # of 128 the interpreter would take seconds
+    monkeypatch.setattr(deep_gemm_experts, "CONTIGUOUS_FROM_PAIRS", pairs_from)
+    # Of experts 1 to 4, which are here, 3 has no token, and 1 and 4 have different numbers of them.
+    slots = torch.tensor([[1, 4], [0, 2], [2, 4], [5, 4], [1, 0]])
+    x, weights = normal(1, 5, 256, dtype=torch.bfloat16), normal(2, 5, 2).abs().to(torch.bfloat16)
+    gate_up, down = tile_weight(3, 4, 256, 256), tile_weight(4, 4, 256, 128)
+    got = experts.apply_experts(x, slots, weights, gate_up, down, 1)
+    assert fakes[0].num_calls == 2 * 3
+    want = in_tiles.apply_experts(x.float(), slots, weights.float(), gate_up, down, 1)
+    torch.testing.assert_close(got.float(), want, rtol=3e-2, atol=3e-2 * float(want.abs().max()))
+
+
+def test_an_older_deep_gemm_computes_no_experts(fakes: tuple[FakeDeepGemm, FakeFlashAttention]) -> None:
+    x, weights = torch.empty(64, 128, dtype=torch.bfloat16), (tile_weight(0, 1, 256, 128), tile_weight(1, 1, 128, 128))
+    assert deep_gemm_experts.library_for(x, *weights) is fakes[0]
+    assert deep_gemm_experts.library_for(x[:63], *weights) is None
+    with invariance(True):
+        assert deep_gemm_experts.library_for(x, *weights) is None
+    fakes[0].m_grouped_fp8_gemm_nt_contiguous = lambda: None  # type: ignore[method-assign]  # has no docstring
+    assert deep_gemm_experts.library_for(x, *weights) is None
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="a fake computes on a CPU")

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from workers.kernels import deep_gemm_experts
 from workers.kernels.invariance import is_invariant
 from workers.kernels.tiles import TILE, TileWeight
 from workers.kernels.triton.combine import combine
@@ -43,6 +44,9 @@ def apply_experts(
     first_slot: int,
 ) -> Tensor:
     """Sum over each token's local experts of weight * expert(x), in the order of its choices; zeros without any."""
+    library = deep_gemm_experts.library_for(x_TH, gate_up_eXH, down_eHF)
+    if library is not None and isinstance(gate_up_eXH, TileWeight) and isinstance(down_eHF, TileWeight):
+        return deep_gemm_experts.apply_experts(library, x_TH, slots_TK, weights_TK, gate_up_eXH, down_eHF, first_slot)
     num_local, top_k = gate_up_eXH.shape[0], slots_TK.shape[1]
     routes = route(slots_TK, first_slot, num_local)
     if isinstance(gate_up_eXH, TileWeight):
