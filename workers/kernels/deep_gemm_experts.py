@@ -63,10 +63,11 @@ def apply_experts(
     gate_up_eXH: TileWeight,
     down_eHF: TileWeight,
     first_slot: int,
+    loads_e: Tensor | None,
 ) -> Tensor:
-    """Sum over each token's local experts of weight * expert(x), in the order of its choices; zeros without any."""
+    """As `workers.kernels.triton.experts.apply_experts`."""
     num_local = gate_up_eXH.shape[0]
-    routes = route(slots_TK, first_slot, num_local)
+    routes = route(slots_TK, first_slot, num_local, loads_e)
     is_long = slots_TK.numel() > CONTIGUOUS_FROM_PAIRS * num_local
     product = (Contiguous if is_long else Masked)(library, routes, *slots_TK.shape)
     rows = spread(quantize(x_TH), slots_TK, first_slot, routes, product.layout)
