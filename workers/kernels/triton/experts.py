@@ -97,7 +97,7 @@ def grouped_linear(
     return out_SRO
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_places", "x_scale_stride"])
 def _grouped_gemm(
     x_ptr,
     x_stride,

@@ -100,7 +100,7 @@ def sum_splits(parts_SRO: Tensor, dtype: torch.dtype) -> Tensor:
     return out_RO
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "x_scale_stride"])
 def _fp8_gemm(
     x_ptr,
     x_stride,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-SMALL_BLOCK, BLOCK, LARGE_BLOCK = 64, 1024, 16384
+SMALL_BLOCK, BLOCK, LARGE_BLOCK = 64, 1024, 8192
 """Pairs at a time: of a few sizes, as each is a kernel to be compiled. Every program looks through all pairs, twice: of
 a prompt's 65,536, a thousand at a time would be 128 waits for memory, one behind the other."""
 

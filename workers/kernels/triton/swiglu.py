@@ -58,7 +58,7 @@ def _activated(gate_up_ptr, row, column, is_there, num_rows, size, SPLITS: tl.co
     return gate / (1.0 + tl.exp(-gate)) * up
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _swiglu(gate_up_ptr, out_ptr, count_ptr, num_rows, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
     row, column_F = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     is_there_F = column_F < size
@@ -68,7 +68,7 @@ def _swiglu(gate_up_ptr, out_ptr, count_ptr, num_rows, size, SPLITS: tl.constexp
     tl.store(out_ptr + row * size + column_F, cast(out_F, out_ptr.dtype.element_ty), mask=is_there_F)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "group_rows"])
 def _swiglu_quantize(
     gate_up_ptr,
     codes_ptr,
