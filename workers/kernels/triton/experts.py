@@ -53,6 +53,19 @@ def apply_experts(
         return deep_gemm_experts.apply_experts(
             library, x_TH, slots_TK, weights_TK, gate_up_eXH, down_eHF, first_slot, loads_e
         )
+    return own_experts(x_TH, slots_TK, weights_TK, gate_up_eXH, down_eHF, first_slot, loads_e)
+
+
+def own_experts(
+    x_TH: Tensor,
+    slots_TK: Tensor,
+    weights_TK: Tensor,
+    gate_up_eXH: Tensor | TileWeight,
+    down_eHF: Tensor | TileWeight,
+    first_slot: int,
+    loads_e: Tensor | None = None,
+) -> Tensor:
+    """The same by this file's kernel, whatever is installed."""
     num_local, top_k = gate_up_eXH.shape[0], slots_TK.shape[1]
     routes = route(slots_TK, first_slot, num_local, loads_e)
     if isinstance(gate_up_eXH, TileWeight):

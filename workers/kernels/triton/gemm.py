@@ -72,8 +72,11 @@ def linear(x: QuantizedRows, weight: TileWeight) -> Tensor:
 def partial_linear(x: QuantizedRows, weight: TileWeight) -> Tensor:
     """x @ weight.T as [S, R, O] to be summed over S in order: fp32 where S is more than one."""
     library = deep_gemm.library_for(x, weight)
-    if library is not None:
-        return deep_gemm.linear(library, x, weight).unsqueeze(0)
+    return own_product(x, weight) if library is None else deep_gemm.linear(library, x, weight).unsqueeze(0)
+
+
+def own_product(x: QuantizedRows, weight: TileWeight) -> Tensor:
+    """The same by this file's kernel, whatever is installed."""
     (num_rows, size_in), (num_outputs, _) = x.codes_RI.shape, weight.shape
     splits = num_splits(weight.whole_rows, size_in)
     blocks = blocks_of(num_rows, splits)
