@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.gpu_rivals import grouped_mm, scaled_mm, sdpa
-from workers.kernels import deep_gemm, deep_gemm_experts
+from bench.gpu_rivals import grouped_mm, sdpa
+from workers.kernels import deep_gemm, deep_gemm_experts, scaled_mm
 from workers.kernels import reference as plain
 from workers.kernels.prefill_attention import Chunks
 from workers.kernels.tiles import TILE, TileWeight
@@ -179,10 +179,10 @@ def _dense(sizes: Sizes, inputs: Inputs) -> Iterator[Case]:
             x = inputs.normal(num_rows, size_in)
             rows = quantize.quantize(x)
             rivals: dict[str, list[Launch]] = {"torch, unpacked": [lambda x=x, w=w: torch.mm(x, w.t()) for w in floats]}
-            if deep_gemm.library_for(rows, weights[0]) is not None:
+            if deep_gemm.library_for(rows, weights[0]) is not None or scaled_mm.is_chosen(rows, weights[0]):
                 rivals["mull's own"] = [lambda x=rows, w=w: gemm.own_product(x, w) for w in weights]
             if inputs.device.type == "cuda":
-                rivals["torch scaled_mm"] = [lambda x=rows, w=w: scaled_mm(x, w) for w in weights]
+                rivals["torch scaled_mm"] = [lambda x=rows, w=w: scaled_mm.linear(x, w) for w in weights]
             yield Case(
                 name=f"product {name} {size_out}x{size_in}, {num_rows} rows",
                 launches=[lambda x=rows, w=w: gemm.linear(x, w) for w in weights],

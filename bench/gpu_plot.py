@@ -18,14 +18,13 @@ def draw(results: Path) -> Path:
     """Writes it as PNG, named as the file; parts that were not measured say so."""
     found: dict[str, Any] = json.loads(results.read_text())
     panels = [_kernels(found), _steps(found), _alone(found), _served(found)]
-    height = max(6.0, INCHES_PER_BAR * max(len(bars) for _, bars in panels))
-    figure, axes = plt.subplots(1, len(panels), figsize=(26, height))
+    most = max(len(bars) for _, bars in panels)
+    figure, axes = plt.subplots(1, len(panels), figsize=(26, max(6.0, INCHES_PER_BAR * most)), layout="constrained")
     for place, (title, bars) in zip(axes, panels, strict=True):
-        _bars(place, title, bars)
+        _bars(place, title, bars, most)
     where = found["machine"]["gpu"] or "no GPU: tiny sizes, which say nothing about speed"
     used = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     figure.suptitle(f"mull, {where}; {found['machine']['date']}; {used}")
-    figure.tight_layout()
     picture = results.with_suffix(".png")
     figure.savefig(picture, dpi=110)
     plt.close(figure)
@@ -63,7 +62,8 @@ def _served(found: dict[str, Any]) -> tuple[str, Bars]:
     return "tokens a second, end to end", [(name.format(**row), row["tokens_per_s"]) for row in rows]
 
 
-def _bars(axes: Any, title: str, bars: Bars) -> None:
+def _bars(axes: Any, title: str, bars: Bars, most: int) -> None:
+    """In room for the most that a panel has, so that all are equally thick."""
     axes.set_title(title)
     if not bars:
         axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes)
@@ -72,5 +72,5 @@ def _bars(axes: Any, title: str, bars: Bars) -> None:
     drawn = axes.barh([name for name, _ in bars], [value for _, value in bars])
     axes.bar_label(drawn, fmt="%.3g", fontsize=6, padding=2)
     axes.margins(x=0.12)
-    axes.invert_yaxis()
+    axes.set_ylim(most - 0.4, -0.6)
     axes.tick_params(axis="y", labelsize=7)

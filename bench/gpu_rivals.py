@@ -15,14 +15,6 @@ from workers.kernels.tiles import TileWeight
 Launch = Callable[[], Any]
 
 
-def scaled_mm(x: Any, weight: TileWeight) -> Tensor:
-    """torch's own block-FP8 product, on Hopper alone: its scales lie in columns, those of the weight padded to 4."""
-    recipes = F.ScalingType.BlockWise1x128, F.ScalingType.BlockWise128x128
-    scale_ok = F.pad(weight.scale_ok, (0, -weight.scale_ok.shape[1] % 4))
-    out: Tensor = F.scaled_mm(x.codes_RI, weight.codes_OI.t(), x.scale_Rk, recipes[0], scale_ok.t(), recipes[1])
-    return out
-
-
 def grouped_mm(x: Tensor, slots: Tensor, layer: tuple[TileWeight, TileWeight]) -> dict[str, list[Launch]]:
     """torch's grouped product on unpacked experts, of rows that are sorted already, and without their sum."""
     gate_up, down = (weight.dense().to(x.dtype).mT for weight in layer)

@@ -17,7 +17,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="the GPU kernels need triton: pip install triton")
 
 from tests.kernels_triton.values import DEVICE, normal, tile_weight
-from workers.kernels import deep_gemm, deep_gemm_experts, flash_attention, optional, reference
+from workers.kernels import deep_gemm, deep_gemm_experts, flash_attention, optional, reference, scaled_mm
 from workers.kernels.invariance import invariance
 from workers.kernels.prefill_attention import Chunks, prefill_attention
 from workers.kernels.triton import choice, experts, gemm
@@ -179,6 +179,58 @@ def test_a_prompts_product_is_deep_gemms_where_it_is_installed(
     got = gemm.linear(rows, weight)
     assert fakes[0].num_calls == 1
     torch.testing.assert_close(got, in_tiles.linear(rows, weight).to(torch.bfloat16), rtol=1e-2, atol=1e-3)
+
+
+def fake_scaled_mm(
+    a: Tensor, b: Tensor, scale_a: Tensor, recipe_a: object, scale_b: Tensor, recipe_b: object
+) -> Tensor:
+    """torch's, with what it demands on a GPU."""
+    (rows, size_in), (_, outputs), padded_tiles = a.shape, b.shape, -(-a.shape[1] // 512) * 4
+    assert (recipe_a, recipe_b) == (F.ScalingType.BlockWise1x128, F.ScalingType.BlockWise128x128)
+    assert rows % 4 == 0
+    assert (scale_a.shape, scale_a.stride()) == ((rows, size_in // 128), (1, rows))
+    assert (scale_b.shape, scale_b.stride()) == ((padded_tiles, -(-outputs // 128)), (1, padded_tiles))
+    scales = scale_b[: size_in // 128].repeat_interleave(128, 0).repeat_interleave(128, 1)[:, :outputs]
+    return ((a.float() * scale_a.repeat_interleave(128, 1)) @ (b.float() * scales)).to(torch.bfloat16)
+
+
+@pytest.fixture
+def torch_alone(fakes: tuple[FakeDeepGemm, FakeFlashAttention], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A Hopper GPU without libraries."""
+    del fakes
+    monkeypatch.setattr(optional, "importlib", FakeImports({}))
+    scaled_mm._is_right.cache_clear()
+    yield
+    scaled_mm._is_right.cache_clear()
+
+
+@pytest.mark.usefixtures("torch_alone")
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="a fake computes on a CPU")
+def test_a_prompts_product_is_torchs_where_there_is_no_deep_gemm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(F, "scaled_mm", fake_scaled_mm)
+    rows, weight = QuantizedRows.empty(ROWS, 256, torch.bfloat16, DEVICE), tile_weight(2, 192, 256)
+    plain = in_tiles.quantize(normal(1, ROWS, 256, dtype=torch.bfloat16))
+    rows.codes_RI.copy_(plain.codes_RI)
+    rows.scale_Rk.copy_(plain.scale_Rk)
+    monkeypatch.setattr(gemm, "own_product", lambda *_: pytest.fail("torch's fits"))
+    torch.testing.assert_close(gemm.linear(rows, weight), in_tiles.linear(rows, weight), rtol=1e-2, atol=1e-3)
+    with invariance(True):
+        assert not scaled_mm.is_chosen(rows, weight)
+    assert not scaled_mm.is_chosen(QuantizedRows.empty(255, 256, torch.bfloat16, DEVICE), weight)
+
+
+@pytest.mark.usefixtures("torch_alone")
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="a fake computes on a CPU")
+@pytest.mark.parametrize("failure", ["wrong", "refused"])
+def test_torchs_product_is_not_taken_where_it_answers_wrongly(failure: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(a: Tensor, b: Tensor, scale_a: Tensor, recipe_a: object, scale_b: Tensor, recipe_b: object) -> Tensor:
+        if failure == "refused":
+            raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED")
+        return fake_scaled_mm(a, b, scale_a, recipe_a, scale_b.flip(1).t().contiguous().t(), recipe_b)
+
+    monkeypatch.setattr(F, "scaled_mm", fail)
+    rows = QuantizedRows.empty(ROWS, 256, torch.bfloat16, DEVICE)
+    assert not scaled_mm.is_chosen(rows, tile_weight(2, 192, 256))
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="a fake computes on a CPU")

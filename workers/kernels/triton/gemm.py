@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from workers.kernels import deep_gemm, tiles
+from workers.kernels import deep_gemm, scaled_mm, tiles
 from workers.kernels.invariance import is_invariant
 from workers.kernels.tiles import TileWeight
 from workers.kernels.triton.numerics import TILE, cast, dot
@@ -72,7 +72,9 @@ def linear(x: QuantizedRows, weight: TileWeight) -> Tensor:
 def partial_linear(x: QuantizedRows, weight: TileWeight) -> Tensor:
     """x @ weight.T as [S, R, O] to be summed over S in order: fp32 where S is more than one."""
     library = deep_gemm.library_for(x, weight)
-    return own_product(x, weight) if library is None else deep_gemm.linear(library, x, weight).unsqueeze(0)
+    if library is not None:
+        return deep_gemm.linear(library, x, weight).unsqueeze(0)
+    return scaled_mm.linear(x, weight).unsqueeze(0) if scaled_mm.is_chosen(x, weight) else own_product(x, weight)
 
 
 def own_product(x: QuantizedRows, weight: TileWeight) -> Tensor:
