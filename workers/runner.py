@@ -38,10 +38,11 @@ from workers.parallel import ParallelState
 from workers.prompt_scores import score_prompts
 from workers.sampling import Sampler
 from workers.slots import SlotStates
-from workers.step import OpenSlot, PlacementUpdate, Prefill, SamplingParams, StepPlan, StepResult
+from workers.step import PlacementUpdate, StepPlan, StepResult
 from workers.threads import ThreadChooser
 from workers.transfers import fetching_from, to_device
 from workers.two_halves import HalvedBatch, forward_halves, travel_on
+from workers.warm_up import warm_up, warm_up_draws
 
 log = logging.getLogger(__name__)
 
@@ -154,7 +155,9 @@ class ModelRunner:
         self._halved_from, self._travel = halved_from(config, self.model, self.device), travel_on(self.device)
         self._finished_s = 0.0
         self._decode_steps: DecodeSteps | None = None
-        self._warm_up()
+        warm_up(self.execute, config, self.num_blocks)
+        with torch.inference_mode():
+            warm_up_draws(self.sampler.exchange, self.device)
         if buckets is not None:
             shared = (self.decoder, self.sampler, self.batches, self.kv, self.last_tokens)
             self._decode_steps = DecodeSteps(*shared, buckets, recorder, config.layout.dp)
@@ -351,24 +354,6 @@ class ModelRunner:
                 f"{num_free_bytes / 1e9:.3g} are free; lower kv_memory_bytes"
             )
         return num_blocks
-
-    def _warm_up(self) -> None:
-        """Run a chunk and a decode, so that the first request pays for no lazy set-up.
-
-        On a GPU the longest chunk: some kernels are compiled when rows of that number first come.
-        """
-        config, block_size = self.config, self.config.block_size
-        room = self.num_blocks * block_size if self.device.type == "cuda" else block_size
-        count = min(room, config.max_model_len, config.max_num_batched_tokens + 1) - 1
-        if count < 1:
-            return
-        blocks = list(range(count // block_size + 1))
-        opened = OpenSlot(slot=0, block_ids=blocks, num_cached=0, sampling=SamplingParams())
-        prefill = Prefill(slot=0, start=0, token_ids=[0] * count, sample=True)
-        groups = self.config.layout.dp
-        self.execute(StepPlan(step=0, open=[opened], prefills=[prefill], group_tokens=[count] * groups))
-        self.execute(StepPlan(step=0, decodes=[0], group_tokens=[1] * groups))
-        self.execute(StepPlan(step=0, close=[0], report_loads=True))
 
 
 def _exchange(model: ModelConfig, config: RunnerConfig, parallel: ParallelState) -> CandidateExchange:

@@ -18,8 +18,14 @@ from torch import Tensor
 
 def to_device(values: npt.NDArray[Any], device: torch.device) -> Tensor:
     """The array on a device; on a CPU it shares the array's memory."""
+    host = _reachable(values, device)
+    return host if device.type == "cpu" else host.to(device, non_blocking=True)
+
+
+def _reachable(values: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """In memory from which the device copies by itself; torch gives it to nobody else before the copy is made."""
     host = torch.from_numpy(values)
-    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+    return host if device.type == "cpu" else host.pin_memory()
 
 
 class Arrival(Protocol):
@@ -96,4 +102,4 @@ class Upload:
 
     def write(self, values: npt.NDArray[np.int64]) -> None:
         """Its first rows. What the device was given before has read the old ones by then: its queue is in order."""
-        self.rows[: len(values)].copy_(to_device(values, self._device), non_blocking=True)
+        self.rows[: len(values)].copy_(_reachable(values, self._device), non_blocking=True)

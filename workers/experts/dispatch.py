@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from workers.experts.rows import RoutedRows, RowPacker
+from workers.kernels.ordered_sum import sum_in_order
 from workers.launched import BeforeWait, owe_nothing
 from workers.layout import split_evenly
-from workers.rank_group import RankGroup, sum_in_order
+from workers.rank_group import RankGroup
 
 Handle = TypeVar("Handle")
 

@@ -35,7 +35,7 @@ class ExpertLayer:
         self.is_alone = spec.layout.ep == 1
         """Nothing can be moved, so nothing is counted."""
         self.device = parts_of(self.gate_EH)[0].device
-        self.loads = SlotLoads(self.local_slots, self.device)
+        self.loads = SlotLoads(self.local_slots.size, self.device)
         self.placement = initial_placement(config.num_experts, spec.redundant_experts, spec.layout.ep)
         self.table = ReplicaTable(self.placement, self.num_experts, self.device, can_change=not self.is_alone)
 
@@ -78,7 +78,6 @@ class ExpertLayer:
         """This rank's partial sums, [R, H]."""
         if not len(rows.x_RH):
             return torch.zeros_like(rows.x_RH)
-        if not self.is_alone:
-            self.loads.add(rows.slots_RK)
-        first = self.local_slots.start
-        return apply_experts(rows.x_RH, rows.slots_RK, rows.weights_RK, self.gate_up_eXH, self.down_eHF, first)
+        first, loads_e = self.local_slots.start, None if self.is_alone else self.loads.counts_e
+        weights = self.gate_up_eXH, self.down_eHF
+        return apply_experts(rows.x_RH, rows.slots_RK, rows.weights_RK, *weights, first, loads_e)

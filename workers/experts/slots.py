@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from workers.kernels.gate import Replicas
-from workers.layout import Span
 from workers.placement_map import slots_of
 from workers.transfers import to_device
 
@@ -44,13 +42,7 @@ class ReplicaTable:
 
 
 class SlotLoads:
-    """Counts (token, expert) pairs of each local slot; `PlacedExperts` takes those of all layers at once."""
+    """(token, expert) pairs of each local slot: whoever computes them counts, and `PlacedExperts` takes them."""
 
-    def __init__(self, local: Span, device: torch.device) -> None:
-        self.local = local
-        self.counts_e = torch.zeros(local.size, dtype=torch.int64, device=device)
-
-    def add(self, slots_RK: Tensor) -> None:
-        local = slots_RK.flatten() - self.local.start
-        is_here = (local >= 0) & (local < self.local.size)
-        self.counts_e.index_add_(0, local.clamp(0, self.local.size - 1), is_here.long())
+    def __init__(self, num_local: int, device: torch.device) -> None:
+        self.counts_e = torch.zeros(num_local, dtype=torch.int64, device=device)
