@@ -23,6 +23,7 @@ import torch
 
 from bench.gpu_machine import all_versions, gpu
 from bench.gpu_serving import servings
+from bench.gpu_targets import held_against
 from bench.report import Spread, machine, versions, write
 
 if TYPE_CHECKING:
@@ -252,6 +253,11 @@ def print_and_write(device: torch.device, out: Path | None, until: float, parts:
             results[name].append(row)
             print("  ".join(f"{key} {_shown(value)}" for key, value in row.items()), flush=True)
             write(out, results)
+    if device.type == "cuda":
+        results["targets"] = list(held_against(results))
+        for row in results["targets"]:
+            print("  ".join(f"{key} {_shown(value)}" for key, value in row.items()), flush=True)
+        write(out, results)
 
 
 def _shown(value: Any) -> str:

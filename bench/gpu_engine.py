@@ -48,7 +48,7 @@ class Work:
 
 
 ON_GPU = Work(
-    loads=((1, 4096), (64, 4096)),
+    loads=((1, 3840), (64, 3840)),  # all steps stay within a recording's 4096
     prompt=8192,
     steps=64,
     host_kv_bytes=8 * 10**9,
