@@ -6,8 +6,8 @@
 
 First the machine's ceilings: a copy's bandwidth, bf16 and FP8 products. Then every kernel: error against its reference,
 GB/s and TFLOP/s, and how much of the time a perfect kernel would take. Then rank slices: the whole decode step of one
-rank of Qwen3-235B and of Qwen3-4B, in a CUDA graph. Then the server from end to end, with the whole 4B and a model of
-the 30B-A3B's shape. What has not been measured on a GPU is not in `results`.
+rank of Qwen3-235B and of Qwen3-4B, in a CUDA graph. Then a rank of the whole 4B by itself, and the server from end to
+end, with it and a model of the 30B-A3B's shape. What has not been measured on a GPU is not in `results`.
 """
 
 from __future__ import annotations
@@ -17,20 +17,26 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from bench.gpu_machine import all_versions, gpu
 from bench.gpu_serving import servings
+from bench.gpu_targets import held_against
 from bench.report import Spread, machine, versions, write
+
+if TYPE_CHECKING:
+    from bench.gpu_slice import RankSlice
 
 WARM_UPS = 3
 RUNS = 11
 LAUNCHES_PER_GRAPH = 24
-SLICE_LOADS = ((1, 4096), (8, 4096), (32, 4096), (64, 4096), (128, 4096), (256, 4096), (8, 32768), (2, 131072))
+SLICE_LOADS = tuple((streams, keys) for keys in (4096, 32768, 131072) for streams in (1, 8, 32, 64, 128, 256))
+"""Streams, and keys of each; what does not fit is told."""
 PROMPT = 8192
 PARTS = ("kernels", "slices", "servings")
-KERNELS_SHARE, SLICES_SHARE = 0.4, 0.7
+KERNELS_SHARE, SLICES_SHARE = 0.3, 0.55
 """Of the time, at which each ends."""
 COMMUNICATION = (0.0, 1.0, 2.0)
 """Times the published latency."""
@@ -129,52 +135,55 @@ def _rival(launches: list[Callable[[], Any]], device: torch.device) -> float | s
 
 
 def slices(device: torch.device, found: dict[str, float], until: float) -> Iterator[dict[str, Any]]:
-    """Decode steps of one rank: the 235B on 8 and on 4 GPUs, and the whole 4B."""
-    from bench.gpu_slice import ALL_REDUCE_S, Load, RankSlice, model_of
+    """Decode steps of one rank: the whole 4B, and the 235B on 8 and on 4 GPUs."""
+    from bench.gpu_slice import RankSlice, model_of
 
     on_gpu = device.type == "cuda"
-    plans: list[tuple[str, int, tuple[float, ...]]] = [
-        ("4b", 1, (0.0,)),
-        ("235b", 8, COMMUNICATION),
-        ("235b", 4, (1.0,)),
-    ]
     tiny = {"hidden_size": 256, "vocab_size": 64, "num_attention_heads": 8, "num_key_value_heads": 2}
-    for shape, tp, waits in plans:
-        layers = None if on_gpu else 1
+    for shape, tp, waits in (("4b", 1, (0.0,)), ("235b", 8, COMMUNICATION), ("235b", 4, COMMUNICATION)):
         small = {} if on_gpu else tiny | {"intermediate_size": 512, "moe_intermediate_size": 128, "num_experts": 8}
-        model = model_of(shape, layers, **small)
-        for wait in waits:
-            torch.cuda.empty_cache()
-            wait_cycles = int(wait * ALL_REDUCE_S * found.get("wait_hz", 0))
-            rank = RankSlice(model, tp, wait_cycles, device, 64 if on_gpu else 16)
-            for num_seqs, num_keys in SLICE_LOADS if on_gpu else ((2, 20),):
-                row = {"model": shape, "tp": tp, "communication": wait, "streams": num_seqs, "keys": num_keys}
-                load = Load(num_seqs=num_seqs, num_keys=num_keys)
-                if time.monotonic() > until:
-                    yield row | {"skipped": "the time was up"}
-                    return
-                if on_gpu and rank.kv_bytes(load) > 0.8 * torch.cuda.mem_get_info()[0]:
-                    yield row | {"skipped": f"{rank.kv_bytes(load) / 1e9:.0f} GB of KV do not fit"}
-                    continue
-                batch, kv = rank.step(load)
-                with torch.inference_mode():
-                    spread = time_s([lambda r=rank, b=batch, k=kv: r.run(b, k)], device, at_once=1)
-                floor_s = rank.floor_bytes(load) / found["copy_bytes_per_s"]
-                kv.free()
-                yield row | {
-                    "weight_gb": rank.weight_bytes / 1e9,
-                    "step_s": spread,
-                    "tokens_per_s": num_seqs / spread.median,
-                    "share_of_floor": floor_s / spread.median,
-                }
-            if wait == waits[0]:
-                yield {"model": shape, "tp": tp, "communication": wait} | _prefill(
-                    rank, PROMPT if on_gpu else 20, device
-                )
-            del rank
+        about = {"model": shape, "tp": tp}
+        if time.monotonic() > until:
+            yield about | {"skipped": "the time was up"}
+            continue
+        rank = RankSlice(model_of(shape, None if on_gpu else 1, **small), tp, device, 64 if on_gpu else 16)
+        yield about | {"weight_gb": rank.weight_bytes / 1e9} | _prefill(rank, PROMPT if on_gpu else 20, device)
+        for num_seqs, num_keys in SLICE_LOADS if on_gpu else ((2, 20),):
+            row = about | {"streams": num_seqs, "keys": num_keys}
+            yield from (row | found_row for found_row in _steps(rank, num_seqs, num_keys, waits, found, until))
+        del rank
+        torch.cuda.empty_cache()
 
 
-def _prefill(rank: Any, num_tokens: int, device: torch.device) -> dict[str, Any]:
+def _steps(
+    rank: RankSlice, num_seqs: int, num_keys: int, waits: tuple[float, ...], found: dict[str, float], until: float
+) -> Iterator[dict[str, Any]]:
+    """One load, once for each of the times that collectives take."""
+    from bench.gpu_slice import ALL_REDUCE_S, Load
+
+    load, on_gpu = Load(num_seqs=num_seqs, num_keys=num_keys), rank.device.type == "cuda"
+    if time.monotonic() > until:
+        yield {"skipped": "the time was up"}
+        return
+    if on_gpu and rank.kv_bytes(load) > 0.8 * torch.cuda.mem_get_info()[0]:
+        yield {"skipped": f"{rank.kv_bytes(load) / 1e9:.0f} GB of KV do not fit"}
+        return
+    batch, kv = rank.step(load)
+    floor_s = rank.floor_bytes(load) / found["copy_bytes_per_s"]
+    for wait in waits:
+        rank.group.wait_cycles = int(wait * ALL_REDUCE_S * found.get("wait_hz", 0))
+        with torch.inference_mode():
+            spread = time_s([lambda: rank.run(batch, kv)], rank.device, at_once=1)
+        yield {
+            "communication": wait,
+            "step_s": spread,
+            "tokens_per_s": num_seqs / spread.median,
+            "share_of_floor": floor_s / spread.median,
+        }
+    kv.free()
+
+
+def _prefill(rank: RankSlice, num_tokens: int, device: torch.device) -> dict[str, Any]:
     """A prompt in one step."""
     batch, kv = rank.prompt(num_tokens)
     with torch.inference_mode():
@@ -225,10 +234,11 @@ def main() -> None:
 
 def print_and_write(device: torch.device, out: Path | None, until: float, parts: list[str]) -> None:
     """Rows as they come; the file has all of them."""
-    about = machine() | {"gpu": torch.cuda.get_device_name() if device.type == "cuda" else None}
+    about = machine() | gpu(device)
+    used = all_versions()
     found = ceilings(device)
-    print(about, versions("torch", "triton"), {name: f"{value:.4g}" for name, value in found.items()}, sep="\n")
-    results: dict[str, Any] = {"machine": about, "versions": versions("torch", "triton"), "ceilings": found}
+    print(about, used, {name: f"{value:.4g}" for name, value in found.items()}, sep="\n")
+    results: dict[str, Any] = {"machine": about, "versions": used, "ceilings": found}
     now = time.monotonic()
     left = until - now
     for name, rows in (
@@ -243,6 +253,11 @@ def print_and_write(device: torch.device, out: Path | None, until: float, parts:
             results[name].append(row)
             print("  ".join(f"{key} {_shown(value)}" for key, value in row.items()), flush=True)
             write(out, results)
+    if device.type == "cuda":
+        results["targets"] = list(held_against(results))
+        for row in results["targets"]:
+            print("  ".join(f"{key} {_shown(value)}" for key, value in row.items()), flush=True)
+        write(out, results)
 
 
 def _shown(value: Any) -> str:

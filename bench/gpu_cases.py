@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.gpu_rivals import grouped_mm, sdpa
+from workers.kernels import deep_gemm, deep_gemm_experts, scaled_mm
 from workers.kernels import reference as plain
 from workers.kernels.prefill_attention import Chunks
 from workers.kernels.tiles import TILE, TileWeight
@@ -25,11 +27,13 @@ from workers.kernels.triton import (
     gate,
     gemm,
     norm,
+    ordered_sum,
     prefill_attention,
     qk_norm_rope,
     quantize,
     reference,
     route,
+    spread,
     swiglu,
 )
 from workers.kernels.triton.candidates import likeliest_keys
@@ -175,8 +179,10 @@ def _dense(sizes: Sizes, inputs: Inputs) -> Iterator[Case]:
             x = inputs.normal(num_rows, size_in)
             rows = quantize.quantize(x)
             rivals: dict[str, list[Launch]] = {"torch, unpacked": [lambda x=x, w=w: torch.mm(x, w.t()) for w in floats]}
+            if deep_gemm.library_for(rows, weights[0]) is not None or scaled_mm.is_chosen(rows, weights[0]):
+                rivals["mull's own"] = [lambda x=rows, w=w: gemm.own_product(x, w) for w in weights]
             if inputs.device.type == "cuda":
-                rivals["torch scaled_mm"] = [lambda x=rows, w=w: scaled_mm(x, w) for w in weights]
+                rivals["torch scaled_mm"] = [lambda x=rows, w=w: scaled_mm.linear(x, w) for w in weights]
             yield Case(
                 name=f"product {name} {size_out}x{size_in}, {num_rows} rows",
                 launches=[lambda x=rows, w=w: gemm.linear(x, w) for w in weights],
@@ -188,14 +194,6 @@ def _dense(sizes: Sizes, inputs: Inputs) -> Iterator[Case]:
             )
 
 
-def scaled_mm(x: Any, weight: TileWeight) -> Tensor:
-    """torch's own block-FP8 product, on Hopper alone: its scales lie in columns, those of the weight padded to 4."""
-    recipes = F.ScalingType.BlockWise1x128, F.ScalingType.BlockWise128x128
-    scale_ok = F.pad(weight.scale_ok, (0, -weight.scale_ok.shape[1] % 4))
-    out: Tensor = F.scaled_mm(x.codes_RI, weight.codes_OI.t(), x.scale_Rk, recipes[0], scale_ok.t(), recipes[1])
-    return out
-
-
 def _experts(sizes: Sizes, inputs: Inputs) -> Iterator[Case]:
     hidden, ffn, total, here, top_k = sizes.experts
     layer_bytes = here * 3 * hidden * ffn
@@ -203,15 +201,21 @@ def _experts(sizes: Sizes, inputs: Inputs) -> Iterator[Case]:
         (inputs.tiles(here, 2 * ffn, hidden), inputs.tiles(here, hidden, ffn)) for _ in inputs.copies(layer_bytes)
     ]
     for num_tokens in sizes.expert_tokens:
-        for spread in ("uniform", "Zipf"):
+        for law in ("uniform", "Zipf"):
             scores = torch.rand(num_tokens, total, device=inputs.device)
-            if spread == "Zipf":  # exponential clocks: the k first, drawn by weight 1 / rank, without replacement
+            if law == "Zipf":  # exponential clocks: the k first, drawn by weight 1 / rank, without replacement
                 scores = scores.log() * torch.arange(1, total + 1, device=inputs.device)
             slots, x = scores.topk(top_k).indices, inputs.normal(num_tokens, hidden)
             weights = torch.rand(num_tokens, top_k, device=inputs.device).to(inputs.dtype)
+            rivals = grouped_mm(x, slots, layers[0]) if inputs.device.type == "cuda" else {}
+            if deep_gemm_experts.library_for(x, *layers[0]) is not None:
+                rivals["mull's own"] = [
+                    lambda x=x, s=slots, w=weights, gu=gu, d=d: experts.own_experts(x, s, w, gu, d, 0)
+                    for gu, d in layers
+                ]
             used, pairs = len(slots[slots < here].unique()), int((slots < here).sum())
             yield Case(
-                name=f"experts {here} of {total} ({hidden}, {ffn}), {num_tokens} tokens, {spread}",
+                name=f"experts {here} of {total} ({hidden}, {ffn}), {num_tokens} tokens, {law}",
                 launches=[
                     lambda x=x, s=slots, w=weights, gu=gu, d=d: experts.apply_experts(x, s, w, gu, d, 0)
                     for gu, d in layers
@@ -226,6 +230,7 @@ def _experts(sizes: Sizes, inputs: Inputs) -> Iterator[Case]:
                     if int((s < here).sum())
                     else 0.0
                 ),
+                rivals=rivals,
             )
 
 
@@ -246,6 +251,7 @@ def _attention(sizes: Sizes, inputs: Inputs) -> Iterator[Case]:
                 launches=[lambda q=q, p=p, a=arguments: decode_attention.decode_attention(q, p, *a) for p in pools],
                 num_bytes=2 * num_seqs * num_keys * sizes.head_dim * kv.itemsize,
                 flops=4 * num_seqs * num_keys * group * sizes.head_dim,
+                rivals={} if kv != inputs.dtype else {"torch sdpa, no pages": [sdpa(q, p, num_keys) for p in pools]},
                 error=lambda q=q, p=pools[0], a=arguments: error(
                     decode_attention.decode_attention(q, p, *a), reference.decode_attention(q, p, *a[:2])
                 ),
@@ -334,6 +340,22 @@ def _choices(sizes: Sizes, inputs: Inputs) -> Iterator[Case]:
         launches=[lambda: route.route(slots, 0, here)],
         num_bytes=slots.nbytes,
         rivals={"torch sort": [lambda: slots.flatten().sort(stable=True)]},
+    )
+    routes, rows_of = route.route(slots, 0, here), quantize.quantize(inputs.normal(rows, sizes.hidden))
+    layout = spread.Layout(
+        torch.arange(0, here * rows, rows, dtype=torch.int32, device=inputs.device), here * rows, rows
+    )
+    yield Case(
+        name=f"rows of {rows} tokens put where {here} experts want them",
+        launches=[lambda: spread.spread(rows_of, slots, 0, routes, layout)],
+        num_bytes=2 * int((slots < here).sum()) * sizes.hidden,
+    )
+    parts, total_n = inputs.normal(8, rows * sizes.hidden), inputs.normal(rows * sizes.hidden)
+    yield Case(
+        name=f"sum of 8 ranks' parts of {rows} x {sizes.hidden}, in order",
+        launches=[lambda: ordered_sum.sum_in_order(parts, total_n)],
+        num_bytes=parts.nbytes + total_n.nbytes,
+        rivals={"torch sum": [lambda: parts.sum(0)]},
     )
     vocabulary = inputs.normal(rows, sizes.vocabulary, dtype=torch.float32)
     for count in (1, 20, 64):

@@ -21,17 +21,20 @@ from typing import Any
 import grpc.aio
 import torch
 
+from bench.gpu_engine import rank_alone
 from bench.make_checkpoint import write_checkpoint
 from bench.peers.checkpoints import FIRST_FREE_ID, write_texts
 from cluster.config import ClusterConfig, parse_config
 from cluster.gateway.copies import static_addresses
 from cluster.gateway.served_model import ServedModel
 from cluster.gateway.server import GatewayServer
-from cluster.router.assembly import Device, make_router
+from cluster.router.assembly import make_router
 from cluster.router.launchers import ProcessLauncher
 from mull.v1 import generation_pb2 as pb
 from mull.v1.generation_pb2_grpc import GenerationServiceStub
-from workers.config import ModelConfig
+from workers.config import Device, ModelConfig
+from workers.kernels.cpu.library import native
+from workers.kernels.triton.choice import has_triton
 
 START_TIMEOUT_S = 240.0
 INTERPRETING = ("TRITON_INTERPRET", "MULL_GPU_KERNELS", "MULL_CPU_KERNELS")
@@ -109,6 +112,8 @@ def servings(device: torch.device, until: float) -> Iterator[dict[str, Any]]:
     if kind == "cpu":
         for name in INTERPRETING:  # a rank that interprets takes minutes for a prompt
             os.environ.pop(name, None)
+        for cached in (native, has_triton):
+            cached.cache_clear()
     for served in ON_GPU if kind == "cuda" else TINY:
         with tempfile.TemporaryDirectory(prefix="mull-gpu-") as scratch:
             if time.monotonic() > until:
@@ -117,6 +122,9 @@ def servings(device: torch.device, until: float) -> Iterator[dict[str, Any]]:
             directory = Path(scratch) / served.shape
             write_checkpoint(directory, served.shape, layers=served.layers, vocab=served.vocab)
             write_texts(directory, ModelConfig.from_dir(directory).vocab_size)
+            if served.has_peer:
+                alone = rank_alone(directory, kind == "cuda", until)
+                yield from _told(served, "rank alone", lambda rows=alone: list(rows))
             yield from _told(served, "mull", lambda s=served, d=directory: asyncio.run(_measured(s, d, kind, until)))
             if served.has_peer and time.monotonic() < until:
                 yield from _told(served, "transformers", lambda s=served, d=directory: _peer(s, d, device, until))

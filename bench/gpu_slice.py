@@ -36,9 +36,9 @@ ALL_REDUCE_S = 8e-6
 class WaitingGroup(RankGroup):
     """Ranks that are not there: a sum takes as long as theirs would, and adds nothing."""
 
-    def __init__(self, size: int, wait_cycles: int) -> None:
+    def __init__(self, size: int) -> None:
         super().__init__(0, size, None)
-        self.wait_cycles = wait_cycles
+        self.wait_cycles = 0
 
     def all_reduce(self, x: Tensor) -> Tensor:
         if self.wait_cycles and x.is_cuda:
@@ -57,13 +57,13 @@ class Load:
 class RankSlice:
     """The decoder of rank 0 of a layout."""
 
-    def __init__(
-        self, model: ModelConfig, tp: int, wait_cycles: int, device: torch.device, block_size: int = 64
-    ) -> None:
+    def __init__(self, model: ModelConfig, tp: int, device: torch.device, block_size: int = 64) -> None:
         layout = ParallelLayout(tp=tp)
         self.model, self.spec, self.device, self.block_size = model, ShardSpec(layout, 0), device, block_size
         self.inputs = Inputs.on(device)
-        group = WaitingGroup(tp, wait_cycles) if tp > 1 else RankGroup.alone()
+        self.group = WaitingGroup(tp)
+        """Alone where it is of one; what it waits for may be changed from one recording to the next."""
+        group = self.group if tp > 1 else RankGroup.alone()
         parallel = ParallelState(0, layout, group, group)
         choice = DispatcherChoice(model, self.spec, parallel, self.inputs.dtype, "exact")
         self.weights = random_weights(model, self.spec, self.inputs)

@@ -96,7 +96,7 @@ class Checkpoint:
         piece_bytes = max(self._num_bytes(part) for part in slices) // PIECES_PER_TENSOR
         pieces = [piece for part in slices for piece in self._cut(part, piece_bytes)]
         with ExitStack() as stack:
-            files = {file: stack.enter_context(OpenShard(file)) for file in self._files(slices)}
+            files = {file: stack.enter_context(OpenShard(file, is_pinned=not is_cpu)) for file in self._files(slices)}
             pool = stack.enter_context(ThreadPoolExecutor(NUM_READERS, "checkpoint"))
             stack.callback(pool.shutdown, cancel_futures=True)
             read = 0
@@ -223,7 +223,7 @@ def _store(param: Weight, piece: TensorSlice, values_RC: Tensor) -> None:
         param.store_rows(piece.expert or 0, piece.param_row, values_RC.to(param.panels_ePIL.dtype))
     else:
         out = _rows_of(param, piece)
-        out.copy_(values_RC.view(out.shape))
+        out.copy_(values_RC.view(out.shape), non_blocking=True)
 
 
 def _rows_of(param: Weight, piece: TensorSlice) -> Tensor:
@@ -233,10 +233,15 @@ def _rows_of(param: Weight, piece: TensorSlice) -> Tensor:
 
 
 class OpenShard:
-    """An open safetensors file; reads at offsets, from many threads at once."""
+    """An open safetensors file; reads at offsets, from many threads at once.
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
+    Pinned: into memory from which a GPU copies by itself, while the next piece is read. Else its driver would copy
+    every piece once more, and readers would wait for one another. torch gives such memory to the next piece when its
+    copy has been made, not before.
+    """
+
+    def __init__(self, file: Path, *, is_pinned: bool = False) -> None:
+        self.file, self._is_pinned = file, is_pinned
 
     def __enter__(self) -> OpenShard:
         try:
@@ -252,7 +257,7 @@ class OpenShard:
         """The bytes of a slice, rows one after another, as uint8. Raises CheckpointError where the file ends early."""
         width = 1 if cols is None else stored.shape[1]
         first, count = (0, 1) if cols is None else (cols.start, cols.size)
-        raw = torch.empty(rows.size * count * stored.item_bytes, dtype=torch.uint8)
+        raw = torch.empty(rows.size * count * stored.item_bytes, dtype=torch.uint8, pin_memory=self._is_pinned)
         view = memoryview(raw.numpy().data)
         start = stored.offset + (rows.start * width + first) * stored.item_bytes
         if count == width:

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from workers.kernels.ordered_sum import sum_in_order
+
 ONE_ROUND_BYTES = 64 * 2**10
 """Up to this size a sum takes one round of messages, in which every rank gets all of every other's tensor."""
 
@@ -45,10 +47,12 @@ class RankGroup:
             dist.all_reduce(x, group=self.process_group)
             return x
         if x.nbytes <= ONE_ROUND_BYTES:
-            return x.copy_(sum_in_order(self.all_gather(x)))
-        width = -(-x.numel() // self.size)
-        parts_Wn = torch.nn.functional.pad(x.reshape(-1), (0, self.size * width - x.numel())).view(self.size, width)
-        mine_n = sum_in_order(self.all_to_all(parts_Wn, [1] * self.size, [1] * self.size))
+            parts = self.all_gather(x)
+            return sum_in_order(parts, x) if x.is_contiguous() else x.copy_(sum_in_order(parts))
+        flat_n, num_missing = x.reshape(-1), -x.numel() % self.size
+        if num_missing:  # without any, padding would still copy
+            flat_n = torch.nn.functional.pad(flat_n, (0, num_missing))
+        mine_n = sum_in_order(self.all_to_all(flat_n.view(self.size, -1), [1] * self.size, [1] * self.size))
         return x.copy_(self.all_gather(mine_n).view(-1)[: x.numel()].view(x.shape))
 
     def all_gather(self, x: Tensor) -> Tensor:
@@ -71,10 +75,6 @@ class RankGroup:
         dist.all_to_all_single(received, rows.contiguous(), receive_counts, send_counts, group=self.process_group)
         return received
 
-    def exchange_counts(self, send_counts_W: Tensor) -> list[int]:
-        """What each rank will send to this one: send_counts_W[w] is what this one will send to rank w."""
-        return [int(n) for n in self.all_to_all(send_counts_W, [1] * self.size, [1] * self.size).tolist()]
-
     def _count_rows(self, rows: Tensor, send_counts: list[int]) -> None:
         """Those that leave this rank."""
         num_leaving = len(rows) - send_counts[self.index]
@@ -94,11 +94,3 @@ class RankGroup:
         agreed = torch.tensor([value], dtype=torch.int64, device=device)
         dist.all_reduce(agreed, op=dist.ReduceOp.MIN, group=self.process_group)
         return int(agreed.item())
-
-
-def sum_in_order(parts: Tensor) -> Tensor:
-    """Sum over dim 0, one after another, in the place of the first: torch's own sum may pair them otherwise."""
-    total, *others = parts.unbind()
-    for part in others:
-        total += part
-    return total

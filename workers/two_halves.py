@@ -231,11 +231,15 @@ def _in_turn(
 ) -> None:
     """The second half attends while the first's rows travel; the first's experts compute while the second's do; and so
     on into the next layer, where the first attends while the second's results come back.
+
+    A half's rows are sent when the other's computing is in the queue: the host waits for the counts of what comes back,
+    and the device would have nothing to do meanwhile.
     """
     routed = first.route(layer, experts, kv)
-    dispatched = _dispatch(travel, travel.mark(), first, routed)
+    is_first_routed = travel.mark()
     later = second.route(layer, experts, kv)
     is_routed = travel.mark()
+    dispatched = _dispatch(travel, is_first_routed, first, routed)
     rows, handle = dispatched.get()
     partial_RH = experts.apply(rows)
     is_computed = travel.mark()

@@ -9,7 +9,7 @@ pytest.importorskip("triton", reason="the GPU kernels need triton: pip install t
 
 from tests.kernels_triton.values import DEVICE, accurate, normal, tile_weight
 from workers.kernels.tiles import TileWeight
-from workers.kernels.triton import experts, gemm, reference
+from workers.kernels.triton import experts, gemm, ordered_sum, reference
 from workers.kernels.triton.quantize import quantize
 from workers.kernels.triton.route import route
 
@@ -58,14 +58,18 @@ def test_splits_follow_from_the_weight_and_are_stored_where_rows_are_few() -> No
     assert gemm.blocks_of(1000, splits).splits == splits
 
 
-@pytest.mark.parametrize(("num_tokens", "top_k", "first", "num_local"), [(1, 1, 0, 1), (7, 2, 2, 3), (600, 4, 0, 8)])
+@pytest.mark.parametrize(
+    ("num_tokens", "top_k", "first", "num_local"), [(1, 1, 0, 1), (7, 2, 2, 3), (600, 4, 0, 8), (2050, 4, 6, 2)]
+)
 def test_routes_sort_local_pairs_by_expert(num_tokens: int, top_k: int, first: int, num_local: int) -> None:
     slots = torch.randint(0, 8, (num_tokens, top_k), generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    routes = route(slots, first, num_local)
+    loads = torch.full((num_local,), 5, dtype=torch.int64, device=DEVICE)
+    routes = route(slots, first, num_local, loads)
     flat = slots.flatten().tolist()
     want = [[pair for pair, slot in enumerate(flat) if slot == first + local] for local in range(num_local)]
     pairs = [pair for pairs_of_one in want for pair in pairs_of_one]
     assert routes.counts_e.tolist() == [len(pairs_of_one) for pairs_of_one in want]
+    assert loads.tolist() == [5 + len(pairs_of_one) for pairs_of_one in want], "counted beside what was there"
     assert routes.pair_P[: len(pairs)].tolist() == pairs
     assert routes.place_P[pairs].tolist() == list(range(len(pairs)))
 
@@ -113,3 +117,16 @@ def test_tokens_without_local_experts_add_nothing() -> None:
     gate_up, down = tile_weight(0, 2, 256, 128), tile_weight(1, 2, 128, 128)
     got = experts.apply_experts(normal(2, 3, 128), slots, torch.ones(3, 1, device=DEVICE), gate_up, down, 7)
     assert torch.equal(got, torch.zeros(3, 128, device=DEVICE))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_a_sum_of_ranks_parts_has_the_bits_of_adding_one_after_another(dtype: torch.dtype) -> None:
+    # Of magnitudes so different that every order of adding gives another sum.
+    parts = torch.stack([normal(rank, 1100, dtype=torch.float32) * 8.0**rank for rank in range(8)]).to(dtype)
+    want = torch.empty_like(parts[0])
+    got = ordered_sum.sum_in_order(parts.flip(0).contiguous(), want)
+    total = parts[7].clone()
+    for part in reversed(parts[:7].unbind()):
+        total += part
+    assert got is want
+    assert torch.equal(got, total)

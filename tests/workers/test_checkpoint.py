@@ -5,16 +5,18 @@ from __future__ import annotations
 import ctypes
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tests.checkpoints import DENSE, MOE, dequantize, read_tensors, write_checkpoint
 from tests.processes import fork_server
-from workers.checkpoint import Checkpoint
+from workers.checkpoint import Checkpoint, OpenShard
 from workers.config import ParallelLayout, ShardSpec
 from workers.errors import LayoutError
 from workers.kernels.cpu.panels import dense
+from workers.layout import Span
 
 LARGE = DENSE | {"hidden_size": 1024, "intermediate_size": 3072, "vocab_size": 8192, "num_hidden_layers": 3}
 LAYOUTS = [(1, 0), (2, 0), (2, 1)]
@@ -155,3 +157,23 @@ def test_other_float_checkpoints_load(tmp_path: Path, dtype: torch.dtype) -> Non
     save_file(tensors, directory / "model.safetensors")
     params = Checkpoint.open(directory).read(spec_of(1, 0))
     assert torch.equal(dense(params["embed"]), tensors["model.embed_tokens.weight"].float())
+
+
+@pytest.mark.parametrize("is_pinned", [True, False])
+def test_a_gpu_is_read_for_into_memory_that_it_copies_from_by_itself(
+    is_pinned: bool, dense_fp8: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a GPU there is none: it shows whether it is asked for."""
+    name, asked, real = "model.norm.weight", list[bool](), torch.empty
+    want = read_tensors(dense_fp8)[name]
+
+    def empty(*shape: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+        asked.append(pin_memory)
+        return real(*shape, **options)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    stored = Checkpoint.open(dense_fp8).tensors[name]
+    with OpenShard(stored.file, is_pinned=is_pinned) as shard:
+        got = shard.read(name, stored, Span(0, len(want)), None)
+    assert asked == [is_pinned]
+    assert torch.equal(got.view(want.dtype), want)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from tests.workers.ranks import RankProcesses
+from workers.kernels.ordered_sum import sum_in_order
 from workers.parallel import ParallelState
-from workers.rank_group import RankGroup, sum_in_order
+from workers.rank_group import RankGroup
 from workers.symmetric_group import (
     DTYPES,
     MOST_BYTES,

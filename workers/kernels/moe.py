@@ -18,25 +18,41 @@ from workers.kernels.triton.choice import has_triton
 
 
 def apply_experts(
-    x_TH: Tensor, topk_ids_TK: Tensor, weights_TK: Tensor, gate_up_eXH: Weight, down_eHF: Weight, first_expert: int
+    x_TH: Tensor,
+    topk_ids_TK: Tensor,
+    weights_TK: Tensor,
+    gate_up_eXH: Weight,
+    down_eHF: Weight,
+    first_expert: int,
+    loads_e: Tensor | None = None,
 ) -> Tensor:
     """Sum over each token's local experts of weight * expert(x); in the order of its choices; zeros where it has none.
 
+    `loads_e`, int64: the number of tokens of each local expert is added to it, on a GPU by the kernel that sorts them.
     In torch a lone token walks its experts: sorting would cost as much as computing.
     """
+    is_triton = has_triton(x_TH.device.type) and not isinstance(gate_up_eXH, PanelWeight)
+    if loads_e is not None and not is_triton:
+        _count(topk_ids_TK, first_expert, loads_e)
     if isinstance(gate_up_eXH, PanelWeight):
         assert isinstance(down_eHF, PanelWeight), "one reader makes both, in the same form"
         return _panel_experts(x_TH, topk_ids_TK, weights_TK, gate_up_eXH, down_eHF, first_expert)
     assert not isinstance(down_eHF, PanelWeight), "one reader makes both, in the same form"
-    if has_triton(x_TH.device.type):
+    if is_triton:
         from workers.kernels.triton import experts
 
-        return experts.apply_experts(x_TH, topk_ids_TK, weights_TK, gate_up_eXH, down_eHF, first_expert)
+        return experts.apply_experts(x_TH, topk_ids_TK, weights_TK, gate_up_eXH, down_eHF, first_expert, loads_e)
     assert not isinstance(gate_up_eXH, TileWeight), "tiles exist only where there are kernels to read them"
     assert not isinstance(down_eHF, TileWeight), "tiles exist only where there are kernels to read them"
     if x_TH.shape[0] == 1:
         return _one_token(x_TH, topk_ids_TK, weights_TK, gate_up_eXH, down_eHF, first_expert)
     return _grouped(x_TH, topk_ids_TK, weights_TK, gate_up_eXH, down_eHF, first_expert)
+
+
+def _count(topk_ids_TK: Tensor, first_expert: int, loads_e: Tensor) -> None:
+    local = topk_ids_TK.flatten() - first_expert
+    is_here = (local >= 0) & (local < len(loads_e))
+    loads_e.index_add_(0, local.clamp(0, len(loads_e) - 1), is_here.long())
 
 
 def _panel_experts(

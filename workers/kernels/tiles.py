@@ -59,9 +59,10 @@ class TileWeight:
         codes_OI, scale_ok = self.codes_OI.view(torch.uint8), self.scale_ok
         if expert is not None:
             codes_OI, scale_ok = codes_OI[expert], scale_ok[expert]
-        codes_OI[first_row : first_row + len(codes_RI)] = codes_RI.to(codes_OI.device)
+        # Without a wait: what is pinned travels while the next rows are read.
+        codes_OI[first_row : first_row + len(codes_RI)].copy_(codes_RI, non_blocking=True)
         first = first_row // TILE
-        scale_ok[first : first + len(scale_rk)] = scale_rk.to(scale_ok.device, torch.float32)
+        scale_ok[first : first + len(scale_rk)].copy_(scale_rk, non_blocking=True)
 
     def dense(self) -> Tensor:
         """The fp32 weight that the codes stand for: for tests."""

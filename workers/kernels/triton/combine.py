@@ -36,7 +36,7 @@ def combine(
     return out_TH
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_places"])
 def _combine(
     y_ptr,
     slots_ptr,

@@ -19,8 +19,8 @@ from workers.kernels.triton.numerics import cast, dot
 SPLIT_KEYS = 256
 BLOCK_KEYS = 64
 LEAST_ROWS = 16
-MERGED_SPLITS = 16
-"""At a time."""
+MERGED_SPLITS = 64
+"""At a time: of 131,072 keys there are 512, and each round waits for memory once."""
 LOG2_E = 1 / math.log(2)
 
 
@@ -54,7 +54,7 @@ def decode_attention(q_BND: Tensor, pool: Tensor, tables_BM: Tensor, num_keys_B:
     return out_BND
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tables_stride"])
 def _attend_split(
     q_ptr,
     q_stride,
@@ -119,7 +119,7 @@ def _attend_split(
     tl.store(part_ptr + at_g[:, None] * DIM + column_D[None, :], part_gD, mask=is_row_g[:, None] & is_column_D[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits"])
 def _merge(
     part_ptr,
     peak_ptr,

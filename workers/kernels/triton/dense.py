@@ -32,7 +32,7 @@ def linear(x_RI: Tensor, weight_OI: Tensor) -> Tensor:
     return out_RO
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _gemm(
     x_ptr,
     x_stride_r,

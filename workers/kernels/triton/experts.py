@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from workers.kernels import deep_gemm_experts
 from workers.kernels.invariance import is_invariant
 from workers.kernels.tiles import TILE, TileWeight
 from workers.kernels.triton.combine import combine
@@ -41,10 +42,32 @@ def apply_experts(
     gate_up_eXH: Tensor | TileWeight,
     down_eHF: Tensor | TileWeight,
     first_slot: int,
+    loads_e: Tensor | None = None,
 ) -> Tensor:
-    """Sum over each token's local experts of weight * expert(x), in the order of its choices; zeros without any."""
+    """Sum over each token's local experts of weight * expert(x), in the order of its choices; zeros without any.
+
+    `loads_e`, int64: the number of tokens of each local expert is added to it.
+    """
+    library = deep_gemm_experts.library_for(x_TH, gate_up_eXH, down_eHF)
+    if library is not None and isinstance(gate_up_eXH, TileWeight) and isinstance(down_eHF, TileWeight):
+        return deep_gemm_experts.apply_experts(
+            library, x_TH, slots_TK, weights_TK, gate_up_eXH, down_eHF, first_slot, loads_e
+        )
+    return own_experts(x_TH, slots_TK, weights_TK, gate_up_eXH, down_eHF, first_slot, loads_e)
+
+
+def own_experts(
+    x_TH: Tensor,
+    slots_TK: Tensor,
+    weights_TK: Tensor,
+    gate_up_eXH: Tensor | TileWeight,
+    down_eHF: Tensor | TileWeight,
+    first_slot: int,
+    loads_e: Tensor | None = None,
+) -> Tensor:
+    """The same by this file's kernel, whatever is installed."""
     num_local, top_k = gate_up_eXH.shape[0], slots_TK.shape[1]
-    routes = route(slots_TK, first_slot, num_local)
+    routes = route(slots_TK, first_slot, num_local, loads_e)
     if isinstance(gate_up_eXH, TileWeight):
         gate_up_SRX = grouped_linear(quantize(x_TH), gate_up_eXH, routes, top_k)
         hidden: Tensor | QuantizedRows = swiglu_quantize(gate_up_SRX, x_TH.dtype, routes.starts_e[-1:])
@@ -87,7 +110,7 @@ def grouped_linear(
     return out_SRO
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_places", "x_scale_stride"])
 def _grouped_gemm(
     x_ptr,
     x_stride,

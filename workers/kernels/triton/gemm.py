@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from workers.kernels import deep_gemm, tiles
+from workers.kernels import deep_gemm, scaled_mm, tiles
 from workers.kernels.invariance import is_invariant
 from workers.kernels.tiles import TileWeight
 from workers.kernels.triton.numerics import TILE, cast, dot
@@ -74,6 +74,11 @@ def partial_linear(x: QuantizedRows, weight: TileWeight) -> Tensor:
     library = deep_gemm.library_for(x, weight)
     if library is not None:
         return deep_gemm.linear(library, x, weight).unsqueeze(0)
+    return scaled_mm.linear(x, weight).unsqueeze(0) if scaled_mm.is_chosen(x, weight) else own_product(x, weight)
+
+
+def own_product(x: QuantizedRows, weight: TileWeight) -> Tensor:
+    """The same by this file's kernel, whatever is installed."""
     (num_rows, size_in), (num_outputs, _) = x.codes_RI.shape, weight.shape
     splits = num_splits(weight.whole_rows, size_in)
     blocks = blocks_of(num_rows, splits)
@@ -100,7 +105,7 @@ def sum_splits(parts_SRO: Tensor, dtype: torch.dtype) -> Tensor:
     return out_RO
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "x_scale_stride"])
 def _fp8_gemm(
     x_ptr,
     x_stride,

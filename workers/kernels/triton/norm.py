@@ -93,7 +93,7 @@ def _norm(
     tl.store(out_ptr + row * size + column_H, cast(normed_H, out_ptr.dtype.element_ty), mask=column_H < size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scale_stride"])
 def _norm_quantize(
     x_ptr,
     x_stride,

@@ -18,6 +18,8 @@ from workers.kernels.triton.numerics import cast, dot
 
 BLOCK_ROWS = 128
 BLOCK_KEYS = 64
+LEAST_CHUNKS = 256
+"""Among which a program looks for its own: more than steps have, so that each number of them is no other kernel."""
 
 
 def prefill_attention(q_TND: Tensor, pool: Tensor, tables_CM: Tensor, bounds_3C: Tensor, sizes: list[int]) -> Tensor:
@@ -36,7 +38,12 @@ def prefill_attention(q_TND: Tensor, pool: Tensor, tables_CM: Tensor, bounds_3C:
     if num_blocks:
         _attend_chunks[(num_blocks, num_kv_heads)](
             *(q_TND, q_TND.stride(0), pool, pool.stride(0), tables_CM, tables_CM.stride(0), bounds_3C, len(sizes)),
-            *(out_TND, LOG2_E / math.sqrt(head_dim), num_kv_heads, triton.next_power_of_2(len(sizes))),
+            *(
+                out_TND,
+                LOG2_E / math.sqrt(head_dim),
+                num_kv_heads,
+                max(LEAST_CHUNKS, triton.next_power_of_2(len(sizes))),
+            ),
             *(group, rows_per_token, tokens, head_dim, triton.next_power_of_2(head_dim), pool.shape[2], BLOCK_KEYS),
             num_warps=8,
             num_stages=2,
@@ -44,7 +51,7 @@ def prefill_attention(q_TND: Tensor, pool: Tensor, tables_CM: Tensor, bounds_3C:
     return out_TND
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tables_stride", "num_chunks"])
 def _attend_chunks(
     q_ptr,
     q_stride,

@@ -24,7 +24,7 @@ def quantize(x_RI: Tensor) -> QuantizedRows:
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scale_stride"])
 def _quantize(x_ptr, x_stride, codes_ptr, scale_ptr, scale_stride, num_tiles, TILES: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     tile_k = tl.program_id(1) * TILES + tl.arange(0, TILES)

@@ -39,11 +39,14 @@ def apply_experts(
     gate_up_eXH: Tensor | TileWeight,
     down_eHF: Tensor | TileWeight,
     first_slot: int,
+    loads_e: Tensor | None = None,
 ) -> Tensor:
     """Expert by expert; of e4m3 weights on quantised rows."""
     out_TH = torch.zeros(x_TH.shape, dtype=torch.float32, device=x_TH.device)
     for local in range(gate_up_eXH.shape[0]):
         token_R, choice_R = (slots_TK == first_slot + local).nonzero(as_tuple=True)
+        if loads_e is not None:
+            loads_e[local] += len(token_R)
         hidden_RF = reference.swiglu(_product(x_TH[token_R], gate_up_eXH, local))
         y_RH = _product(hidden_RF, down_eHF, local)
         out_TH.index_add_(0, token_R, y_RH * weights_TK[token_R, choice_R].float().unsqueeze(1))

@@ -27,15 +27,21 @@ def swiglu(gate_up_SRX: Tensor, dtype: torch.dtype, num_rows: Tensor | None = No
     return out_RF
 
 
-def swiglu_quantize(gate_up_SRX: Tensor, dtype: torch.dtype, num_rows: Tensor | None = None) -> QuantizedRows:
-    """`swiglu` of gate and up in `dtype`, as the FP8 products read it. F must be a multiple of 128."""
+def swiglu_quantize(
+    gate_up_SRX: Tensor, dtype: torch.dtype, counts: Tensor | None = None, group_rows: int | None = None
+) -> QuantizedRows:
+    """`swiglu` of gate and up in `dtype`, as the FP8 products read it. F must be a multiple of 128.
+
+    `group_rows`: rows come in groups of so many, of which the first `counts` are computed and the scales lie together;
+    None: all are one group.
+    """
     splits, rows, size = gate_up_SRX.shape[0], gate_up_SRX.shape[1], gate_up_SRX.shape[2] // 2
     out = QuantizedRows.empty(rows, size, dtype, gate_up_SRX.device)
     num_tiles = size // TILE.value
     if rows:
         _swiglu_quantize[(rows, triton.cdiv(num_tiles, TILES_PER_PROGRAM))](
-            *(gate_up_SRX, out.codes_RI, out.scale_Rk, out.scale_Rk.stride(1)),
-            *(num_rows, rows, num_tiles, splits, TILES_PER_PROGRAM, TRITON_TYPES[dtype]),
+            *(gate_up_SRX, out.codes_RI, out.scale_Rk, group_rows or out.scale_Rk.stride(1)),
+            *(counts, rows, num_tiles, splits, TILES_PER_PROGRAM, TRITON_TYPES[dtype]),
         )
     return out
 
@@ -52,7 +58,7 @@ def _activated(gate_up_ptr, row, column, is_there, num_rows, size, SPLITS: tl.co
     return gate / (1.0 + tl.exp(-gate)) * up
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _swiglu(gate_up_ptr, out_ptr, count_ptr, num_rows, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
     row, column_F = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     is_there_F = column_F < size
@@ -62,12 +68,12 @@ def _swiglu(gate_up_ptr, out_ptr, count_ptr, num_rows, size, SPLITS: tl.constexp
     tl.store(out_ptr + row * size + column_F, cast(out_F, out_ptr.dtype.element_ty), mask=is_there_F)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "group_rows"])
 def _swiglu_quantize(
     gate_up_ptr,
     codes_ptr,
     scale_ptr,
-    scale_stride,
+    group_rows,
     count_ptr,
     num_rows,
     num_tiles,
@@ -76,14 +82,16 @@ def _swiglu_quantize(
     DTYPE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
+    group, row_of_group = row // group_rows, row % group_rows
     tile_k = tl.program_id(1) * TILES + tl.arange(0, TILES)
     is_there_k = tile_k < num_tiles
     if count_ptr is not None:
-        is_there_k = is_there_k & (row < tl.load(count_ptr))
+        is_there_k = is_there_k & (row_of_group < tl.load(count_ptr + group))
     column_kC = tile_k[:, None] * TILE + tl.arange(0, TILE)[None, :]
     size = num_tiles * TILE
     out_kC = _activated(gate_up_ptr, row, column_kC, is_there_k[:, None], num_rows, size, SPLITS, DTYPE)
     values_kC, scale_k = quantized(out_kC)
     codes_kC = cast(values_kC, tl.float8e4nv)
     tl.store(codes_ptr + row * size + column_kC, codes_kC, mask=is_there_k[:, None])
-    tl.store(scale_ptr + row + tile_k.to(tl.int64) * scale_stride, scale_k, mask=is_there_k)
+    scale_ptr += group * num_tiles * group_rows + row_of_group
+    tl.store(scale_ptr + tile_k.to(tl.int64) * group_rows, scale_k, mask=is_there_k)

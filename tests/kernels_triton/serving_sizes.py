@@ -1,0 +1,63 @@
+"""A process of its own: compiles for Hopper what steps of all sizes launch, and tells what warming up left out."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+import torch
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from bench.gpu_build import _Absent
+from bench.gpu_cases import Inputs
+from workers.kernels.prefill_attention import Chunks
+from workers.kernels.triton import decode_attention, experts, gemm, norm, prefill_attention, quantize, swiglu
+from workers.warm_up import warm_up_sizes
+
+LONGEST = 8192
+SERVED = (1, 5, 17, 33, 64, 100, 777, 2049, 4100, 8191)
+INPUTS = Inputs.for_build()
+WEIGHT, GATE_UP, DOWN = INPUTS.tiles(2560, 4096), INPUTS.tiles(8, 256, 256), INPUTS.tiles(8, 256, 128)
+POOL = INPUTS.normal(2, 600, 64, 128)
+
+
+def launch(num_rows: int) -> None:
+    """The kernels whose arguments change with the number of rows."""
+    x, wide = INPUTS.normal(num_rows, 4096), INPUTS.normal(num_rows, 256)
+    gemm.linear(quantize.quantize(x), WEIGHT)
+    norm.add_rms_norm_quantize(x, x.clone(), INPUTS.normal(4096), 1e-6)
+    swiglu.swiglu_quantize(INPUTS.normal(1, num_rows, 512), torch.bfloat16)
+    experts.apply_experts(wide, INPUTS.integers(64, num_rows, 8), INPUTS.normal(num_rows, 8), GATE_UP, DOWN, 0)
+    blocks = -(-num_rows // 64)
+    tables, q = torch.arange(blocks).view(1, -1), INPUTS.normal(num_rows, 8, 128)
+    chunks = Chunks(tables_CM=tables, starts=np.array([0]), sizes=np.array([num_rows]))
+    prefill_attention.prefill_attention(q, POOL, tables, chunks.bounds_3C, [num_rows])
+    decode_attention.decode_attention(q[:1], POOL, tables, torch.tensor([num_rows]), num_rows)
+
+
+def main() -> int:
+    run, compiled = JITFunction.run, dict[int, Any]()
+
+    def compile_only(self: Any, *args: Any, **options: Any) -> Any:
+        kernel = run(self, *args, **(options | {"warmup": True}))
+        compiled[id(kernel)] = kernel
+        return kernel
+
+    setattr(JITFunction, "run", compile_only)  # noqa: B010 - mypy knows it for a method
+    driver.set_active(_Absent())
+    for size in (1, *warm_up_sizes(LONGEST)):  # behind each chunk it decodes
+        launch(size)
+    known = set(compiled)
+    late = []
+    for size in SERVED:
+        launch(size)
+        late += [f"{compiled[key].metadata.name} at {size} rows" for key in compiled.keys() - known]
+        known = set(compiled)
+    print(f"{len(known)} kernels; compiled while serving: {late or 'none'}")
+    return 1 if late else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
