@@ -28,11 +28,11 @@ from cluster.config import ClusterConfig, parse_config
 from cluster.gateway.copies import static_addresses
 from cluster.gateway.served_model import ServedModel
 from cluster.gateway.server import GatewayServer
-from cluster.router.assembly import Device, make_router
+from cluster.router.assembly import make_router
 from cluster.router.launchers import ProcessLauncher
 from mull.v1 import generation_pb2 as pb
 from mull.v1.generation_pb2_grpc import GenerationServiceStub
-from workers.config import ModelConfig
+from workers.config import Device, ModelConfig
 from workers.kernels.cpu.library import native
 from workers.kernels.triton.choice import has_triton
 

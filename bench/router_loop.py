@@ -20,9 +20,9 @@ import zmq
 from cluster.router.launchers import ProcessLauncher
 from cluster.router.shards import GroupBounds, RankGroup
 from workers.config import RunnerConfig
-from workers.launched import Done, Launched
+from workers.launched import BeforeWait, Done, Launched
 from workers.layout import ParallelLayout
-from workers.shard import Progress, ShardConfig, main
+from workers.shard import Progress, Runner, ShardConfig, main
 from workers.step import PlacementUpdate, StepPlan, StepResult
 
 
@@ -33,15 +33,26 @@ class NullRunner:
     weight_bytes = 0
     kv_bytes = 0
     host_memory = None
+    num_exchanges = num_group_exchanges = 0
 
-    def __init__(self, config: ShardConfig, progress: Progress) -> None:
-        del progress
+    def __init__(self, config: ShardConfig, progress: Progress, previous: Runner | None) -> None:
+        del progress, previous
         self._rank = config.runner.rank
 
     def place(self, update: PlacementUpdate) -> None:
         del update
 
-    def launch(self, plan: StepPlan) -> Launched:
+    def abort(self) -> None:
+        pass
+
+    def forget(self) -> None:
+        pass
+
+    def leave(self) -> None:
+        pass
+
+    def launch(self, plan: StepPlan, before_wait: BeforeWait) -> Launched:
+        del before_wait
         return Done(self.execute(plan))
 
     def execute(self, plan: StepPlan) -> StepResult:

@@ -6,7 +6,7 @@ import psutil
 
 from cluster.config import ClusterConfig
 from cluster.errors import ConfigError
-from workers.config import ModelConfig, ShardSpec
+from workers.config import Device, ModelConfig, ShardSpec
 from workers.kv_memory import CPU_KV_BYTES, kv_token_bytes
 from workers.placement_map import slots_per_rank
 
@@ -31,10 +31,22 @@ def check_redundant_experts(config: ClusterConfig, model: ModelConfig) -> None:
         _check_memory(config, model)
 
 
-def check_context(config: ClusterConfig, model: ModelConfig) -> None:
+def device_with(config: ClusterConfig, num_gpus: int) -> Device:
+    """ "auto" is a GPU where there is one for each rank of each copy. Raises ConfigError."""
+    engine = config.engine
+    if engine.device != "auto":
+        return engine.device
+    needed = config.router.copies * engine.layout.world_size
+    if num_gpus < needed and engine.kv_dtype == "fp8":
+        raise ConfigError(f"engine.kv_dtype fp8 needs {needed} GPUs, and there are {num_gpus}; leave it out")
+    return "cuda" if num_gpus >= needed else "cpu"
+
+
+def check_context(config: ClusterConfig, model: ModelConfig, device: Device | None) -> None:
     """Raises ConfigError where a context that was asked for is longer than the model's, or than KV memory holds.
 
-    One that was not asked for is what there is room for; so it is where the ranks size their KV by what is free.
+    `device` None: not known yet, and what a GPU would do is not refused. A context that was not asked for is what there
+    is room for; so it is where the ranks size their KV by what is free.
     """
     engine, asked = config.engine, config.engine.max_model_len
     if asked is None:
@@ -44,10 +56,10 @@ def check_context(config: ClusterConfig, model: ModelConfig) -> None:
             f"--max-model-len {asked} is over the {model.max_position_embeddings} tokens that {config.model.name} was "
             "made for; lower it"
         )
-    kv_bytes = engine.kv_memory_bytes or (CPU_KV_BYTES if engine.device == "cpu" else None)
+    kv_bytes = engine.kv_memory_bytes or (CPU_KV_BYTES if device == "cpu" else None)
     if kv_bytes is None:
         return
-    computed = 4 if engine.device == "cpu" else 2
+    computed = 4 if device == "cpu" else 2
     itemsize = {"auto": computed, "bf16": 2, "fp8": 1}[engine.kv_dtype]
     block_bytes = engine.block_size * kv_token_bytes(model, ShardSpec(engine.layout, 0), itemsize)
     needed_bytes = -(-asked // engine.block_size) * block_bytes

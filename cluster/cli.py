@@ -230,7 +230,8 @@ def _check_model(config: ClusterConfig) -> None:
     config.engine.layout.check(model)
     check_redundant_experts(config, model)
     check_checkpoint(config.model.path, model)
-    check_context(config, model)
+    device = config.engine.device
+    check_context(config, model, None if device == "auto" else device)
     ServedModel.load(config.model, config.engine.max_model_len)
 
 

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cluster.capacity import check_context, device_with
 from cluster.config import ClusterConfig
 from cluster.errors import ConfigError, EngineError
 from cluster.interrupts import Interrupts
+from workers.config import ModelConfig
 
 if TYPE_CHECKING:
     from cluster.ray_node import LeanNode
@@ -81,12 +83,12 @@ def _init_ray(config: ClusterConfig, interrupts: Interrupts) -> RunningRay:
                 f"--ray-address {address}: {last_line(str(error))}; run `ray start` on its nodes"
             ) from error
         resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]  # Ray has no types there
-        _check_gpus(config, int(resources.get("GPU", 0)))
+        check_devices(config, int(resources.get("GPU", 0)))
         return RunningRay(_log_directory(context), None)
     from cluster.ray_node import LeanNode, local_gpus
 
     # Before the seconds that its start takes.
-    _check_gpus(config, local_gpus())
+    check_devices(config, local_gpus())
     # Logical: what the app asks for, so that Serve never waits for cores that a small machine lacks.
     num_cpus = config.router.most_copies * (config.engine.layout.world_size + 1) + 3
     # Nothing of it is for other machines.
@@ -114,14 +116,15 @@ def is_open_to_all(address: str) -> bool:
     return True
 
 
-def _check_gpus(config: ClusterConfig, found: int) -> None:
-    """Raises ConfigError where there are fewer GPUs than ranks that need one."""
+def check_devices(config: ClusterConfig, found: int) -> None:
+    """Raises ConfigError where there are fewer GPUs than ranks that need one, or the devices hold no such context."""
     engine, copies = config.engine, config.router.copies
     needed = copies * engine.layout.world_size
     if engine.device == "cuda" and found < needed:
         flags = f"--tp {engine.tp}" + (f" --dp {engine.dp}" if engine.dp > 1 else "")
         flags += f" --copies {copies}" if copies > 1 else ""
         raise ConfigError(f"--device cuda needs {needed} GPUs for {flags}, found {found}; lower them")
+    check_context(config, ModelConfig.from_dir(config.model.path), device_with(config, found))
 
 
 def check_nodes(config: ClusterConfig) -> None:

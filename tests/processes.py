@@ -14,7 +14,7 @@ import msgspec
 
 from cluster.router.gather import RankEnd
 from cluster.router.launchers import end_of
-from workers.shard import ShardConfig, main
+from workers.shard import RunnerFactory, ShardConfig, load_runner, main
 
 _IMPORTED_ONCE = ["pytest", "hypothesis", "tests.workers.ranks", "workers.runner"]
 
@@ -32,9 +32,13 @@ class ForkLauncher:
     host: str | None = None
     settle_s = 0.2
 
+    def __init__(self, build_runner: RunnerFactory = load_runner) -> None:
+        """`build_runner`: a function of a module, which the fork server finds by its name."""
+        self._build_runner = build_runner
+
     async def launch(self, config: ShardConfig) -> ForkedRank:
         theirs, ours = multiprocessing.Pipe(duplex=False)
-        process = fork_server().Process(target=_run_rank, args=(theirs,), daemon=True)
+        process = fork_server().Process(target=_run_rank, args=(theirs, self._build_runner), daemon=True)
         process.start()
         theirs.close()
         rank = ForkedRank(config.runner.rank, process, ours)
@@ -71,6 +75,6 @@ class ForkedRank:
         self._process.kill()
 
 
-def _run_rank(stdin: Connection) -> None:
+def _run_rank(stdin: Connection, build_runner: RunnerFactory) -> None:
     os.dup2(stdin.fileno(), 0)
-    sys.exit(main())
+    sys.exit(main(build_runner))

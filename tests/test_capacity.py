@@ -11,6 +11,7 @@ import pytest
 from cluster.capacity import check_context, check_redundant_experts, expert_bytes
 from cluster.config import ClusterConfig, EngineConfig, ModelSource
 from cluster.errors import ConfigError
+from cluster.ray_cluster import check_devices
 from tests.checkpoints import DENSE, MOE, write_checkpoint
 from workers.config import ModelConfig
 
@@ -57,7 +58,7 @@ def context(directory: Path, **engine: Any) -> None:
     config = ClusterConfig(
         model=ModelSource(path=directory, name="tiny"), engine=EngineConfig.model_validate(engine | {"block_size": 16})
     )
-    check_context(config, ModelConfig.from_dir(directory))
+    check_context(config, ModelConfig.from_dir(directory), config.engine.device if "device" in engine else None)
 
 
 def test_a_context_longer_than_the_models_is_refused(moe: Path) -> None:
@@ -76,6 +77,17 @@ def test_a_context_that_kv_memory_does_not_hold_is_refused_naming_what_would_do(
     context(moe, max_model_len=512, device="cpu", kv_memory_bytes=needed_bytes)
     context(moe, max_model_len=512, device="cpu", kv_memory_bytes=needed_bytes // 2, kv_dtype="bf16")
     context(moe, max_model_len=512, device="cpu")
+
+
+def test_where_auto_is_a_cpu_a_context_has_to_fit_a_cpus_kv_memory(moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needed_bytes = 512 * 3 * 2 * 2 * 128 * 4
+    monkeypatch.setattr("cluster.capacity.CPU_KV_BYTES", needed_bytes - 1)
+    engine = EngineConfig(max_model_len=512, block_size=16)
+    config = ClusterConfig(model=ModelSource(path=moe, name="tiny"), engine=engine)
+
+    with pytest.raises(ConfigError, match="they hold 496 tokens"):
+        check_devices(config, 0)
+    check_devices(config, 1)
 
 
 def test_a_context_that_nobody_asked_for_is_what_there_is_room_for(moe: Path) -> None:

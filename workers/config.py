@@ -113,6 +113,7 @@ class ModelConfig:
         return self.num_heads // self.num_kv_heads
 
 
+Device = Literal["cpu", "cuda"]
 Graphs = Literal["auto", "whole", "piecewise", "off"]
 """How decode steps are recorded, to be replayed: with the collectives in the recording, without them, or not at all.
 
@@ -137,7 +138,7 @@ class RunnerConfig:
     """auto: that of the activations; bf16: half of the bytes on a CPU; fp8: e4m3, half of the bytes on a GPU."""
     deterministic: bool = False
     """A token's bits depend on what is before it alone: not on the batch, nor on how its sequence was computed."""
-    device: Literal["cpu", "cuda"] = "cpu"
+    device: Device = "cpu"
     products: Literal["fp32", "bf16"] = "fp32"
     """What a CPU multiplies: fp32, or rows rounded to bf16, which takes half the time where it can."""
     num_threads: int | None = None

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -120,7 +121,7 @@ class DecodeSteps:
         for index, bucket in enumerate(buckets):
             self._upload.write(self._padding[: bucket.num_rows])
             self._compute(bucket)
-            self._record(bucket)
+            self._recorded[bucket] = self._recorder.record(partial(self._compute, bucket))
             if time.monotonic() - told_at > PROGRESS_INTERVAL_S:
                 told_at = time.monotonic()
                 log.info("decode steps: %d of %d sizes are recorded", index + 1, len(buckets))
@@ -131,9 +132,8 @@ class DecodeSteps:
         )
 
     def forget(self) -> None:
-        """Nothing is recorded any more, as it routes tokens to where experts were; each size will be when it comes."""
+        """Nothing is recorded any more, and nothing can be run."""
         self._recorded.clear()
-        self._recorder.forget()
 
     def bucket_for(self, plan: StepPlan) -> Bucket | None:
         """The smallest that the plan fits in; None where it takes the long way. Ranks of a group agree on it."""
@@ -153,17 +153,11 @@ class DecodeSteps:
         Raises PlanError where the plan breaks the contract.
         """
         rows = self._batches.decoded_rows(plan)
-        if bucket not in self._recorded:
-            self._upload.write(self._padding[: bucket.num_rows])
-            self._record(bucket)
         values = self._padding[: bucket.num_rows].copy()
         values[: len(rows.slots)] = self._values(plan, rows)
         self._upload.write(values)
         self._recorded[bucket]()
         return self._tokens_B[: len(rows.slots)], rows
-
-    def _record(self, bucket: Bucket) -> None:
-        self._recorded[bucket] = self._recorder.record(lambda: self._compute(bucket))
 
     def _values(self, plan: StepPlan, rows: SequenceRows) -> Ints:
         num_firsts, num_rows = len(plan.decodes), len(rows.slots)

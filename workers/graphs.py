@@ -27,9 +27,6 @@ class Recorder(Protocol):
     def record(self, run: Action) -> Action:
         """What does the same as `run`, each time it is called. Recording changes no buffer for good."""
 
-    def forget(self) -> None:
-        """All recordings have been dropped."""
-
     @property
     def num_bytes(self) -> int:
         """Of memory that all recordings hold."""
@@ -42,9 +39,6 @@ class CallAgain:
 
     def record(self, run: Action) -> Action:
         return run
-
-    def forget(self) -> None:
-        pass
 
 
 class Interruptible(Protocol):
@@ -77,7 +71,7 @@ class CudaRecorder:
         """Raises GraphError with the way round."""
         torch.cuda.synchronize()
         gc.collect()  # or it might free a tensor of the device in the middle, which cannot be recorded
-        free_bytes, exchanges, sent = torch.cuda.mem_get_info()[0], *_counts(self._parallel)
+        free_bytes, before = torch.cuda.mem_get_info()[0], _counts(self._parallel)
         pieces: list[Action] = []
         self._pieces = pieces
         try:
@@ -91,13 +85,7 @@ class CudaRecorder:
         finally:
             self._pieces = None
         self.num_bytes += max(0, free_bytes - torch.cuda.mem_get_info()[0])
-        now_exchanges, now_sent = _counts(self._parallel)
-        return _Replay(pieces, self._parallel.world, now_exchanges - exchanges, now_sent - sent)
-
-    def forget(self) -> None:
-        # A pool ends with the last of its graphs, and what has ended cannot be recorded into.
-        self._pool = torch.cuda.graph_pool_handle()
-        self.num_bytes = 0
+        return _Replay(pieces, self._parallel, before)
 
     def interrupt(self, action: Action) -> None:
         assert self._pieces is not None, "only a recording can be interrupted"
@@ -121,19 +109,26 @@ class CudaRecorder:
 class _Replay:
     """Pieces in order; what ranks say to each other inside of them is counted as if it were said anew."""
 
-    def __init__(self, pieces: list[Action], world: RankGroup, num_exchanges: int, num_sent_bytes: int) -> None:
-        self._pieces, self._world = pieces, world
-        self._num_exchanges, self._num_sent_bytes = num_exchanges, num_sent_bytes
+    def __init__(self, pieces: list[Action], parallel: ParallelState, before: list[_Counts]) -> None:
+        """`before`: the counts when the recording began, which is over."""
+        self._pieces = pieces
+        recorded = zip(parallel.groups, before, _counts(parallel), strict=True)
+        self._said = [(group, new[0] - old[0], new[1] - old[1]) for group, old, new in recorded]
 
     def __call__(self) -> None:
         for piece in self._pieces:
             piece()
-        self._world.num_exchanges += self._num_exchanges
-        self._world.num_sent_bytes += self._num_sent_bytes
+        for group, num_exchanges, num_sent_bytes in self._said:
+            group.num_exchanges += num_exchanges
+            group.num_sent_bytes += num_sent_bytes
 
 
-def _counts(parallel: ParallelState) -> tuple[int, int]:
-    return parallel.num_exchanges, parallel.num_sent_bytes
+_Counts = tuple[int, int]
+"""Of a group: exchanges, and bytes sent."""
+
+
+def _counts(parallel: ParallelState) -> list[_Counts]:
+    return [(group.num_exchanges, group.num_sent_bytes) for group in parallel.groups]
 
 
 class InterruptingGroup(RankGroup):

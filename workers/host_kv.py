@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
-import psutil
 import torch
 from torch import Tensor
 
 from workers.config import RunnerConfig
 from workers.errors import KVMemoryError, PlanError
+from workers.host import share_of_host_memory
 from workers.kv_pool import KVPool
 from workers.rank_group import RankGroup
 from workers.step import HostMemory, OpenSlot, Prefill, SamplingParams, StepPlan
@@ -176,13 +176,15 @@ def open_host_kv(config: RunnerConfig, kv: KVPool, bytes_per_block: int, world: 
     """As many blocks as every rank has room for; None: it is not asked for. Raises KVMemoryError where it cannot be."""
     if not config.host_kv_bytes:
         return None
-    free_bytes = psutil.virtual_memory().available
-    if not bytes_per_block <= config.host_kv_bytes <= free_bytes:
+    device = kv.layers[0].device
+    share = share_of_host_memory(world, device)
+    if not bytes_per_block <= config.host_kv_bytes <= share.bytes_per_rank:
         raise KVMemoryError(
             f"rank {config.rank} is to keep {config.host_kv_bytes / 1e9:.3g} GB of KV in its host's memory, where "
-            f"{free_bytes / 1e9:.3g} are free; a block takes {bytes_per_block / 1e9:.3g}: change engine.host_kv_bytes"
+            f"{share.free_bytes / 1e9:.3g} are free, {share.bytes_per_rank / 1e9:.3g} for each of its "
+            f"{share.num_ranks} ranks; a block takes {bytes_per_block / 1e9:.3g}: change engine.host_kv_bytes"
         )
-    return HostKV(kv, world.minimum(config.host_kv_bytes // bytes_per_block, kv.layers[0].device))
+    return HostKV(kv, world.minimum(config.host_kv_bytes // bytes_per_block, device))
 
 
 def measure(host: HostKV, config: RunnerConfig, num_blocks: int, execute: Callable[[StepPlan], object]) -> HostMemory:

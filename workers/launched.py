@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from workers.step import StepResult
+
+BeforeWait = Callable[[], None]
+"""Called by a launch that is about to wait for the device, each time: what is owed of earlier steps is sent first, as
+the device is done with those before it does what is waited for."""
+
+
+def owe_nothing() -> None:
+    """No earlier step is under way."""
 
 
 class Launched(Protocol):

@@ -86,14 +86,19 @@ class ParallelState:
         return ParallelState(self.rank, layout, self.world, tp)
 
     @property
-    def num_exchanges(self) -> int:
-        """Collectives that this rank has begun."""
-        return self.world.num_exchanges + (self.tp.num_exchanges if self.tp is not self.world else 0)
+    def groups(self) -> list[RankGroup]:
+        """Each once."""
+        return [self.world] if self.tp is self.world else [self.world, self.tp]
+
+    @property
+    def num_group_exchanges(self) -> int:
+        """Collectives that this rank has begun with its attention group alone; 0 where that is all ranks."""
+        return 0 if self.tp is self.world else self.tp.num_exchanges
 
     @property
     def num_sent_bytes(self) -> int:
         """To other ranks, so far."""
-        return self.world.num_sent_bytes + (self.tp.num_sent_bytes if self.tp is not self.world else 0)
+        return sum(group.num_sent_bytes for group in self.groups)
 
     def abort(self) -> None:
         """From another thread: whoever waits for other ranks waits no longer. Only `close` may follow."""

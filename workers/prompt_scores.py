@@ -5,13 +5,16 @@ A part of hop 9. Of the raw distribution: no temperature, penalty or rule. S sco
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from workers.candidates import CandidateExchange
-from workers.step import Prefill, TokenLogprobs
+from workers.logprobs import Asked, LogprobTable
+from workers.step import Prefill
+from workers.transfers import to_device
 
 ROWS_AT_ONCE = 128
 """Logits of so many rows are in memory at a time."""
@@ -19,32 +22,29 @@ ROWS_AT_ONCE = 128
 
 def score_prompts(
     prefills: list[Prefill], x_SH: Tensor, logits: Callable[[Tensor], Tensor], exchange: CandidateExchange
-) -> dict[int, list[TokenLogprobs]]:
-    """Index into `prefills` -> the logprobs of its targets. All ranks of a group do it together.
+) -> LogprobTable:
+    """Asked for by indices into `prefills`, once for each target. All ranks of a group do it together.
 
     `x_SH`: the scored rows of all chunks, in their order, as the decoder leaves them; `logits` makes [S, v] of them.
     """
-    asking = [(index, prefill.score) for index, prefill in enumerate(prefills) if prefill.score is not None]
-    target_ids = torch.tensor([token for _, score in asking for token in score.target_ids], device=x_SH.device)
-    num_top = max(score.num_logprobs for _, score in asking)
-    rows = _score(x_SH, target_ids, num_top, logits, exchange)
-    # Not `zip(score.target_ids, rows)`: the longest number of likeliest tokens was computed for all.
-    return {index: [_first(next(rows), score.num_logprobs) for _ in score.target_ids] for index, score in asking}
+    scores = [(index, prefill.score) for index, prefill in enumerate(prefills) if prefill.score is not None]
+    owners = [(index, score.num_logprobs) for index, score in scores for _ in score.target_ids]
+    asked = [Asked(row, index, num_top) for row, (index, num_top) in enumerate(owners)]
+    target_ids = np.array([token for _, score in scores for token in score.target_ids], dtype=np.int64)
+    # The longest number of likeliest tokens is computed for all.
+    num_top = max(score.num_logprobs for _, score in scores)
+    rows = torch.split(to_device(target_ids, x_SH.device), ROWS_AT_ONCE), torch.split(x_SH, ROWS_AT_ONCE)
+    parts = [_score(x_RH, targets_R, num_top, logits, exchange) for targets_R, x_RH in zip(*rows, strict=True)]
+    return LogprobTable(torch.cat(parts), asked)
 
 
 def _score(
-    x_SH: Tensor, target_ids_S: Tensor, num_top: int, logits: Callable[[Tensor], Tensor], exchange: CandidateExchange
-) -> Iterator[TokenLogprobs]:
-    for first in range(0, len(x_SH), ROWS_AT_ONCE):
-        logits_Rv = logits(x_SH[first : first + ROWS_AT_ONCE])
-        target_ids_R = target_ids_S[first : first + ROWS_AT_ONCE]
-        likeliest = exchange.likeliest(logits_Rv, max(num_top, 1))
-        normalizer_R = exchange.log_normalizer(logits_Rv).double()
-        values = (exchange.logits_of(logits_Rv, target_ids_R) - normalizer_R).tolist()
-        top_values = (likeliest.logits_BC - normalizer_R.unsqueeze(1)).tolist()
-        for value, ids, tops in zip(values, likeliest.token_ids_BC.tolist(), top_values, strict=True):
-            yield TokenLogprobs(value, list(zip(ids, tops, strict=True)))
-
-
-def _first(scored: TokenLogprobs, count: int) -> TokenLogprobs:
-    return TokenLogprobs(scored.logprob, scored.top[:count])
+    x_RH: Tensor, targets_R: Tensor, num_top: int, logits: Callable[[Tensor], Tensor], exchange: CandidateExchange
+) -> Tensor:
+    """The table's rows."""
+    logits_Rv = logits(x_RH)
+    likeliest = exchange.likeliest(logits_Rv, max(num_top, 1))
+    normalizer_R = exchange.log_normalizer(logits_Rv).double()
+    named_R = exchange.logits_of(logits_Rv, targets_R) - normalizer_R
+    top_RC = likeliest.logits_BC - normalizer_R.unsqueeze(1)
+    return LogprobTable.of(named_R, top_RC, likeliest.token_ids_BC, []).values_RX

@@ -2,25 +2,30 @@
 
 Hop 6. A thread with a socket of its own: it beats while a step hangs, and falls silent where the process is stopped. It
 also finds out that the Router has closed its end, or that its machine has vanished, and then wakes who waits for other
-ranks.
+ranks, as it does when the Router asks.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from typing import Protocol
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from workers.step import RankPulse, encode
+from workers.step import RankPulse, decode_to_pulse, encode
+
+log = logging.getLogger(__name__)
 
 PULSE_INTERVAL_MS = 1_000
 HEARTBEAT_INTERVAL_MS = 5_000
 HEARTBEAT_TIMEOUT_MS = 30_000
 """A Router whose machine vanished without closing its connection counts as gone after this time."""
 CONNECT_TIMEOUT_S = 60.0
+WAKING_TIMEOUT_S = 10.0
+"""A rank that is closed has left nothing for its waker to wait for."""
 
 
 def pulse_identity(rank: int) -> bytes:
@@ -33,6 +38,8 @@ class Waiter(Protocol):
 
     @property
     def num_exchanges(self) -> int: ...
+    @property
+    def num_group_exchanges(self) -> int: ...
     def abort(self) -> None: ...
 
 
@@ -43,6 +50,7 @@ class Pulse:
         self.is_router_gone = threading.Event()
         self._rank = rank
         self._waiter: Waiter | None = None
+        self._waker: threading.Thread | None = None
         self._is_connected = threading.Event()
         self._context = zmq.Context()
         self._stopper = self._context.socket(zmq.PAIR)
@@ -62,6 +70,8 @@ class Pulse:
         """Ends the thread. Call it once."""
         self._stopper.send(b"")
         self._thread.join()
+        if self._waker is not None:
+            self._waker.join(WAKING_TIMEOUT_S)
         self._stopper.close(linger=0)
         self._context.term()
 
@@ -74,15 +84,32 @@ class Pulse:
         poller = zmq.Poller()
         poller.register(stop, zmq.POLLIN)
         poller.register(monitor, zmq.POLLIN)
+        poller.register(socket, zmq.POLLIN)
         while stop not in (ready := dict(poller.poll(PULSE_INTERVAL_MS))):
             if monitor in ready:
                 self._on_event(parse_monitor_message(monitor.recv_multipart())["event"])
-            num_exchanges = self._waiter.num_exchanges if self._waiter is not None else 0
+            if socket in ready:
+                decode_to_pulse(socket.recv())
+                self._wake_up()
             with contextlib.suppress(zmq.Again):  # a Router that does not read knows that by itself
-                socket.send(encode(RankPulse(self._rank, num_exchanges)), flags=zmq.DONTWAIT)
+                socket.send(encode(self._pulse()), flags=zmq.DONTWAIT)
         socket.disable_monitor()
         for each in (monitor, socket, stop):
             each.close(linger=0)
+
+    def _pulse(self) -> RankPulse:
+        if self._waiter is None:
+            return RankPulse(self._rank, 0)
+        return RankPulse(self._rank, self._waiter.num_exchanges, self._waiter.num_group_exchanges)
+
+    def _wake_up(self) -> None:
+        """In a thread of its own: NCCL lets go of what waits at once, but comes back when nothing is recorded any more,
+        which happens when the rank leaves its group.
+        """
+        if self._waiter is not None and self._waker is None:
+            log.warning("rank %d: the Router wakes it out of its waits for other ranks", self._rank)
+            self._waker = threading.Thread(target=self._waiter.abort, name="wake up", daemon=True)
+            self._waker.start()
 
     def _socket(self) -> zmq.Socket[bytes]:
         socket = self._context.socket(zmq.DEALER)

@@ -75,10 +75,6 @@ class RankGroup:
         dist.all_to_all_single(received, rows.contiguous(), receive_counts, send_counts, group=self.process_group)
         return received
 
-    def exchange_counts(self, send_counts_W: Tensor) -> list[int]:
-        """What each rank will send to this one: send_counts_W[w] is what this one will send to rank w."""
-        return [int(n) for n in self.all_to_all(send_counts_W, [1] * self.size, [1] * self.size).tolist()]
-
     def _count_rows(self, rows: Tensor, send_counts: list[int]) -> None:
         """Those that leave this rank."""
         num_leaving = len(rows) - send_counts[self.index]

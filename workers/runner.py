@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +18,7 @@ from workers.allocator import keep_freed_memory
 from workers.batch import BatchBuilder, ForwardBatch, PromptLayout
 from workers.candidates import CandidateExchange
 from workers.checkpoint import Checkpoint, Progress, no_progress
+from workers.computed import Computed
 from workers.config import ModelConfig, RunnerConfig, ShardSpec
 from workers.decode_steps import DecodeSteps
 from workers.device import buckets_of, check_kernels, check_memory, device_of, free_bytes, halved_from, recorder_of
@@ -31,35 +31,20 @@ from workers.kernels.invariance import invariance
 from workers.kernels.linear import Weight
 from workers.kv_memory import default_kv_bytes
 from workers.kv_pool import KVPool, block_bytes, num_blocks_in
+from workers.launched import BeforeWait, owe_nothing
+from workers.logprobs import ComingLogprobs
 from workers.model import Decoder
 from workers.parallel import ParallelState
 from workers.prompt_scores import score_prompts
 from workers.sampling import Sampler
-from workers.slots import Ints, SlotStates
-from workers.step import PlacementUpdate, StepPlan, StepResult, TokenLogprobs
+from workers.slots import SlotStates
+from workers.step import PlacementUpdate, StepPlan, StepResult
 from workers.threads import ThreadChooser
-from workers.transfers import Arrival, Here, fetching_from, to_device
+from workers.transfers import fetching_from, to_device
 from workers.two_halves import HalvedBatch, forward_halves, travel_on
 from workers.warm_up import warm_up, warm_up_draws
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Computed:
-    """What one forward pass has for the Router; its tokens may still be under way to the host."""
-
-    sampled: Arrival
-    """Of the plan's slots, then of its guesses."""
-    slots: Ints
-    """Whose they are."""
-    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
-    prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
-
-    @classmethod
-    def nothing(cls, prompt_logprobs: dict[int, list[TokenLogprobs]] | None = None) -> _Computed:
-        """Nobody was sampled."""
-        return cls(Here([]), np.zeros(0, dtype=np.int64), prompt_logprobs=prompt_logprobs or {})
 
 
 class _Named(NamedTuple):
@@ -72,26 +57,30 @@ class _Named(NamedTuple):
 class LaunchedStep:
     """A plan that the runner has taken on."""
 
-    def __init__(self, runner: ModelRunner, plan: StepPlan, computed: _Computed, started_s: float) -> None:
+    def __init__(
+        self, runner: ModelRunner, plan: StepPlan, computed: Computed, started_s: float, before_wait: BeforeWait
+    ) -> None:
         self._runner, self._plan, self._computed, self._started_s = runner, plan, computed, started_s
         self._dispatch_s, self._dispatch_bytes = runner.decoder.traffic.take()
-        self._loads = runner.experts.take_loads() if plan.report_loads else []
+        self._loads = runner.fetch(runner.experts.take_loads()) if plan.report_loads else None
         # What comes next depends on these tokens in more ways than the device knows of.
         rules = runner.sampler.rules
         is_next_bound = bool(plan.drafts) or bool(rules.active[computed.slots].any())
         # Later would be too late: the next plan may give a slot to another sequence, which has rules of its own.
         if is_next_bound:
-            rules.advance(computed.slots, computed.sampled.token_ids())
+            before_wait()
+            rules.advance(computed.slots, computed.sampled.values())
         self._named = self._name() if is_next_bound else None
 
     def is_done(self) -> bool:
         """Whether `result` would not wait."""
-        return self._computed.sampled.is_here()
+        return self._computed.sampled.is_here() and (self._loads is None or self._loads.is_here())
 
     def result(self) -> StepResult:
         """Waits for the step. Only tp_rank 0 of a group names its tokens."""
         named, runner = self._named or self._name(), self._runner
         is_telling = runner.parallel.tp.index == 0
+        loads = [] if self._loads is None else self._loads.values()
         return StepResult(
             step=self._plan.step,
             rank=runner.parallel.rank,
@@ -102,11 +91,11 @@ class LaunchedStep:
             compute_s=runner.took_s(self._started_s),
             dispatch_s=self._dispatch_s,
             dispatch_bytes=self._dispatch_bytes,
-            expert_loads=self._loads,
+            expert_loads=loads,
         )
 
     def _name(self) -> _Named:
-        token_ids, plan, runner = self._computed.sampled.token_ids(), self._plan, self._runner
+        token_ids, plan, runner = self._computed.sampled.values(), self._plan, self._runner
         accepted = runner.keep_right_guesses(plan, token_ids) if plan.drafts else []
         return _Named(token_ids[: len(plan.sampling_slots)], accepted)
 
@@ -142,8 +131,10 @@ class ModelRunner:
             keep_freed_memory()
         self.weight_bytes = sum(weight.nbytes for weight in weights.values())
         buckets = buckets_of(self.model, config, self.device)
-        choice = DispatcherChoice(self.model, config.spec, parallel, dtype, config.dispatch_rows, buckets)
         recorder, self._collectives = recorder_of(config, parallel, self.device)
+        self._before_wait = owe_nothing
+        looking = (config.dispatch_rows, buckets, lambda: self._before_wait())
+        choice = DispatcherChoice(self.model, config.spec, self._collectives, dtype, *looking)
         self.decoder = Decoder(self.model, config.spec, weights, self._collectives, choice)
         self.num_blocks = parallel.world.minimum(self._affordable_blocks(kv_dtype), self.device)
         num_spare = 0 if buckets is None else 1
@@ -160,7 +151,7 @@ class ModelRunner:
         self.sampler = Sampler(config.max_num_seqs, exchange, self.device, grammars)
         self.experts = PlacedExperts(self.decoder.expert_layers, config.spec, parallel.world)
         self.last_tokens = torch.zeros(config.max_num_seqs + num_spare, dtype=torch.int64, device=self.device)
-        self._fetch = fetching_from(self.device)
+        self.fetch = fetching_from(self.device)
         self._halved_from, self._travel = halved_from(config, self.model, self.device), travel_on(self.device)
         self._finished_s = 0.0
         self._decode_steps: DecodeSteps | None = None
@@ -182,8 +173,13 @@ class ModelRunner:
 
     @property
     def num_exchanges(self) -> int:
-        """With other ranks, so far."""
-        return self.parallel.num_exchanges
+        """Of all ranks, so far."""
+        return self.parallel.world.num_exchanges
+
+    @property
+    def num_group_exchanges(self) -> int:
+        """Of its attention group alone, so far; 0 where that is all ranks."""
+        return self.parallel.num_group_exchanges
 
     def abort(self) -> None:
         """From another thread: whoever waits for other ranks waits no longer. Only `leave` may follow."""
@@ -209,18 +205,18 @@ class ModelRunner:
         """
         return self.launch(plan).result()
 
-    def launch(self, plan: StepPlan) -> LaunchedStep:
+    def launch(self, plan: StepPlan, before_wait: BeforeWait = owe_nothing) -> LaunchedStep:
         """Give one plan's work to the device; the next may be launched before this one's result is asked for.
 
         Raises PlanError as `execute` does.
         """
-        started_s = time.perf_counter()
+        started_s, self._before_wait = time.perf_counter(), before_wait
         self._check_groups(plan)
         self.threads.apply(max(plan.group_tokens, default=plan.num_tokens))
         with torch.inference_mode(), invariance(self.config.deterministic):
             self._apply_deltas(plan)
             computed = self._compute(plan)
-            return LaunchedStep(self, plan, computed, started_s)
+            return LaunchedStep(self, plan, computed, started_s, before_wait)
 
     def took_s(self, started_s: float) -> float:
         """Of a step that has just ended: since it began, or since the step before it ended."""
@@ -231,7 +227,6 @@ class ModelRunner:
         """Move experts between steps. All ranks do it together. Raises PlanError where the update cannot be."""
         with torch.inference_mode():
             self.experts.apply(update)
-        self.forget()
 
     def _check_groups(self, plan: StepPlan) -> None:
         """Ranks that disagree on the groups' sizes would wait for one another."""
@@ -262,22 +257,27 @@ class ModelRunner:
             limit = self.config.max_num_batched_tokens
             raise PlanError(f"step {plan.step} computes {plan.num_tokens} tokens, the rank was started for {limit}")
 
-    def _compute(self, plan: StepPlan) -> _Computed:
+    def _compute(self, plan: StepPlan) -> Computed:
         if self._decode_steps is not None and not self._is_halved(plan):
             bucket = self._decode_steps.bucket_for(plan)
             if bucket is not None:
                 self.sampler.check_drafts(plan.drafts)
                 tokens_B, rows = self._decode_steps.run(plan, bucket)
-                return _Computed(self._fetch(tokens_B), rows.slots)
+                return Computed(sampled=self.fetch(tokens_B), slots=rows.slots)
         return self._forward(plan) if plan.num_tokens else self._assist(plan)
 
-    def _assist(self, plan: StepPlan) -> _Computed:
+    def _assist(self, plan: StepPlan) -> Computed:
         """Other groups may have tokens for this rank's experts."""
         if self._is_halved(plan):
             self._forward_halves((None, None))
         elif any(plan.group_tokens):
             self.decoder.assist(plan.group_tokens)
-        return _Computed.nothing()
+        return self._nobody()
+
+    def _nobody(self, prompt_logprobs: ComingLogprobs | None = None) -> Computed:
+        """Was sampled."""
+        slots = np.zeros(0, dtype=np.int64)
+        return Computed(sampled=self.fetch(self.last_tokens[:0]), slots=slots, target_logprobs=prompt_logprobs)
 
     def _is_halved(self, plan: StepPlan) -> bool:
         """The same for all ranks."""
@@ -286,7 +286,7 @@ class ModelRunner:
     def _forward_halves(self, halves: tuple[ForwardBatch | None, ForwardBatch | None]) -> torch.Tensor:
         return forward_halves(self.decoder, halves, self.kv, self._travel, self.decoder.uneven_dispatcher())
 
-    def _forward(self, plan: StepPlan) -> _Computed:
+    def _forward(self, plan: StepPlan) -> Computed:
         self.sampler.check_drafts(plan.drafts)
         batch: ForwardBatch | HalvedBatch
         if self._is_halved(plan):
@@ -296,17 +296,20 @@ class ModelRunner:
             batch = self.batches.build(plan, self.last_tokens)
             x_RH = self.decoder.forward(batch, self.kv)
         num_sampled = len(batch.sample_slots)
-        scores: dict[int, list[TokenLogprobs]] = {}
+        scores: ComingLogprobs | None = None
         if batch.has_scores:
-            scores = score_prompts(plan.prefills, x_RH[num_sampled:], self.decoder.logits, self.sampler.exchange)
+            scored = score_prompts(plan.prefills, x_RH[num_sampled:], self.decoder.logits, self.sampler.exchange)
+            scores = scored.send(self.fetch)
         if not num_sampled:
-            return _Computed.nothing(scores)
+            return self._nobody(scores)
         logits_Bv = self.decoder.logits(x_RH[:num_sampled])
         sampled = self.sampler.sample(logits_Bv, batch.sample_slots, batch.sample_positions)
         num_first = len(plan.sampling_slots)
         slots_B = to_device(batch.sample_slots[:num_first], self.device)
         self.last_tokens.index_copy_(0, slots_B, sampled.token_ids_B[:num_first])
-        return _Computed(self._fetch(sampled.token_ids_B), batch.sample_slots, sampled.logprobs, scores)
+        logprobs = [table.send(self.fetch) for table in sampled.logprobs]
+        tokens = self.fetch(sampled.token_ids_B)
+        return Computed(sampled=tokens, slots=batch.sample_slots, row_logprobs=logprobs, target_logprobs=scores)
 
     def keep_right_guesses(self, plan: StepPlan, sampled_ids: list[int]) -> list[list[int]]:
         """What each draft gives: the tokens sampled behind its right guesses. The rest of it is taken back."""

@@ -19,9 +19,10 @@ from workers.candidates import CandidateExchange, Candidates
 from workers.drawing import RowRules, draw, draw_of_top_k
 from workers.errors import PlanError
 from workers.grammar import Grammars
+from workers.logprobs import Asked, LogprobTable
 from workers.noise import row_keys
 from workers.penalties import Penalties
-from workers.step import Draft, OpenSlot, TokenLogprobs
+from workers.step import Draft, OpenSlot
 from workers.token_rules import TokenRuleTable
 from workers.transfers import to_device
 
@@ -35,10 +36,10 @@ MAX_EXCHANGED = WIDTHS[-1]
 
 @dataclass(frozen=True)
 class Sampled:
-    """One token per row, still on the device, and the logprobs of the rows that asked."""
+    """One token per row, and the logprobs of the rows that asked; all still on the device."""
 
     token_ids_B: Tensor
-    logprobs: dict[int, TokenLogprobs]
+    logprobs: list[LogprobTable]
 
 
 class Sampler:
@@ -91,7 +92,7 @@ class Sampler:
     def sample(self, logits_Bv: Tensor, slots: Ints, positions: Ints) -> Sampled:
         """One token per row; `positions` are those of the tokens to be sampled."""
         if self.is_plain[slots].all():
-            return Sampled(self.exchange.likeliest(logits_Bv, 1).token_ids_BC[:, 0], {})
+            return Sampled(self.exchange.likeliest(logits_Bv, 1).token_ids_BC[:, 0], [])
         logits_Bv = self.penalties.apply(self.rules.apply(logits_Bv, slots, positions), slots)
         widths = self._widths(slots)
         if (widths == widths[0]).all():
@@ -115,14 +116,16 @@ class Sampler:
     def _sample_apart(self, logits_Bv: Tensor, slots: Ints, positions: Ints, widths: Ints) -> Sampled:
         """Rows with few candidates do not pay for those that need them all."""
         token_ids_B = torch.empty(len(slots), dtype=torch.int64, device=self.device)
-        logprobs: dict[int, TokenLogprobs] = {}
+        logprobs: list[LogprobTable] = []
         for width in np.unique(widths).tolist():
             rows = np.flatnonzero(widths == width)
             rows_R = self._tensor(rows)
             logits_Rv = logits_Bv[rows_R]
             sampled = self._choose(self._candidates(logits_Rv, width), logits_Rv, slots[rows], positions[rows])
             token_ids_B[rows_R] = sampled.token_ids_B
-            logprobs |= {int(rows[index]): value for index, value in sampled.logprobs.items()}
+            for table in sampled.logprobs:
+                asked = [one._replace(owner=int(rows[one.owner])) for one in table.asked]
+                logprobs.append(LogprobTable(table.values_RX, asked))
         return Sampled(token_ids_B, logprobs)
 
     def _choose(self, candidates: Candidates, logits_Bv: Tensor, slots: Ints, positions: Ints) -> Sampled:
@@ -135,8 +138,8 @@ class Sampler:
         token_ids_B = candidates.token_ids_BC.gather(1, chosen_B1).squeeze(1)
         asking = np.flatnonzero(self.wants_logprobs[slots])
         if not len(asking):
-            return Sampled(token_ids_B, {})
-        return Sampled(token_ids_B, self._logprobs(candidates, logits_Bv, chosen_B1, slots, asking))
+            return Sampled(token_ids_B, [])
+        return Sampled(token_ids_B, [self._logprobs(candidates, logits_Bv, chosen_B1, slots, asking)])
 
     def rules_of(self, slots: Ints, positions: Ints) -> RowRules:
         """How rows of these slots are drawn, for tokens at these positions."""
@@ -146,19 +149,13 @@ class Sampler:
 
     def _logprobs(
         self, candidates: Candidates, logits_Bv: Tensor, chosen_B1: Tensor, slots: Ints, asking: Ints
-    ) -> dict[int, TokenLogprobs]:
+    ) -> LogprobTable:
         """Of the penalised distribution before temperature and cuts."""
-        logprobs_BC = (candidates.logits_BC - self.exchange.log_normalizer(logits_Bv).unsqueeze(1)).double()
-        sampled = logprobs_BC.gather(1, chosen_B1).squeeze(1).tolist()
+        logprobs_BC = candidates.logits_BC - self.exchange.log_normalizer(logits_Bv).unsqueeze(1)
+        sampled_B = logprobs_BC.gather(1, chosen_B1).squeeze(1)
         width = int(self.num_logprobs[slots[asking]].max())
-        ids, values = candidates.token_ids_BC[:, :width].tolist(), logprobs_BC[:, :width].tolist()
-        result = {}
-        for row in asking.tolist():
-            count = int(self.num_logprobs[slots[row]])
-            # What a rule masks is no candidate, however many are asked for.
-            top = [pair for pair in zip(ids[row][:count], values[row][:count], strict=True) if pair[1] > -np.inf]
-            result[row] = TokenLogprobs(logprob=sampled[row], top=top)
-        return result
+        asked = [Asked(row, row, int(self.num_logprobs[slots[row]])) for row in asking.tolist()]
+        return LogprobTable.of(sampled_B, logprobs_BC[:, :width], candidates.token_ids_BC[:, :width], asked)
 
     def _tensor(self, values: npt.NDArray[np.generic]) -> Tensor:
         return to_device(values, self.device)

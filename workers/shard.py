@@ -30,7 +30,7 @@ import zmq
 
 from workers.config import RunnerConfig
 from workers.errors import MullError
-from workers.launched import Launched
+from workers.launched import BeforeWait, Launched
 from workers.logs import LogFormat, log_fields, write_logs
 from workers.network import interface_towards
 from workers.pulse import Pulse
@@ -56,9 +56,13 @@ RECEIVE_POLL_MS = 200
 FAREWELL_MS = 2_000
 """How long an ending rank waits for its last message to leave."""
 
+LEAVE_TIMEOUT_S = 30.0
+"""How long a rank may take to leave a group: its device finishes what it has, or is torn out of it."""
+
 EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_ROUTER_GONE = 3
+EXIT_STUCK = 5
 GROUP_LOST = 4
 """Not the end: the rank can join another group."""
 
@@ -95,10 +99,14 @@ class Runner(Protocol):
 
     @property
     def num_exchanges(self) -> int:
-        """With other ranks, so far."""
+        """Of all ranks, so far."""
+
+    @property
+    def num_group_exchanges(self) -> int:
+        """Of its attention group alone, so far; 0 where that is all ranks."""
 
     def execute(self, plan: StepPlan) -> StepResult: ...
-    def launch(self, plan: StepPlan) -> Launched:
+    def launch(self, plan: StepPlan, before_wait: BeforeWait) -> Launched:
         """Take a plan on; another may be launched before the result of this one is asked for."""
 
     def place(self, update: PlacementUpdate) -> None: ...
@@ -232,11 +240,7 @@ class Rank:
         except Exception as error:  # the boundary of the process: whatever it was, the Router hears of it
             link.send(RankFailed(rank, _one_line(error), traceback.format_exc()))
         finally:
-            if runner is not None:
-                runner.forget()
-            link.close()
-            if runner is not None:
-                runner.leave()
+            _close(link, runner)
         return EXIT_FAILED if runner is None else GROUP_LOST
 
     def _join(self, config: ShardConfig, link: RouterSocket) -> Runner:
@@ -253,6 +257,22 @@ class Rank:
         about = log_fields(rank=ready.rank, weight_bytes=ready.weight_bytes, kv_bytes=ready.kv_bytes)
         log.info("ready on %s in %.1f s", ready.device, ready.load_s, extra=about)
         return runner
+
+
+def _close(link: RouterSocket, runner: Runner | None) -> None:
+    """A device that never comes to rest keeps its rank from other groups: the process ends, and is started anew."""
+    if runner is None:
+        link.close()
+        return
+    watchdog = threading.Timer(LEAVE_TIMEOUT_S, os._exit, (EXIT_STUCK,))
+    watchdog.daemon = True
+    watchdog.start()
+    try:
+        runner.forget()
+        link.close()
+        runner.leave()
+    finally:
+        watchdog.cancel()
 
 
 def _ready(config: RunnerConfig, runner: Runner, load_s: float) -> RankReady:
@@ -273,14 +293,15 @@ def _ready(config: RunnerConfig, runner: Runner, load_s: float) -> RankReady:
 def _serve_plans(link: RouterSocket, runner: Runner) -> None:
     """Everything strictly in order: a plan's experts lie where the last placement before it has put them.
 
-    A plan that comes while a device still computes the one before it is launched behind that one at once.
+    A plan that comes while a device still computes the one before it is launched behind that one at once. The result of
+    that one leaves when the launch is over, or when it begins to wait for the device itself.
     """
     ahead: Launched | None = None
     while True:
         order = link.receive() if ahead is None else link.receive_before(ahead)
-        launched = runner.launch(order) if isinstance(order, StepPlan) else None
-        if ahead is not None:
-            link.send(ahead.result())
+        owed = _Owed(link, ahead)
+        launched = runner.launch(order, owed.send) if isinstance(order, StepPlan) else None
+        owed.send()
         ahead = launched
         if ahead is not None and ahead.is_done():
             link.send(ahead.result())
@@ -289,6 +310,19 @@ def _serve_plans(link: RouterSocket, runner: Runner) -> None:
             runner.place(order)
         if isinstance(order, Shutdown):
             return
+
+
+class _Owed:
+    """The result of a step that is under way, if there is one: sent once."""
+
+    def __init__(self, link: RouterSocket, step: Launched | None) -> None:
+        self._link, self._step = link, step
+
+    def send(self) -> None:
+        """Waits for the step."""
+        step, self._step = self._step, None
+        if step is not None:
+            self._link.send(step.result())
 
 
 def _one_line(error: Exception) -> str:

@@ -246,7 +246,16 @@ class RankPulse(msgspec.Struct, frozen=True, tag="pulse"):
 
     rank: int
     num_exchanges: int
-    """With other ranks, so far: of ranks that wait for one another, the one that is behind keeps the others waiting."""
+    """Of all ranks, begun so far: of those that wait for one another, one that is behind keeps the others waiting."""
+    num_group_exchanges: int = 0
+    """Of its attention group alone, where that is not all ranks."""
+
+
+class WakeUp(msgspec.Struct, frozen=True, tag="wake"):
+    """To a rank's pulse: who waits for other ranks waits no longer, so that one that hangs by itself is told apart.
+
+    The group is of no use afterwards, and results are not, either.
+    """
 
 
 class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
@@ -258,4 +267,5 @@ FromRank = StepResult | RankLoading | RankReady | RankFailed | RankPulse
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_rank = msgspec.msgpack.Decoder(ToRank).decode
+decode_to_pulse = msgspec.msgpack.Decoder(WakeUp).decode
 decode_from_rank = msgspec.msgpack.Decoder(FromRank).decode

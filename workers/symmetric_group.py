@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from pathlib import Path
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from workers.host import is_on_one_host
 from workers.rank_group import RankGroup
 
 log = logging.getLogger(__name__)
@@ -27,7 +27,6 @@ ALIGNMENT_BYTES = 16
 DTYPES = (torch.bfloat16, torch.float32)
 SIZES = (2, 4, 8)
 """Of groups, that have kernels of their own."""
-BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 class OneShotSum(Protocol):
@@ -98,8 +97,7 @@ def share_symmetric_memory(group: RankGroup, device: torch.device, offer: Offer 
 
 def offer_cuda_memory(group: RankGroup, device: torch.device) -> OneShotSum | None:
     """Where all ranks run on one machine, and its GPUs reach each other."""
-    boot = torch.frombuffer(bytearray(BOOT_ID.read_bytes()[:36]), dtype=torch.uint8).to(device)
-    if not bool((group.all_gather(boot) == boot).all()):
+    if not is_on_one_host(group, device):
         return None
     assert group.process_group is not None, "a group of several ranks has one"
     try:

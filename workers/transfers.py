@@ -1,7 +1,7 @@
 """Values on their way between the host and a device, which neither of the two waits for.
 
 A copy from memory that the device cannot reach by itself, or one that is asked for without `non_blocking`, would wait
-until the device has done all that it was given: here every array is pinned first, and tokens come back into pinned
+until the device has done all that it was given: here every array is pinned first, and results come back into pinned
 memory, behind an event. On a CPU there is nothing to wait for.
 """
 
@@ -29,26 +29,26 @@ def _reachable(values: npt.NDArray[Any], device: torch.device) -> Tensor:
 
 
 class Arrival(Protocol):
-    """Tokens on their way to the host."""
+    """A tensor on its way to the host."""
 
     def is_here(self) -> bool:
         """Never waits."""
 
-    def token_ids(self) -> list[int]:
-        """Waits for the device until they are here."""
+    def values(self) -> list[Any]:
+        """As `Tensor.tolist`. Waits for the device until they are here."""
 
 
 class Here:
-    """They were never away."""
+    """It was never away."""
 
-    def __init__(self, token_ids: list[int]) -> None:
-        self._token_ids = token_ids
+    def __init__(self, values: list[Any]) -> None:
+        self._values = values
 
     def is_here(self) -> bool:
         return True
 
-    def token_ids(self) -> list[int]:
-        return self._token_ids
+    def values(self) -> list[Any]:
+        return self._values
 
 
 class Event(Protocol):
@@ -62,29 +62,29 @@ class Event(Protocol):
 class UnderWay:
     """A copy into pinned memory that is in the device's queue, and an event behind it."""
 
-    def __init__(self, tokens_B: Tensor, pinned_B: Tensor, event: Event) -> None:
-        self._pinned_B, self._event = pinned_B, event
-        pinned_B.copy_(tokens_B, non_blocking=True)
+    def __init__(self, source: Tensor, pinned: Tensor, event: Event) -> None:
+        self._pinned, self._event = pinned, event
+        pinned.copy_(source, non_blocking=True)
         event.record()
 
     def is_here(self) -> bool:
         return self._event.query()
 
-    def token_ids(self) -> list[int]:
+    def values(self) -> list[Any]:
         self._event.synchronize()
-        token_ids: list[int] = self._pinned_B.tolist()
-        return token_ids
+        values: list[Any] = self._pinned.tolist()
+        return values
 
 
-FetchTokens = Callable[[Tensor], Arrival]
-"""Sends int64 tokens [B] to the host."""
+Fetch = Callable[[Tensor], Arrival]
+"""Sends a tensor to the host; one without elements tells how far the device is."""
 
 
-def fetching_from(device: torch.device) -> FetchTokens:
-    """How tokens come from a device."""
+def fetching_from(device: torch.device) -> Fetch:
+    """How results come from a device."""
     if device.type == "cpu":
-        return lambda tokens_B: Here(tokens_B.tolist())
-    return lambda tokens_B: UnderWay(tokens_B, torch.empty_like(tokens_B, device="cpu", pin_memory=True), _event())
+        return lambda tensor: Here(tensor.tolist())
+    return lambda tensor: UnderWay(tensor, torch.empty_like(tensor, device="cpu", pin_memory=True), _event())
 
 
 def _event() -> Event:

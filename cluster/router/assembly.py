@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Literal
 
 from cluster.config import ClusterConfig
 from cluster.router.balancer import ModelExperts, RebalancePolicy
@@ -19,9 +18,7 @@ from cluster.router.speculation import Speculation
 from cluster.router.wire import ModelInfo
 from cluster.text.phases import THINK_END
 from cluster.text.tokenizer import read_encoder
-from workers.config import ModelConfig, RunnerConfig
-
-Device = Literal["cpu", "cuda"]
+from workers.config import Device, ModelConfig, RunnerConfig
 
 LIVE_MARGIN_S = 30.0
 """Over the bound of a step, within which the group itself must have found the rank that is lost."""

@@ -14,9 +14,10 @@ import ray
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
+from cluster.capacity import device_with
 from cluster.config import ClusterConfig, SecurityConfig, is_loopback_host
 from cluster.errors import ConfigError, EngineError
-from cluster.router.assembly import Device, make_router
+from cluster.router.assembly import make_router
 from cluster.router.autoscaling import KV_USED, SLOTS_USED, scale_copies
 from cluster.router.launchers import NORMAL_PRIORITY, RayLauncher, ranks_per_bundle
 from cluster.router.router import RouterStats
@@ -24,6 +25,7 @@ from cluster.router.sequence_spans import SequenceSpans
 from cluster.serve_ports import listen_on_node_address
 from cluster.tls import link_server_credentials
 from cluster.tracing import start_tracing
+from workers.config import Device
 from workers.logs import write_logs
 
 NAME = "Router"
@@ -33,15 +35,9 @@ HEALTH_PERIOD_S = 2.0
 
 
 def resolve_device(config: ClusterConfig) -> Device:
-    """ "auto" is a GPU where the Ray cluster has one for each rank of each copy. Raises ConfigError."""
-    engine = config.engine
-    if engine.device != "auto":
-        return engine.device
+    """In the Ray cluster that we are in. Raises ConfigError."""
     resources: dict[str, float] = ray.cluster_resources() if ray.is_initialized() else {}  # type: ignore[no-untyped-call]  # Ray has no types there
-    num_gpus, needed = resources.get("GPU", 0), config.router.copies * engine.layout.world_size
-    if num_gpus < needed and engine.kv_dtype == "fp8":
-        raise ConfigError(f"engine.kv_dtype fp8 needs {needed} GPUs, and there are {num_gpus:g}; leave it out")
-    return "cuda" if num_gpus >= needed else "cpu"
+    return device_with(config, int(resources.get("GPU", 0)))
 
 
 class RouterDeployment:

@@ -1,4 +1,5 @@
-"""Who has answered which step, and who is to blame when a group falls apart.
+"""Who has answered which step, and who is to blame when a group falls apart. Of ranks that are late
+`late.py` finds the one that the others wait for.
 
 Hop 6, the Router's side, pure: events go in, facts come out; no clock, socket or await. `shards.py` drives it.
 """
@@ -10,10 +11,7 @@ from dataclasses import dataclass, field
 
 from cluster.errors import EngineError, RankLossCause, RankLost
 from workers.layout import ParallelLayout
-from workers.step import RankPulse, StepResult
-
-SILENT_S = 3.0
-"""Three pulses that did not come."""
+from workers.step import StepResult
 
 
 @dataclass(frozen=True)
@@ -110,32 +108,3 @@ class Casualties:
             return RankLost(f"rank {rank} failed: {message}", rank=rank)
         rank = self._unreachable[0]
         return RankLost(f"rank {rank} cannot be reached", rank=rank, cause=RankLossCause.EXITED)
-
-
-class Pulses:
-    """When each rank was last heard of, and how far it was with its exchanges. The clock is the caller's."""
-
-    def __init__(self) -> None:
-        self._heard_at_s: dict[int, float] = {}
-        self._num_exchanges: dict[int, int] = {}
-
-    def heard(self, pulse: RankPulse, now_s: float) -> None:
-        """A rank gave a sign of life."""
-        self._heard_at_s[pulse.rank] = now_s
-        self._num_exchanges[pulse.rank] = pulse.num_exchanges
-
-    def silence_s(self, now_s: float) -> float:
-        """Since the rank that is silent for longest was heard of."""
-        return now_s - min(self._heard_at_s.values(), default=now_s)
-
-    def silent(self, timeout_s: float, now_s: float) -> int | None:
-        """A rank that was not heard of for so long; None: there is none."""
-        return next((rank for rank, at_s in self._heard_at_s.items() if now_s - at_s > timeout_s), None)
-
-    def blame(self, late_ranks: list[int], now_s: float) -> int:
-        """Of ranks that wait for one another, the one the others wait for: stopped, or behind with its exchanges."""
-        silent_s = {rank: now_s - self._heard_at_s.get(rank, now_s) for rank in late_ranks}
-        longest = max(silent_s, key=silent_s.__getitem__)
-        if silent_s[longest] > SILENT_S:
-            return longest
-        return min(late_ranks, key=lambda rank: self._num_exchanges.get(rank, 0))

@@ -47,10 +47,17 @@ class RankSocket:
 
     def send(self, rank: int, data: bytes) -> bool:
         """Never blocks. False: the rank is not connected, or has thousands of messages unread."""
+        return self._send(str(rank).encode(), data)
+
+    def send_to_pulse(self, rank: int, data: bytes) -> bool:
+        """The same to the thread that listens while a step hangs."""
+        return self._send(pulse_identity(rank), data)
+
+    def _send(self, identity: bytes, data: bytes) -> bool:
         try:
-            self._socket.send_multipart((str(rank).encode(), data), flags=zmq.DONTWAIT)
+            self._socket.send_multipart((identity, data), flags=zmq.DONTWAIT)
         except zmq.ZMQError as error:
-            log.warning("rank %d cannot be reached: %s", rank, error)
+            log.warning("rank %s cannot be reached: %s", identity.decode(), error)
             return False
         self._look_again()
         return True

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from cluster.errors import EngineError, RankLossCause, RankLost
-from cluster.router.gather import Casualties, Pulses, StepGather
+from cluster.router.gather import Casualties, StepGather
+from cluster.router.late import Pulses, RollCall, lateness, ranks_were
 from cluster.router.launchers import Launcher, RankHandle
 from cluster.router.rank_socket import RankSocket
 from cluster.router.rendezvous import Rendezvous
@@ -31,6 +32,7 @@ from workers.step import (
     Shutdown,
     StepPlan,
     StepResult,
+    WakeUp,
     encode,
 )
 
@@ -101,6 +103,8 @@ class GroupBounds:
     step_timeout_s: float = 60.0
     pulse_timeout_s: float = 15.0
     """A rank that gives no sign of life for so long, in a step or idle, is lost. Pulses come every second."""
+    wake_timeout_s: float = 3.0
+    """Ranks that were late together, and were woken, answer within so long, but for the one that hangs."""
     stop_timeout_s: float = 5.0
     """After Shutdown; then SIGTERM, then SIGKILL."""
 
@@ -124,13 +128,16 @@ class RankGroup:
         self._layout = runners[0].layout
         self._gather = StepGather(self._layout)
         self._casualties = Casualties()
-        self._pulses = Pulses()
+        self._pulses = Pulses(self._layout)
         self._handles: dict[int, RankHandle] = dict(survivors or {})
         self._watches: dict[int, asyncio.Task[None]] = {}
         self._ready: dict[int, RankReady] = {}
         self._results: deque[list[StepResult]] = deque()
         self._changed: asyncio.Future[None] | None = None
         self._lost: RankLost | None = None
+        self._roll_call: RollCall | None = None
+        self._hanging: list[int] = []
+        """Ranks that could not be woken, and cannot join another group."""
         self._deadline: asyncio.TimerHandle | None = None
         self._settling: asyncio.TimerHandle | None = None
         self._listener: asyncio.Task[None] | None = None
@@ -186,7 +193,7 @@ class RankGroup:
     def _late_start(self) -> RankLost:
         late = [runner.rank for runner in self._runners if runner.rank not in self._ready]
         return RankLost(
-            f"{_ranks(late)} not ready within {self._bounds.start_timeout_s:g} s; "
+            f"{ranks_were(late)} not ready within {self._bounds.start_timeout_s:g} s; "
             "raise router.start_timeout_s if loading takes longer",
             rank=late[0],
             cause=RankLossCause.LATE,
@@ -251,6 +258,8 @@ class RankGroup:
 
     def _on_message(self, message: FromRank) -> None:
         match message:
+            case StepResult() | RankFailed() if self._roll_call is not None:
+                self._roll_call.heard(message.rank)
             case StepResult():
                 self._on_result(message)
             case RankLoading():
@@ -278,13 +287,23 @@ class RankGroup:
             self._notify()
 
     def _on_deadline(self) -> None:
-        late, now_s = self._gather.late_ranks, asyncio.get_running_loop().time()
-        blamed = self._pulses.blame(late, now_s)
-        others = sorted({*late} - {blamed})
-        waiting = f" ({_ranks(others)} waiting for it)" if others else ""
-        timeout_s = self._bounds.step_timeout_s
-        message = f"rank {blamed} was late: no result within {timeout_s:g} s{waiting}"
-        self._lose(RankLost(message, rank=blamed, cause=RankLossCause.LATE))
+        loop, late = asyncio.get_running_loop(), self._gather.late_ranks
+        suspects = self._pulses.suspects(late, loop.time())
+        if len(suspects) == 1:
+            return self._lose_late(suspects[0], late)
+        assert self._socket is not None, "a step was sent"
+        log.warning("%s late, and nothing tells who of them keeps the others waiting: all are woken", ranks_were(late))
+        self._roll_call = RollCall(late, suspects)
+        for rank in late:
+            self._socket.send_to_pulse(rank, encode(WakeUp()))
+        self._deadline = loop.call_later(self._bounds.wake_timeout_s, self._end_roll_call, self._roll_call, late)
+
+    def _end_roll_call(self, roll_call: RollCall, late: list[int]) -> None:
+        self._hanging = roll_call.hanging
+        self._lose_late(roll_call.blamed, late)
+
+    def _lose_late(self, rank: int, late: list[int]) -> None:
+        self._lose(RankLost(lateness(rank, late, self._bounds.step_timeout_s), rank=rank, cause=RankLossCause.LATE))
 
     async def _listen(self) -> None:
         """Ranks tell that they live, whether they have work or not."""
@@ -301,7 +320,9 @@ class RankGroup:
 
     async def _watch(self, handle: RankHandle) -> None:
         end = await handle.wait()
-        if not self._stopping:
+        if self._roll_call is not None:
+            self._roll_call.heard(handle.rank)
+        elif not self._stopping:
             self._casualties.ended(handle.rank, end)
             self._settle()
 
@@ -322,10 +343,10 @@ class RankGroup:
     # End
 
     async def dissolve(self) -> Survivors:
-        """Kill the rank that was lost, so that nobody waits for it, and let go of those that were ready and live."""
+        """Kill what is lost or hangs, so that nobody waits for it, and let go of those that were ready and live."""
         self._begin_to_stop()
         ended = [rank for rank, watch in self._watches.items() if watch.done()]
-        gone = {*ended, *([self._lost.rank] if self._lost else [])}
+        gone = {*ended, *self._hanging, *([self._lost.rank] if self._lost else [])}
         survivors = {rank: handle for rank, handle in self._handles.items() if rank in self._ready and rank not in gone}
         for rank in survivors:
             del self._handles[rank]
@@ -376,8 +397,3 @@ class RankGroup:
     async def _all_ended(self, timeout_s: float) -> None:
         if watches := [self._watches[rank] for rank in self._handles if rank in self._watches]:
             await asyncio.wait(watches, timeout=timeout_s)
-
-
-def _ranks(ranks: list[int]) -> str:
-    names = ", ".join(str(rank) for rank in ranks)
-    return f"rank {names} was" if len(ranks) == 1 else f"ranks {names} were"

@@ -6,16 +6,22 @@ import asyncio
 import os
 import shutil
 import signal
+import threading
 from pathlib import Path
+from typing import NoReturn, cast
 
 import pytest
 
-from cluster.errors import RankLost
+from cluster.errors import RankLossCause, RankLost
 from cluster.router.in_process import InProcessGroup
 from cluster.router.launchers import ProcessLauncher
 from cluster.router.shards import GroupBounds, RankGroup, ShardGroup
+from tests.processes import ForkLauncher
 from workers.config import RunnerConfig
 from workers.layout import ParallelLayout
+from workers.model import DecoderLayer
+from workers.runner import ModelRunner
+from workers.shard import Progress, Runner, ShardConfig, load_runner
 from workers.step import OpenSlot, Prefill, RankLoading, SamplingParams, StepPlan
 
 POCKET = Path(__file__).parents[2] / "deploy" / "models" / "pocket"
@@ -24,23 +30,26 @@ PROMPT = [5, 6, 7, 8, 9]
 NUM_TOKENS = 12
 
 
-def configs(tp: int, model_dir: Path = POCKET) -> list[RunnerConfig]:
+def configs(tp: int, model_dir: Path = POCKET, dp: int = 1) -> list[RunnerConfig]:
     return [
         RunnerConfig(
             model_dir=str(model_dir),
             rank=rank,
-            layout=ParallelLayout(tp=tp),
+            layout=ParallelLayout(tp=tp, dp=dp),
             num_threads=1,
             max_model_len=256,
             kv_memory_bytes=2**22,
         )
-        for rank in range(tp)
+        for rank in range(tp * dp)
     ]
 
 
-def processes(tp: int, model_dir: Path = POCKET, progress: list[RankLoading] | None = None) -> RankGroup:
-    seen = progress if progress is not None else []
-    return RankGroup(ProcessLauncher(), configs(tp, model_dir), BOUNDS, seen.append)
+def processes(tp: int, progress: list[RankLoading]) -> RankGroup:
+    return RankGroup(ProcessLauncher(), configs(tp), BOUNDS, progress.append)
+
+
+def forked(tp: int, model_dir: Path = POCKET) -> RankGroup:
+    return RankGroup(ForkLauncher(), configs(tp, model_dir), BOUNDS, lambda _: None)
 
 
 async def greedy_tokens(group: ShardGroup) -> list[int]:
@@ -67,8 +76,8 @@ async def test_one_rank_two_ranks_and_a_thread_give_the_same_tokens() -> None:
     progress: list[RankLoading] = []
 
     in_thread = await greedy_tokens(InProcessGroup(configs(1)[0], BOUNDS, progress.append))
-    one = await greedy_tokens(processes(1))
-    two = await greedy_tokens(processes(2, progress=progress))
+    one = await greedy_tokens(processes(1, []))
+    two = await greedy_tokens(processes(2, progress))
 
     assert len(in_thread) == NUM_TOKENS
     assert in_thread == one == two
@@ -76,7 +85,7 @@ async def test_one_rank_two_ranks_and_a_thread_give_the_same_tokens() -> None:
 
 
 async def test_a_rank_killed_in_the_group_is_blamed_and_not_the_one_that_missed_it() -> None:
-    group = processes(2)
+    group = forked(2)
     info = await group.start()
     try:
         os.kill(info.ranks[1].pid, signal.SIGKILL)
@@ -89,12 +98,46 @@ async def test_a_rank_killed_in_the_group_is_blamed_and_not_the_one_that_missed_
         await group.stop()
 
 
+class Hanging:
+    """A layer."""
+
+    def __call__(self, *_: object) -> NoReturn:
+        threading.Event().wait()
+        raise AssertionError("nothing sets it")
+
+
+def load_and_hang(config: ShardConfig, progress: Progress, previous: Runner | None) -> Runner:
+    """Rank 1 hangs in its second layer, once."""
+    runner = load_runner(config, progress, previous)
+    if config.runner.rank == 1 and previous is None:
+        assert isinstance(runner, ModelRunner)
+        runner.decoder.layers[1] = cast(DecoderLayer, Hanging())
+    return runner
+
+
+async def test_a_rank_that_hangs_in_a_step_is_told_from_its_group_and_from_one_that_was_idle() -> None:
+    bounds = GroupBounds(start_timeout_s=60, step_timeout_s=2.5, stop_timeout_s=1)
+    group = RankGroup(ForkLauncher(load_and_hang), configs(2, dp=2), bounds, lambda _: None)
+    await group.start()
+    try:
+        opened = OpenSlot(0, [1], 0, SamplingParams(temperature=0))
+        busy = StepPlan(0, open=[opened], prefills=[Prefill(0, 0, PROMPT, sample=True)], group_tokens=[5, 0])
+        group.send([busy, StepPlan(0, group_tokens=[5, 0])])
+
+        with pytest.raises(RankLost, match=r"rank 1 was late: .* \(ranks 0, 2, 3 were waiting for it\)") as lost:
+            await asyncio.wait_for(group.receive(), 20)
+        assert (lost.value.rank, lost.value.cause) == (1, RankLossCause.LATE)
+        assert sorted(await group.dissolve()) == [0, 2, 3]
+    finally:
+        await group.stop()
+
+
 async def test_a_checkpoint_that_is_cut_short_is_told_naming_the_file(tmp_path: Path) -> None:
     model = shutil.copytree(POCKET, tmp_path / "model")
     shard = sorted(model.glob("*.safetensors"))[0]
     os.truncate(shard, shard.stat().st_size // 2)
 
     with pytest.raises(RankLost, match=shard.name) as lost:
-        await processes(2, model).start()
+        await forked(2, model).start()
 
     assert "\n" not in str(lost.value)

@@ -10,8 +10,9 @@ from workers.kernels import reference as plain
 pytest.importorskip("triton", reason="the GPU kernels need triton: pip install triton")
 
 from tests.kernels_triton.values import DEVICE, accurate, normal, same_rows
+from workers.kernels.gate import Replicas, slots_of_chosen
 from workers.kernels.triton import reference
-from workers.kernels.triton.gate import choose_experts
+from workers.kernels.triton.gate import choose_experts, choose_slots
 from workers.kernels.triton.norm import add_rms_norm, add_rms_norm_quantize, rms_norm, rms_norm_quantize
 from workers.kernels.triton.qk_norm_rope import qk_norm_rope_store
 from workers.kernels.triton.quantize import quantize
@@ -126,6 +127,17 @@ def test_expert_choice_equals_its_reference(is_normalized: bool, num_tokens: int
     want_ids, want_weights = plain.choose_experts(logits, top_k, is_normalized=is_normalized)
     assert torch.equal(ids, want_ids)
     accurate(weights, want_weights, 1e-5)
+
+
+@pytest.mark.parametrize("slots", [[[4], [0], [2], [1], [3]], [[4, 4, 4], [0, 5, 0], [2, 2, 2], [1, 6, 7], [3, 3, 3]]])
+def test_slots_of_chosen_experts_equal_their_reference(slots: list[list[int]]) -> None:
+    slots_ER = torch.tensor(slots, device=DEVICE)
+    counts_E = torch.tensor([len(set(replicas)) for replicas in slots], device=DEVICE)
+    logits = normal(0, 7, 5)
+    got, weights = choose_slots(logits, 3, slots_ER, counts_E, is_normalized=True)
+    ids, want_weights = choose_experts(logits, 3, is_normalized=True)
+    assert torch.equal(got, slots_of_chosen(ids, Replicas(slots_ER, counts_E)))
+    assert torch.equal(weights, want_weights)
 
 
 def test_of_equal_experts_the_first_are_chosen() -> None:

@@ -1,6 +1,7 @@
 """A rank's process without torch: the real loop of workers.shard around a runner that does what its scenario says.
 
-The scenario is `RunnerConfig.model_dir`: "good", or a failure and the rank that has it, as in "dies:1".
+The scenario is `RunnerConfig.model_dir`: "good", or a failure and the rank that has it, as in "dies:1". In
+"device-hangs:1" all ranks have devices, which are done when the rank is woken; that of rank 1 never is.
 """
 
 from __future__ import annotations
@@ -9,13 +10,29 @@ import os
 import signal
 import sys
 import threading
+from typing import NamedTuple
 
+from workers import shard
 from workers.errors import CheckpointError, PeerLate
-from workers.launched import Done, Launched
+from workers.launched import BeforeWait, Done, Launched
 from workers.shard import Progress, Runner, ShardConfig, main
 from workers.step import PlacementUpdate, StepPlan, StepResult
 
 NUM_BLOCKS = 100
+
+
+class DeviceStep(NamedTuple):
+    """Under way; its tokens would be garbage."""
+
+    garbage: StepResult
+    done: threading.Event
+
+    def is_done(self) -> bool:
+        return self.done.is_set()
+
+    def result(self) -> StepResult:
+        self.done.wait()
+        return self.garbage
 
 
 class FakeRunner:
@@ -25,7 +42,7 @@ class FakeRunner:
     kv_bytes = 2000
     host_memory = None
 
-    num_exchanges = 0
+    num_exchanges = num_group_exchanges = 0
 
     def __init__(self, config: ShardConfig, progress: Progress, previous: Runner | None) -> None:
         self._rank = config.runner.rank
@@ -34,7 +51,10 @@ class FakeRunner:
         self.num_blocks = NUM_BLOCKS + self._rank
         scenario, _, rank = config.runner.model_dir.partition(":")
         self._scenario = scenario if rank == str(self._rank) else "good"
+        self._has_device = scenario == "device-hangs" and previous is None
         self._left = threading.Event()
+        if self._scenario == "cannot-leave":
+            shard.LEAVE_TIMEOUT_S = 0.5
         if previous is not None:
             self._scenario = "good"  # what it had, it had once
             return
@@ -50,7 +70,11 @@ class FakeRunner:
         if self._scenario == "loads-forever":
             threading.Event().wait()
 
-    def launch(self, plan: StepPlan) -> Launched:
+    def launch(self, plan: StepPlan, before_wait: BeforeWait) -> Launched:
+        del before_wait
+        if self._has_device:
+            is_done = threading.Event() if self._scenario == "device-hangs" else self._left
+            return DeviceStep(StepResult(plan.step, self._rank), is_done)
         return Done(self.execute(plan))
 
     def execute(self, plan: StepPlan) -> StepResult:
@@ -77,7 +101,8 @@ class FakeRunner:
         pass
 
     def leave(self) -> None:
-        pass
+        if self._scenario == "cannot-leave":
+            threading.Event().wait()
 
     def place(self, update: PlacementUpdate) -> None:
         self._placement = update.version

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.errors import EngineError, RankLossCause
-from cluster.router.gather import Casualties, Pulses, RankEnd, StepGather
+from cluster.router.gather import Casualties, RankEnd, StepGather
 from workers.layout import ParallelLayout
-from workers.step import RankPulse, StepResult
+from workers.step import StepResult
 
 KILLED = RankEnd("was killed by SIGKILL", was_killed=True)
 
@@ -93,20 +93,3 @@ def test_a_rank_that_said_why_it_fails_is_quoted() -> None:
     assert str(casualties.verdict()) == "rank 1 failed: out of memory"
     assert not casualties.verdict().was_killed
     assert casualties.verdict().cause is RankLossCause.FAILED
-
-
-def test_of_late_ranks_the_one_that_is_behind_with_its_exchanges_is_blamed() -> None:
-    pulses = Pulses()
-    for rank, num_exchanges in enumerate([7, 6, 7]):
-        pulses.heard(RankPulse(rank, num_exchanges), now_s=10.0)
-
-    assert pulses.blame([0, 1, 2], now_s=10.5) == 1
-
-
-def test_of_late_ranks_a_silent_one_is_blamed_before_one_that_is_behind() -> None:
-    pulses = Pulses()
-    pulses.heard(RankPulse(2, 9), now_s=5.0)
-    pulses.heard(RankPulse(0, 3), now_s=10.0)
-
-    assert pulses.blame([0, 2], now_s=10.0) == 2
-    assert (pulses.silent(6.0, now_s=10.0), pulses.silent(4.0, now_s=10.0)) == (None, 2)

@@ -24,7 +24,7 @@ from cluster.router.rank_socket import RankSocket
 from cluster.router.rendezvous import Rendezvous
 from cluster.router.shards import GroupBounds, GroupInfo, RankGroup, Survivors
 from workers.config import RunnerConfig
-from workers.launched import Done, Launched
+from workers.launched import BeforeWait, Done, Launched
 from workers.layout import ParallelLayout
 from workers.shard import Progress, Runner, ShardConfig
 from workers.step import PlacementUpdate, RankLoading, StepPlan, StepResult
@@ -243,6 +243,19 @@ async def test_who_survives_a_loss_joins_the_next_group_with_its_weights(make: M
     assert (await again.step(7)).token_ids == [7, 7]
 
 
+async def test_a_survivor_whose_device_never_comes_to_rest_ends(make: Make) -> None:
+    started = await make("cannot-leave:0")
+    assert started.info is not None
+    os.kill(started.info.ranks[1].pid, signal.SIGKILL)
+    with pytest.raises(RankLost, match="rank 1 was killed"):
+        await asyncio.wait_for(started.group.receive(), WAIT_S)
+
+    survivors = await asyncio.wait_for(started.group.dissolve(), WAIT_S)
+
+    end = await asyncio.wait_for(survivors[0].wait(), WAIT_S)
+    assert end.how == "exited with status 5"
+
+
 async def test_a_stopped_rank_is_noticed_while_idle(make: Make) -> None:
     started = await make(bounds=GroupBounds(pulse_timeout_s=2.5, stop_timeout_s=1))
     assert started.info is not None
@@ -264,6 +277,24 @@ async def test_a_stopped_rank_is_blamed_and_not_the_one_that_waits_for_it(make: 
     assert (lost.value.rank, lost.value.cause) == (1, RankLossCause.LATE)
 
 
+async def test_a_rank_whose_device_hangs_is_told_from_those_that_wait_for_it_and_they_go_on(make: Make) -> None:
+    # given: hosts that are all as far, and wait for their devices
+    bounds = GroupBounds(step_timeout_s=0.5, wake_timeout_s=1, stop_timeout_s=1)
+    started = await make("device-hangs:1", tp=3, bounds=bounds)
+    assert started.info is not None
+    before = {rank.rank: rank.pid for rank in started.info.ranks}
+    # when
+    with pytest.raises(RankLost, match=r"rank 1 was late: .* \(ranks 0, 2 were waiting for it\)") as lost:
+        await started.step()
+    survivors = await asyncio.wait_for(started.group.dissolve(), WAIT_S)
+    again = await make("good", tp=3, survivors=survivors)
+    # then
+    assert again.info is not None
+    assert (lost.value.rank, lost.value.cause) == (1, RankLossCause.LATE)
+    assert {rank.rank for rank in again.info.ranks if rank.pid == before[rank.rank]} == {0, 2}
+    assert (await again.step(7)).token_ids == [7, 7]
+
+
 async def test_ctrl_c_in_the_terminal_does_not_reach_the_ranks(make: Make) -> None:
     started = await make(tp=1)
     assert started.info is not None
@@ -280,26 +311,26 @@ import asyncio, sys
 sys.path[:0] = sys.argv[1:]
 from tests.router.test_shards import Started, BOUNDS
 async def main():
-    started = Started(sys.argv[2], 1, BOUNDS)
-    info = await started.start()
-    started.step_task = asyncio.create_task(started.step())
-    print(info.ranks[0].pid, flush=True)
+    groups = [Started(scenario, 1, BOUNDS) for scenario in sys.argv[2:]]
+    infos = [await started.start() for started in groups]
+    steps = [asyncio.create_task(started.step()) for started in groups]
+    print(*(info.ranks[0].pid for info in infos), flush=True)
     await asyncio.Event().wait()
 asyncio.run(main())
 """
 
 
-@pytest.mark.parametrize("scenario", ["good", "hangs:0"])
-def test_a_rank_ends_when_its_router_is_killed_even_in_a_step_that_hangs(scenario: str) -> None:
-    root = str(Path(__file__).parents[2])
-    command = [sys.executable, "-c", ROUTER_PROCESS, root, scenario]
+def test_ranks_end_when_their_router_is_killed_even_in_a_step_that_hangs() -> None:
+    command = [sys.executable, "-c", ROUTER_PROCESS, str(Path(__file__).parents[2]), "good", "hangs:0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as router:
         assert router.stdout is not None
-        rank = psutil.Process(int(router.stdout.readline()))
+        ranks = [psutil.Process(int(pid)) for pid in router.stdout.readline().split()]
 
         router.kill()
 
-        rank.wait(timeout=WAIT_S)
+        assert len(ranks) == 2
+        for rank in ranks:
+            rank.wait(timeout=WAIT_S)
         assert socket_directories(router.pid) == []
 
 
@@ -311,7 +342,7 @@ class EchoRunner:
     kv_bytes = 2
     host_memory = None
 
-    num_exchanges = 0
+    num_exchanges = num_group_exchanges = 0
 
     def __init__(self, config: ShardConfig, progress: Progress, previous: Runner | None) -> None:
         del config, previous
@@ -329,7 +360,8 @@ class EchoRunner:
     def leave(self) -> None:
         pass
 
-    def launch(self, plan: StepPlan) -> Launched:
+    def launch(self, plan: StepPlan, before_wait: BeforeWait) -> Launched:
+        del before_wait
         return Done(self.execute(plan))
 
     def execute(self, plan: StepPlan) -> StepResult:

@@ -9,14 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.errors import EngineError
-from cluster.router.assembly import Device, row_cost
+from cluster.router.assembly import row_cost
 from cluster.router.drafter import MAX_SUFFIXES, SUFFIX, Drafter
 from cluster.router.sequence import FinishReason
 from cluster.router.speculation import Speculation
 from tests.real_models import QWEN3_4B, QWEN3_235B
 from tests.router.fake_copy import FakeCopy, request
 from tests.router.fake_groups import FakeGroups
-from workers.config import ModelConfig
+from workers.config import Device, ModelConfig
 from workers.step import SamplingParams, StepResult
 
 SURE = 0.01

@@ -1,7 +1,8 @@
 """The ranks of one copy, from their start to their loss: plans in, results out, after random times.
 
 A token is a pure function of what the plans wrote into the blocks that the sequence's table names (see `FakeRanks`).
-Who has answered, and who is to blame for a loss, the product's own `gather.py` finds out from what it is told here.
+Who has answered, and who is to blame for a loss, the product's own `gather.py` and `late.py` find out from what they
+are told here.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from dataclasses import dataclass
 
 from cluster.errors import RankLost
 from cluster.router.engine_core import Pool
-from cluster.router.gather import Casualties, Pulses, RankEnd, StepGather
+from cluster.router.gather import Casualties, RankEnd, StepGather
+from cluster.router.late import Pulses, RollCall
 from tests.fakes import FakeRanks
 from tests.simulation.streams import BrokenPromise
 from tests.simulation.world import Timer, World
@@ -21,6 +23,7 @@ from workers.step import RankPulse, StepPlan, StepResult
 LONGEST_DELAY_S = 0.002
 LONGEST_STEP_S = 0.004
 STEP_TIMEOUT_S = 0.060
+WAKE_TIMEOUT_S = 0.010
 LONGEST_LOAD_S = 0.060
 LONGEST_DEATH_UNNOTICED_S = 0.015
 SETTLE_S = 0.020
@@ -79,7 +82,7 @@ class SimRanks:
         ]
         self._num_ranks = shape.layout.world_size
         self._gather = StepGather(shape.layout)
-        self._casualties, self._pulses = Casualties(), Pulses()
+        self._casualties, self._pulses = Casualties(), Pulses(shape.layout)
         self._culprits: set[int] = set()
         """Ranks that were hit: they compute nothing more, and nobody does without them."""
         self._is_over = False
@@ -198,8 +201,18 @@ class SimRanks:
 
     def _on_deadline(self) -> None:
         if not self._is_over:
-            blamed = self._pulses.blame(self._gather.late_ranks, self._world.now_s)
-            self._lose(RankLost(f"rank {blamed} was late", rank=blamed))
+            late = self._gather.late_ranks
+            suspects = self._pulses.suspects(late, self._world.now_s)
+            if len(suspects) == 1:
+                self._lose_late(suspects[0])
+                return
+            roll_call = RollCall(late, suspects)
+            for rank in set(late) - self._culprits:
+                roll_call.heard(rank)
+            self._world.after(WAKE_TIMEOUT_S, lambda: self._lose_late(roll_call.blamed))
+
+    def _lose_late(self, rank: int) -> None:
+        self._lose(RankLost(f"rank {rank} was late", rank=rank))
 
     def _lose(self, error: RankLost) -> None:
         if self._is_over:

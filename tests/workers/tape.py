@@ -6,7 +6,7 @@ value, stays as it was when it was recorded. Unlike one it computes while it rec
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,20 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.workers.engine import runner_config
+from tests.workers.engine import Order, runner_config
+from tests.workers.ranks import TIMEOUT_S
 from workers import candidates
 from workers import runner as runner_module
 from workers.candidates import Candidates
-from workers.config import RunnerConfig
+from workers.config import ParallelLayout, RunnerConfig
+from workers.experts import layer as expert_layer
 from workers.graphs import Action, interrupting
 from workers.kernels.cpu.library import CHOICE_VARIABLE, native
+from workers.kernels.linear import linear
+from workers.kernels.swiglu import swiglu
 from workers.parallel import ParallelState
 from workers.runner import ModelRunner
-from workers.step import StepPlan
+from workers.step import PlacementUpdate
 
 LOOKS = ("_local_scalar_dense", "nonzero", "unique", "masked_select")
 """Operations that need a value, or a shape that depends on one, on the host."""
@@ -40,19 +44,17 @@ class Tape(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.is_recording = False
-        self.num_replays = 0
+        self.num_recordings = self.num_replays = 0
         self._actions: list[Action] = []
 
     def record(self, run: Action) -> Action:
         self._actions, self.is_recording = [], True
+        self.num_recordings += 1
         with self:
             run()
         self.is_recording = False
         actions = self._actions
         return lambda: self._replay(actions)
-
-    def forget(self) -> None:
-        self._actions = []
 
     def interrupt(self, action: Action) -> None:
         self._actions.append(action)
@@ -63,7 +65,8 @@ class Tape(TorchDispatchMode):
             action()
 
     def __torch_dispatch__(self, op: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        assert not any(look in op.name() for look in LOOKS), f"{op.name()} looks at a value"
+        is_look = any(look in op.name() for look in LOOKS) and "nonzero_static" not in op.name()
+        assert not is_look, f"{op.name()} looks at a value"
         kwargs = kwargs or {}
         out = op(*args, **kwargs)
         self._actions.append(_again(op, args, kwargs, out))
@@ -90,6 +93,7 @@ def taped() -> Iterator[list[Tape]]:
     patch.setenv(CHOICE_VARIABLE, "torch")
     native.cache_clear()
     patch.setattr(candidates, "_likeliest", likeliest_without_a_look)
+    patch.setattr(expert_layer, "apply_experts", experts_without_a_look)
 
     def recorder(config: RunnerConfig, parallel: ParallelState, _device: torch.device) -> tuple[Tape, ParallelState]:
         tapes.append(Tape())
@@ -108,11 +112,40 @@ def likeliest_without_a_look(logits_Bv: Tensor, count: int) -> Candidates:
     return candidates._candidates(candidates._keys(logits_Bv, ids_v).topk(count, dim=-1).values)
 
 
+def experts_without_a_look(
+    x_TH: Tensor,
+    topk_ids_TK: Tensor,
+    weights_TK: Tensor,
+    gate_up_eXH: Tensor,
+    down_eHF: Tensor,
+    first_expert: int,
+    *_: object,
+) -> Tensor:
+    """`apply_experts` with every token at every expert, as torch has to look how many are whose."""
+    out_TH = torch.zeros_like(x_TH)
+    for local, (gate_up_XH, down_HF) in enumerate(zip(gate_up_eXH, down_eHF, strict=True)):
+        weights_T1 = (weights_TK * (topk_ids_TK == first_expert + local)).sum(dim=1, keepdim=True)
+        out_TH += linear(swiglu(linear(x_TH, gate_up_XH)), down_HF) * weights_T1
+    return out_TH
+
+
 def on_tape(
-    parallel: ParallelState, directory: Path, plans: list[StepPlan], graphs: str
+    parallel: ParallelState, directory: Path, orders: Sequence[Order], graphs: str, **changes: Any
 ) -> tuple[list[list[int]], int]:
-    """What a rank answers when its steps are replayed, and how many were."""
+    """What a rank answers when its steps are replayed, and how many were; none is recorded while it serves."""
     with taped() as tapes:
-        config = runner_config(directory, layout=parallel.layout, rank=parallel.rank, graphs=graphs)
+        config = runner_config(directory, layout=parallel.layout, rank=parallel.rank, graphs=graphs, **changes)
         runner = ModelRunner(config, parallel)
-        return [runner.execute(plan).token_ids for plan in plans], tapes[-1].num_replays
+        (tape,) = tapes
+        num_recordings = tape.num_recordings
+        ran = [runner.place(o) if isinstance(o, PlacementUpdate) else runner.execute(o).token_ids for o in orders]
+        assert tape.num_recordings == num_recordings, "a recording held up the steps behind it"
+        return [token_ids for token_ids in ran if token_ids is not None], tape.num_replays
+
+
+def on_tape_in_groups(
+    parallel: ParallelState, directory: Path, layout: ParallelLayout, orders: Sequence[Sequence[Order]], redundant: int
+) -> tuple[list[list[int]], int]:
+    """The same with the orders of the rank's attention group, whose collectives are called between the pieces."""
+    regrouped = parallel.regrouped(layout, TIMEOUT_S)
+    return on_tape(regrouped, directory, orders[parallel.rank // layout.tp], "piecewise", redundant_experts=redundant)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tests.real_models import QWEN3_235B
 from tests.workers.ranks import TIMEOUT_S, RankProcesses
+from tests.workers.tape import Tape
 from workers.config import ModelConfig, ParallelLayout, ShardSpec
 from workers.experts.choice import DispatcherChoice, RowFormat
 from workers.experts.dispatch import AllToAllDispatcher, Dispatcher, GatherScatterDispatcher, LocalDispatcher
@@ -51,6 +52,33 @@ class Traffic:
         start = sum(self.group_tokens[:group])
         rows = slice(start, start + self.group_tokens[group])
         return RoutedRows(self.x_TH[rows], self.topk_ids_TK[rows], self.weights_TK[rows])
+
+
+class Mirror(RankGroup):
+    """Of two ranks, of which the other does what this one does."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 2, None)
+
+    def all_to_all(self, rows: Tensor, send_counts: list[int], receive_counts: list[int]) -> Tensor:
+        mine = rows[: send_counts[0]]
+        return torch.cat([mine, mine])[: sum(receive_counts)]
+
+
+def test_uneven_counts_cost_one_look_at_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    happened: list[str] = []
+    layout, look = ParallelLayout(dp=2), Tensor.tolist
+    state, spec = ParallelState(0, layout, Mirror(), RankGroup.alone()), ShardSpec(layout, 0)
+    choice = DispatcherChoice(
+        MODEL, spec, state, torch.float32, "exact", before_wait=lambda: happened.append("sent what is owed")
+    )
+    monkeypatch.setattr(Tensor, "tolist", lambda tensor: [happened.append("looked"), look(tensor)][1])
+    for tokens in (traffic([9, 9], EVEN).of(0), traffic([0, 9], EVEN).of(0)):
+        happened.clear()
+        with Tape():  # which allows no `nonzero`
+            rows, journey = choice.all_to_all().dispatch(tokens)
+        assert happened == ["sent what is owed", "looked"]
+        assert len(rows.x_RH) == 2 * journey.send_counts[0]
 
 
 def experts() -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -16,9 +17,11 @@ from cluster.router.host_tier import HostPlan, HostTier
 from cluster.router.scheduler import Scheduler
 from cluster.router.scheduler_config import SchedulerConfig
 from cluster.router.sequence import SequenceRequest
-from tests.workers.engine import BLOCK_SIZE, GREEDY, load, run
+from tests.workers.engine import BLOCK_SIZE, GREEDY, load, run, runner_config
 from workers.errors import KVMemoryError, PlanError
-from workers.host_kv import BATCH_BLOCKS, HostKV
+from workers.host import HostMemoryShare, share_of_host_memory
+from workers.host_kv import BATCH_BLOCKS, HostKV, open_host_kv
+from workers.rank_group import RankGroup
 from workers.runner import ModelRunner
 from workers.step import OpenSlot, Prefill, StepPlan
 
@@ -141,6 +144,28 @@ def test_memory_that_the_host_has_not_is_refused_at_the_start(dense_fp8: Path) -
         load(dense_fp8, host_kv_bytes=psutil.virtual_memory().total * 2)
     with pytest.raises(KVMemoryError, match="a block takes"):
         load(dense_fp8, host_kv_bytes=1)
+
+
+class Told(RankGroup):
+    """Of four ranks of which the last two are on another host; the one beside this one sees half as much as free."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 4, None)
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        number, free_bytes = x.tolist()
+        return torch.tensor([[number, free_bytes], [number, free_bytes // 2], [number + 1, 0], [number + 1, 0]])
+
+
+def test_ranks_of_one_host_share_its_memory(
+    dense_fp8: Path, runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.host.psutil.virtual_memory", lambda: SimpleNamespace(available=8_000_000_000))
+
+    assert share_of_host_memory(Told(), torch.device("cpu")) == HostMemoryShare(4_000_000_000, num_ranks=2)
+    config = runner_config(dense_fp8, host_kv_bytes=2_100_000_000)
+    with pytest.raises(KVMemoryError, match=r"keep 2\.1 GB .* where 4 are free, 2 for each of its 2 ranks; a block"):
+        open_host_kv(config, runner.kv, 1_000_000, Told())
 
 
 def test_what_a_rank_measures_is_plausible(runner: ModelRunner) -> None:

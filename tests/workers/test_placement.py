@@ -17,6 +17,7 @@ from workers.config import ParallelLayout, ShardSpec
 from workers.errors import PlanError
 from workers.experts.rebalance import WeightMoves
 from workers.experts.slots import ReplicaTable
+from workers.kernels.gate import slots_of_chosen
 from workers.layout import Span
 from workers.parallel import ParallelState
 from workers.placement_map import EMPTY_SLOT, initial_placement, moves_between, slots_of, slots_per_rank
@@ -66,9 +67,11 @@ def test_the_moves_between_two_placements_give_the_new_one(
 @given(st.data(), st.integers(1, 8), st.integers(1, 4))
 def test_replicas_share_the_tokens_of_their_expert(data: st.DataObject, num_experts: int, spare: int) -> None:
     placement = data.draw(placements(num_experts, num_experts + spare))
-    table = ReplicaTable(placement, num_experts, torch.device("cpu"))
+    table = ReplicaTable(placement, num_experts, torch.device("cpu"), can_change=True)
+    replicas = table.replicas
+    assert replicas is not None
     for expert, slots in enumerate(slots_of(placement, num_experts)):
-        chosen = table.slots(torch.full((12 * len(slots), 1), expert)).flatten().tolist()
+        chosen = slots_of_chosen(torch.full((12 * len(slots), 1), expert), replicas).flatten().tolist()
         assert Counter(chosen) == dict.fromkeys(slots, 12)
 
 
@@ -118,6 +121,7 @@ BAD_UPDATES = {
     "MoE layer 1: 4 slots, the ranks have 5": PlacementUpdate(version=1, layers=[[0, 1, 2, 3, 4], [0, 1, 2, 3]]),
     "MoE layer 0: expert 5 is outside": PlacementUpdate(version=1, layers=[[0, 1, 2, 3, 5]] * 2),
     "MoE layer 0: expert 4 has no slot": PlacementUpdate(version=1, layers=[[0, 1, 2, 3, 3]] * 2),
+    "has all experts at one place": PlacementUpdate(version=1, layers=[[1, 0, 2, 3, 4]] * 2),
 }
 
 

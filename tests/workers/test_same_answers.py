@@ -24,7 +24,7 @@ from tests.workers.engine import (
     whole_prompts,
 )
 from tests.workers.ranks import RankProcesses
-from tests.workers.tape import on_tape
+from tests.workers.tape import on_tape, on_tape_in_groups
 from workers.config import ModelConfig, ParallelLayout
 from workers.placement_map import slots_per_rank
 from workers.step import PlacementUpdate, Prefill, SamplingParams, StepPlan
@@ -200,6 +200,24 @@ def test_collectives_are_called_between_the_pieces_of_a_recording(
     (got, num_replays), _ = two_ranks.run(on_tape, checkpoints["dense"], plans, "piecewise")
     assert got == run(load(checkpoints["dense"]), plans).tokens
     assert num_replays == NUM_TOKENS - 1
+
+
+MOVED_ON_TAPE = [
+    Spread(ParallelLayout(tp=2), redundant=2, rebalance_before=(2, 5)),
+    Spread(ParallelLayout(dp=2), rebalance_before=(5,)),
+]
+
+
+@pytest.mark.parametrize("spread", MOVED_ON_TAPE, ids=str)
+def test_a_recorded_step_follows_the_experts_that_move(
+    spread: Spread, two_ranks: RankProcesses, checkpoints: dict[str, Path]
+) -> None:
+    directory, layout = checkpoints["moe"], spread.layout
+    orders = orders_of(spread, ModelConfig.from_dir(directory))
+    ranks = two_ranks.run(on_tape_in_groups, directory, layout, orders, spread.redundant)
+    told = [by_prompt(ranks[group * layout.tp][0], group, layout.dp) for group in range(layout.dp)]
+    assert {prompt: tokens for of_group in told for prompt, tokens in of_group.items()} == alone(directory)
+    assert all(num_replays >= NUM_TOKENS - 1 for _, num_replays in ranks)
 
 
 LONG = random_prompts([110, 100, 90, 5], 300, seed=12)

@@ -15,7 +15,8 @@ from workers.candidates import CandidateExchange
 from workers.layout import split_evenly
 from workers.parallel import ParallelState
 from workers.sampling import MAX_EXCHANGED, Sampled, Sampler
-from workers.step import OpenSlot, SamplingParams
+from workers.step import OpenSlot, SamplingParams, TokenLogprobs
+from workers.transfers import fetching_from
 
 VOCAB_SIZE = 401
 NUM_DRAWS = 20_000
@@ -31,6 +32,11 @@ CUTS = {
     ),
 }
 PROMPT_IDS, OUTPUT_IDS = [3, 5, 5, 250], [5, 9, 9, 9, 300]
+
+
+def logprobs_of(sampled: Sampled) -> dict[int, TokenLogprobs]:
+    fetch = fetching_from(torch.device("cpu"))
+    return {row: logprobs for table in sampled.logprobs for row, logprobs in table.send(fetch).each()}
 
 
 def random_logits(num_rows: int, seed: int = 0) -> Tensor:
@@ -179,7 +185,7 @@ def test_equal_logits_rank_by_token_id_whatever_the_neighbours(sampling: Samplin
         assert sampled.token_ids_B.tolist()[:3] == alone
         ranked = [sorted(range(VOCAB_SIZE), key=lambda token: (-row[token], token)) for row in logits.tolist()]
         assert all(token in ranked[row][: max(sampling.top_k, 1)] for row, token in enumerate(alone))
-        assert [token for token, _ in sampled.logprobs[1].top] == ranked[1][:9]
+        assert [token for token, _ in logprobs_of(sampled)[1].top] == ranked[1][:9]
 
 
 def test_candidates_are_the_first_of_the_whole_order_with_their_exact_logits() -> None:
@@ -200,7 +206,7 @@ def sample_on_rank(parallel: ParallelState, params: list[SamplingParams], steps:
     for step, logits_BV in enumerate(steps):
         slots, positions = np.arange(len(params)), np.full(len(params), step)
         sampled = sampler.sample(logits_BV[:, vocab.start : vocab.stop].clone(), slots, positions)
-        answers.append((sampled.token_ids_B.tolist(), sampled.logprobs))
+        answers.append((sampled.token_ids_B.tolist(), logprobs_of(sampled)))
     return answers
 
 
@@ -253,7 +259,7 @@ def test_logprobs_are_those_of_the_penalised_distribution_before_temperature(tem
     sampled = draw([sampling], logits.clone(), [9])
 
     want = torch.tensor(penalize(logits[0].tolist(), sampling)).log_softmax(-1)
-    answer = sampled.logprobs[0]
+    answer = logprobs_of(sampled)[0]
     assert answer.logprob == pytest.approx(want[sampled.token_ids_B[0]].item(), abs=1e-5)
     assert [token for token, _ in answer.top] == want.topk(6).indices.tolist()
     assert [value for _, value in answer.top] == pytest.approx(want.topk(6).values.tolist(), abs=1e-5)
@@ -262,5 +268,5 @@ def test_logprobs_are_those_of_the_penalised_distribution_before_temperature(tem
 def test_only_rows_that_ask_get_logprobs() -> None:
     params = [SamplingParams(), SamplingParams(num_logprobs=0)]
     sampled = draw(params, random_logits(2), [1, 1])
-    assert list(sampled.logprobs) == [1]
-    assert sampled.logprobs[1].top == []
+    assert list(logprobs_of(sampled)) == [1]
+    assert logprobs_of(sampled)[1].top == []

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.workers.ranks import RankProcesses
-from tests.workers.test_sampling import VOCAB_SIZE, random_logits
+from tests.workers.test_sampling import VOCAB_SIZE, logprobs_of, random_logits
 from workers.candidates import CandidateExchange
 from workers.layout import split_evenly
 from workers.parallel import ParallelState
@@ -63,7 +63,7 @@ def test_logprobs_are_those_of_the_biased_distribution_and_masked_tokens_are_non
     sampling = SamplingParams(temperature=0.0, num_logprobs=VOCAB_SIZE)
     sampler = make_sampler(ParallelState.single(), [open_with(rules, sampling=sampling)])
 
-    answer = sampler.sample(logits.clone(), np.array([0]), np.array([5])).logprobs[0]
+    answer = logprobs_of(sampler.sample(logits.clone(), np.array([0]), np.array([5])))[0]
 
     changed = logits[0].clone()
     changed[second] += 3.0

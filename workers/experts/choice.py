@@ -18,6 +18,7 @@ from workers.experts.dispatch import (
     WithoutPadding,
 )
 from workers.experts.rows import ExactRows, Fp8Rows, RowPacker
+from workers.launched import BeforeWait, owe_nothing
 from workers.parallel import ParallelState
 
 MAX_GATHERED_ROWS = 64
@@ -58,9 +59,10 @@ class DispatcherChoice:
         dtype: torch.dtype,
         rows: RowFormat,
         buckets: Buckets | None = None,
+        before_wait: BeforeWait = owe_nothing,
     ) -> None:
         """`buckets`: of decode steps that are padded; a group in another kind of step meets them at their size."""
-        self.parallel, self.buckets = parallel, buckets
+        self.parallel, self.buckets, self.before_wait = parallel, buckets, before_wait
         self.expert_tp, self.ep = spec.layout.expert_tp, spec.layout.ep
         self.slots_per_rank = spec.expert_slots(config).size
         format_of = ExactRows if rows == "exact" else Fp8Rows
@@ -89,4 +91,6 @@ class DispatcherChoice:
         return GatherScatterDispatcher(self.parallel.world, self.packer, num_slots, capacity)
 
     def all_to_all(self) -> AllToAllDispatcher:
-        return AllToAllDispatcher(self.parallel.world, self.packer, self.slots_per_rank, self.expert_tp)
+        return AllToAllDispatcher(
+            self.parallel.world, self.packer, self.slots_per_rank, self.expert_tp, self.before_wait
+        )

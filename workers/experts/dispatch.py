@@ -18,6 +18,7 @@ from torch import Tensor
 
 from workers.experts.rows import RoutedRows, RowPacker
 from workers.kernels.ordered_sum import sum_in_order
+from workers.launched import BeforeWait, owe_nothing
 from workers.layout import split_evenly
 from workers.rank_group import RankGroup
 
@@ -97,18 +98,25 @@ class Journey:
 class AllToAllDispatcher:
     """Each token once to each rank that has experts of it, with uneven counts: they cost a look at the device."""
 
-    def __init__(self, world: RankGroup, packer: RowPacker, slots_per_rank: int, expert_tp: int) -> None:
+    def __init__(
+        self,
+        world: RankGroup,
+        packer: RowPacker,
+        slots_per_rank: int,
+        expert_tp: int,
+        before_wait: BeforeWait = owe_nothing,
+    ) -> None:
         self.world, self.packer = world, packer
         self.slots_per_rank, self.expert_tp = slots_per_rank, expert_tp
+        self.before_wait = before_wait
 
     def dispatch(self, tokens: RoutedRows) -> tuple[RoutedRows, Journey]:
         goes_WT = self._goes(tokens.slots_RK)
-        send_counts_W = goes_WT.sum(dim=1)
-        receive_counts = self.world.exchange_counts(send_counts_W)
-        token_S = goes_WT.nonzero()[:, 1]
-        journey = Journey(len(tokens.x_RH), token_S, send_counts_W.tolist(), receive_counts)
-        packed = self.packer.pack(tokens).index_select(0, token_S)
-        received = self.world.all_to_all(packed, journey.send_counts, receive_counts)
+        packed_TP = self.packer.pack(tokens)  # before the look: the device has something to do meanwhile
+        send_counts, receive_counts = self._counts(goes_WT)
+        token_S = goes_WT.nonzero_static(size=sum(send_counts))[:, 1]  # `nonzero` would look, too
+        journey = Journey(len(tokens.x_RH), token_S, send_counts, receive_counts)
+        received = self.world.all_to_all(packed_TP.index_select(0, token_S), send_counts, receive_counts)
         return self.packer.unpack(received), journey
 
     def combine(self, partial_RH: Tensor, handle: Journey) -> Tensor:
@@ -119,13 +127,21 @@ class AllToAllDispatcher:
             out_TH.index_add_(0, token_S, rows_SH)
         return out_TH
 
+    def _counts(self, goes_WT: Tensor) -> tuple[list[int], list[int]]:
+        """Rows to each rank, and from each: the one look at the device."""
+        send_W, ones = goes_WT.sum(dim=1), [1] * self.world.size
+        counts_2W = torch.stack([send_W, self.world.all_to_all(send_W, ones, ones)])
+        self.before_wait()
+        send_counts, receive_counts = counts_2W.tolist()
+        return send_counts, receive_counts
+
     def _goes(self, slots_TK: Tensor) -> Tensor:
         """[W, T]: whether a rank has experts of a token; the ranks that share an expert all get it."""
         num_places = self.world.size // self.expert_tp
         place_TK = slots_TK.div(self.slots_per_rank, rounding_mode="floor")
         goes = torch.zeros(len(slots_TK), num_places, dtype=torch.bool, device=slots_TK.device)
         goes.scatter_(1, place_TK, True)
-        return goes.repeat_interleave(self.expert_tp, dim=1).t()
+        return goes.repeat_interleave(self.expert_tp, dim=1).t().contiguous()
 
 
 @dataclass(frozen=True)

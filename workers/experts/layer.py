@@ -16,7 +16,7 @@ from workers.experts.dispatch import Dispatcher
 from workers.experts.rows import RoutedRows
 from workers.experts.slots import ReplicaTable, SlotLoads
 from workers.kernels.cpu.halves import FeedForwardHalf, panels
-from workers.kernels.gate import choose_experts
+from workers.kernels.gate import choose_experts, choose_slots
 from workers.kernels.linear import Weight, linear, parts_of
 from workers.kernels.moe import apply_experts
 from workers.placement_map import initial_placement
@@ -33,15 +33,16 @@ class ExpertLayer:
         self.is_normalized = config.norm_topk_prob
         self.local_slots = spec.expert_slots(config)
         self.is_alone = spec.layout.ep == 1
-        """Nothing can be rebalanced, so nothing is counted."""
+        """Nothing can be moved, so nothing is counted."""
         self.device = parts_of(self.gate_EH)[0].device
         self.loads = SlotLoads(self.local_slots.size, self.device)
-        self.place(initial_placement(config.num_experts, spec.redundant_experts, spec.layout.ep))
+        self.placement = initial_placement(config.num_experts, spec.redundant_experts, spec.layout.ep)
+        self.table = ReplicaTable(self.placement, self.num_experts, self.device, can_change=not self.is_alone)
 
     def place(self, placement: list[int]) -> None:
         """Route by another placement from now on; the weights have been moved."""
         self.placement = placement
-        self.table = ReplicaTable(placement, self.num_experts, self.device)
+        self.table.place(placement)
 
     def half(self, norm_H: Tensor, eps: float) -> FeedForwardHalf | None:
         """All of it and the norm before it in one call, where it can be; only while `is_in_order`, on a lone rank."""
@@ -66,8 +67,12 @@ class ExpertLayer:
         if not len(x_TH):
             return RoutedRows.none(x_TH, self.num_chosen)
         logits_TE = linear(x_TH, self.gate_EH)
-        topk_ids_TK, weights_TK = choose_experts(logits_TE, self.num_chosen, is_normalized=self.is_normalized)
-        return RoutedRows(x_TH, self.table.slots(topk_ids_TK), weights_TK)
+        replicas, is_normalized = self.table.replicas, self.is_normalized
+        if replicas is None:
+            slots_TK, weights_TK = choose_experts(logits_TE, self.num_chosen, is_normalized=is_normalized)
+        else:
+            slots_TK, weights_TK = choose_slots(logits_TE, self.num_chosen, replicas, is_normalized=is_normalized)
+        return RoutedRows(x_TH, slots_TK, weights_TK)
 
     def apply(self, rows: RoutedRows) -> Tensor:
         """This rank's partial sums, [R, H]."""

@@ -30,9 +30,15 @@ class PlacedExperts:
         self.have_moved = False
         """The weights are not those that loading gives."""
 
-    def take_loads(self) -> list[list[int]]:
-        """For each layer, tokens of this rank's slots since the last call."""
-        return [layer.loads.take() for layer in self.layers]
+    def take_loads(self) -> Tensor:
+        """For each layer, tokens of this rank's slots since the last call; still on the device."""
+        counts = [layer.loads.counts_e for layer in self.layers]
+        if not counts:
+            return torch.zeros(0, 0, dtype=torch.int64)
+        taken = torch.stack(counts)
+        for counts_e in counts:
+            counts_e.zero_()
+        return taken
 
     def apply(self, update: PlacementUpdate) -> None:
         """Raises PlanError before anything moves."""
@@ -57,6 +63,8 @@ class PlacedExperts:
             problem = placement_problem(placement, layer.num_experts, num_slots)
             if problem is not None:
                 raise PlanError(f"placement {update.version}, MoE layer {index}: {problem}")
+        if any(layer.is_alone for layer in self.layers):
+            raise PlanError(f"placement {update.version} came to a copy that has all experts at one place")
 
 
 class WeightMoves:

@@ -1,12 +1,47 @@
-"""Choice of experts: the k likeliest of a token and their weights."""
+"""Choice of experts: the k likeliest of a token, where they lie, and their weights.
+
+T tokens, E experts, K chosen experts per token, R replicas of an expert at most.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from workers.kernels.cpu.library import native
 from workers.kernels.triton.choice import has_triton
+
+
+class Replicas(NamedTuple):
+    """The physical slots of each expert."""
+
+    slots_ER: Tensor
+    """Round and round to the end of the row."""
+    counts_E: Tensor
+    """How many differ."""
+
+
+def choose_slots(
+    logits_TE: Tensor, num_chosen: int, replicas: Replicas, *, is_normalized: bool
+) -> tuple[Tensor, Tensor]:
+    """As `choose_experts`, but the experts' slots; neighbouring tokens take different replicas."""
+    if has_triton(logits_TE.device.type):
+        from workers.kernels.triton import gate
+
+        return gate.choose_slots(logits_TE, num_chosen, *replicas, is_normalized=is_normalized)
+    topk_ids_TK, weights_TK = choose_experts(logits_TE, num_chosen, is_normalized=is_normalized)
+    return slots_of_chosen(topk_ids_TK, replicas), weights_TK
+
+
+def slots_of_chosen(topk_ids_TK: Tensor, replicas: Replicas) -> Tensor:
+    """Physical slots, [T, K]."""
+    slots_ER, counts_E = replicas
+    if slots_ER.shape[1] == 1:
+        return slots_ER[:, 0][topk_ids_TK]
+    rows_T1 = torch.arange(len(topk_ids_TK), device=topk_ids_TK.device).unsqueeze(1)
+    return slots_ER[topk_ids_TK, rows_T1 % counts_E[topk_ids_TK]]
 
 
 def choose_experts(logits_TE: Tensor, num_chosen: int, *, is_normalized: bool) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,52 @@
+"""The machine that a rank runs on: whether others run on it, too, and what of its memory is this rank's part."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from workers.rank_group import RankGroup
+
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+"""Differs from machine to machine, and is the same in all containers of one."""
+HEX_DIGITS = 15
+"""Of the id: as many as an int64 holds."""
+
+
+@dataclass(frozen=True)
+class HostMemoryShare:
+    """Of the memory that is free on a host."""
+
+    free_bytes: int
+    num_ranks: int
+    """Of the copy on this host, among which it is shared."""
+
+    @property
+    def bytes_per_rank(self) -> int:
+        return self.free_bytes // self.num_ranks
+
+
+def host_number() -> int:
+    """Of this machine since it was started."""
+    return int(BOOT_ID.read_text().replace("-", "")[:HEX_DIGITS], 16)
+
+
+def is_on_one_host(group: RankGroup, device: torch.device) -> bool:
+    """Whether all ranks of the group are; all of them call this together."""
+    return len({number for number, _ in _told(group, device, 0)}) == 1
+
+
+def share_of_host_memory(world: RankGroup, device: torch.device) -> HostMemoryShare:
+    """All ranks call this together, and allocate afterwards: until then each of them sees the same memory as free."""
+    told = _told(world, device, psutil.virtual_memory().available)
+    here = [free_bytes for number, free_bytes in told if number == host_number()]
+    return HostMemoryShare(min(here), len(here))
+
+
+def _told(group: RankGroup, device: torch.device, value: int) -> list[list[int]]:
+    """Of each rank, its host's number and its value."""
+    told: list[list[int]] = group.all_gather(torch.tensor([host_number(), value], device=device)).tolist()
+    return told
