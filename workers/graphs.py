@@ -135,12 +135,14 @@ class InterruptingGroup(RankGroup):
     """A group whose collectives are no part of a recording: they are called anew in each replay.
 
     NCCL wants a collective to be recorded by all its ranks or by none, and groups of a copy do not agree on that. What
-    goes in and comes out stays where it is for as long as the recording lives.
+    goes in stays where it is for as long as the recording lives. What comes out is read before the next of its kind
+    does: all layers of all recordings have one place for it, or they would hold gigabytes.
     """
 
     def __init__(self, inner: RankGroup, recorder: Interruptible) -> None:
         super().__init__(inner.index, inner.size, inner.process_group)
         self._inner, self._recorder = inner, recorder
+        self._places: dict[tuple[str, torch.Size, torch.dtype], Tensor] = {}
 
     def all_reduce(self, x: Tensor) -> Tensor:
         if self.size == 1 or not self._recorder.is_recording:
@@ -153,7 +155,7 @@ class InterruptingGroup(RankGroup):
         if self.size == 1 or not self._recorder.is_recording:
             return self._counted(self._inner.all_gather(x))
         x = x.contiguous()
-        gathered = x.new_empty(self.size, *x.shape)
+        gathered = self._place("gathered", x, torch.Size((self.size, *x.shape)))
         self._recorder.interrupt(lambda: self._again(gathered, self._inner.all_gather(x)))
         return gathered
 
@@ -161,7 +163,7 @@ class InterruptingGroup(RankGroup):
         if self.size == 1 or not self._recorder.is_recording:
             return self._counted(self._inner.all_to_all(rows, send_counts, receive_counts))
         rows = rows.contiguous()
-        received = rows.new_empty(sum(receive_counts), *rows.shape[1:])
+        received = self._place("received", rows, torch.Size((sum(receive_counts), *rows.shape[1:])))
         self._recorder.interrupt(
             lambda: self._again(received, self._inner.all_to_all(rows, send_counts, receive_counts))
         )
@@ -172,6 +174,12 @@ class InterruptingGroup(RankGroup):
 
     def minimum(self, value: int, device: torch.device) -> int:
         return self._inner.minimum(value, device)
+
+    def _place(self, kind: str, like: Tensor, shape: torch.Size) -> Tensor:
+        key = kind, shape, like.dtype
+        if key not in self._places:
+            self._places[key] = like.new_empty(shape)
+        return self._places[key]
 
     def _again(self, place: Tensor, result: Tensor) -> None:
         if result.data_ptr() != place.data_ptr():

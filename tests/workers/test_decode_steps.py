@@ -21,7 +21,9 @@ from tests.workers.engine import (
 )
 from tests.workers.tape import Tape, on_tape
 from workers.decode_steps import DecodeSteps
+from workers.graphs import InterruptingGroup
 from workers.parallel import ParallelState
+from workers.rank_group import RankGroup
 from workers.runner import ModelRunner
 from workers.step import Draft, ExtendSlot, Prefill, SamplingParams, StepPlan, StepResult
 
@@ -142,6 +144,16 @@ def test_a_recorded_step_depends_on_nothing_but_its_buffers(dense_fp8: Path) -> 
     got, num_replays = on_tape(ParallelState.single(), dense_fp8, plans, "whole")
     assert got == run(load(dense_fp8), plans).tokens
     assert num_replays > 20
+
+
+def test_what_comes_out_of_collectives_has_one_place_for_all_layers_of_a_recording() -> None:
+    tape = Tape()
+    group, x = InterruptingGroup(RankGroup(0, 2, None), tape), torch.zeros(2, 4)
+    tape.is_recording = True
+    gathered = {group.all_gather(x).data_ptr() for _ in range(3)}
+    received = {group.all_to_all(x, [1, 1], [1, 1]).data_ptr() for _ in range(3)}
+    assert (len(gathered), len(received), len(gathered | received)) == (1, 1, 2)
+    assert group.all_gather(x[:1]).data_ptr() not in gathered
 
 
 def test_a_step_that_looks_at_a_value_cannot_be_recorded() -> None:
