@@ -42,7 +42,7 @@ class ReplicaTable:
 
 
 class SlotLoads:
-    """(token, expert) pairs of each local slot: whoever computes them counts, and `PlacedExperts` takes them."""
+    """(token, expert) pairs of each local slot: who computes them counts them, `PlacedExperts` takes all layers'."""
 
     def __init__(self, num_local: int, device: torch.device) -> None:
         self.counts_e = torch.zeros(num_local, dtype=torch.int64, device=device)
