@@ -36,11 +36,12 @@ LIMITS = Limits(max_num_seqs=256, max_num_batched_tokens=4096, context=32768)
 LOADS = {
     # name: lengths, requests a second of the fleet, seconds
     "10 tokens out, prompts of 50": (Lengths(prompt=50, thinking=5, answer=5), 640.0, 60.0),
-    "100 tokens out": (Lengths(prompt=500, thinking=50, answer=50), 64.0, 120.0),
-    "100 tokens out, prompts of 50": (Lengths(prompt=50, thinking=50, answer=50), 64.0, 120.0),
-    "800 tokens out": (Lengths(prompt=500, thinking=600, answer=200), 32.0, 180.0),
-    "800 tokens out, busier": (Lengths(prompt=500, thinking=600, answer=200), 128.0, 30.0),
-    "9,000 tokens out": (Lengths(prompt=2000, thinking=8000, answer=1000), 3.2, 600.0),
+    "10 tokens out, busy": (Lengths(prompt=50, thinking=5, answer=5), 5120.0, 40.0),
+    "100 tokens out": (Lengths(prompt=500, thinking=50, answer=50), 64.0, 240.0),
+    "100 tokens out, prompts of 50": (Lengths(prompt=50, thinking=50, answer=50), 64.0, 480.0),
+    "800 tokens out": (Lengths(prompt=500, thinking=600, answer=200), 32.0, 360.0),
+    "800 tokens out, busier": (Lengths(prompt=500, thinking=600, answer=200), 128.0, 60.0),
+    "9,000 tokens out": (Lengths(prompt=2000, thinking=8000, answer=1000), 3.2, 1200.0),
 }
 
 
