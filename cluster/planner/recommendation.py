@@ -30,15 +30,15 @@ def serve_flags(model: PlannedModel, candidate: Candidate, limits: Limits, devic
 
 
 def helm_values(model: PlannedModel, candidate: Candidate, limits: Limits, device: Device, redundant: int) -> str:
-    """Values for the chart, as YAML."""
+    """Values for the chart, as YAML; the whole layout, so that nothing of a preset below it stays."""
     layout = candidate.layout
     ranks = min(layout.world_size, device.ranks_per_node)
-    parts: dict[str, Any] = {"device": device.kind, "tp": layout.tp, "dp": layout.dp}
-    if layout.expert_tp > 1:
-        parts["expertTp"] = layout.expert_tp
-    if redundant:
-        parts["redundantExperts"] = redundant
-    parts |= {
+    parts = {
+        "device": device.kind,
+        "tp": layout.tp,
+        "dp": layout.dp,
+        "expertTp": layout.expert_tp,
+        "redundantExperts": redundant,
         "copies": candidate.copies,
         "ranksPerNode": ranks,
         "gpus": candidate.copies * layout.world_size,
