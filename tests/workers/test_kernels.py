@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from workers.kernels import reference
-from workers.kernels.cpu.library import BUILDS, CHOICE_VARIABLE, build, multiplies_bf16, native, runnable
+from workers.kernels.cpu.library import BUILDS, CHOICE_VARIABLE, multiplies_bf16, native, runnable
 from workers.kernels.cpu.panels import PanelWeight, Products, Tiling, dense
 from workers.kernels.decode_attention import PagedKeys, decode_attention
 from workers.kernels.dequant import dequantize_into
@@ -110,8 +110,6 @@ def stored(seed: int, kind: str, *shape: int) -> Tensor:
 def panel_weight(seed: int, kind: str, shape: tuple[int, ...], tiling: Tiling, *, is_paired: bool) -> PanelWeight:
     """A weight [O, I] or [e, O, I] in panels, with a scale of its own for every row and tile."""
     kind, _, products = kind.partition(" in ")
-    if products and not multiplies_bf16():
-        pytest.skip(f"{build()} kernels have no products of bf16")
     values = stored(seed, kind, *shape)
     weight = PanelWeight.empty(
         shape,
@@ -142,12 +140,18 @@ def as_multiplied(x_TI: Tensor, weight: PanelWeight) -> Tensor:
     return x_TI.bfloat16().float() if weight.products == "bf16" else x_TI
 
 
-KINDS = pytest.mark.parametrize("kind", ["e4m3", "bf16", "fp32", "e4m3 in bf16", "bf16 in bf16"])
-"""What is stored, and what products take where that is not fp32."""
+KINDS = ["e4m3", "bf16", "fp32"]
+KINDS_IN_BF16 = ["e4m3 in bf16", "bf16 in bf16"]
+EVERY_KIND = pytest.mark.parametrize(
+    ("compiled", "kind"),
+    [*itertools.product(BUILDS, KINDS), *itertools.product(["avx512bf16"], KINDS_IN_BF16)],
+    indirect=["compiled"],
+)
+"""What is stored, and what products take where that is not fp32: one build has those."""
 
 
 @pytest.mark.usefixtures("compiled")
-@KINDS
+@EVERY_KIND
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     num_rows=st.sampled_from([1, 2, 6, 7, 13, 97, 200]),
@@ -165,7 +169,7 @@ def test_panels_multiply_like_the_weight_they_stand_for(
 
 
 @pytest.mark.usefixtures("compiled")
-@KINDS
+@EVERY_KIND
 @pytest.mark.parametrize(("start", "stop"), [(0, 64), (64, 130), (10, 33), (70, 200)])
 def test_rows_of_panels_are_rows_of_the_weight(kind: str, start: int, stop: int) -> None:
     weight = panel_weight(0, kind, (200, 150), Tiling(first=22, size=128), is_paired=False)
@@ -175,7 +179,7 @@ def test_rows_of_panels_are_rows_of_the_weight(kind: str, start: int, stop: int)
 
 
 @pytest.mark.usefixtures("compiled")
-@KINDS
+@EVERY_KIND
 @pytest.mark.parametrize("num_rows", [1, 9, 100])
 @pytest.mark.parametrize("half", [1, 31, 96, 130])
 def test_paired_panels_apply_the_activation(kind: str, num_rows: int, half: int) -> None:
@@ -187,7 +191,7 @@ def test_paired_panels_apply_the_activation(kind: str, num_rows: int, half: int)
 
 
 @pytest.mark.usefixtures("compiled")
-@KINDS
+@EVERY_KIND
 def test_a_row_has_the_same_bits_whatever_stands_beside_it(kind: str) -> None:
     weight = panel_weight(0, kind, (130, 300), Tiling(first=100, size=128), is_paired=False)
     x = normal(1, 150, 300)
@@ -321,7 +325,7 @@ def test_experts_equal_their_reference_on_any_part_of_them(num_tokens: int, firs
 
 
 @pytest.mark.usefixtures("compiled")
-@KINDS
+@EVERY_KIND
 @pytest.mark.parametrize("num_tokens", [1, 2, 19, 300])
 @pytest.mark.parametrize(("first", "num_local"), [(0, 5), (2, 3), (4, 1)])
 def test_experts_in_panels_equal_their_reference(kind: str, num_tokens: int, first: int, num_local: int) -> None:
