@@ -12,7 +12,6 @@ import pytest
 pytest.importorskip("triton", reason="the GPU kernels need triton: pip install triton")
 
 from bench.gpu_cases import H200
-from bench.gpu_plot import draw
 from bench.gpu_targets import TARGETS, held_against
 from bench.report import Spread
 
@@ -35,6 +34,9 @@ def test_a_target_is_met_missed_or_not_measured() -> None:
 
 
 def test_the_picture_has_room_for_parts_that_were_not_measured(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the picture needs matplotlib: pip install matplotlib")
+    from bench.gpu_plot import draw
+
     results = tmp_path / "gpu.json"
     steps = [STEP | {"step_s": asdict(Spread.of([4e-3])), "share_of_floor": 0.5}, STEP | {"skipped": "the time was up"}]
     about = {"machine": {"gpu": "H200", "date": "today"}, "versions": {"torch": "2"}}
