@@ -135,8 +135,9 @@ class InterruptingGroup(RankGroup):
     """A group whose collectives are no part of a recording: they are called anew in each replay.
 
     NCCL wants a collective to be recorded by all its ranks or by none, and groups of a copy do not agree on that. What
-    goes in stays where it is for as long as the recording lives. What comes out is read before the next of its kind
-    does: all layers of all recordings have one place for it, or they would hold gigabytes.
+    is summed or gathered stays where it is for as long as the recording lives. What comes out, and the rows that are
+    sent, many for each token, are read before the next of their kind are there: all layers of all recordings have one
+    place for them, or they would hold gigabytes.
     """
 
     def __init__(self, inner: RankGroup, recorder: Interruptible) -> None:
@@ -162,7 +163,7 @@ class InterruptingGroup(RankGroup):
     def all_to_all(self, rows: Tensor, send_counts: list[int], receive_counts: list[int]) -> Tensor:
         if self.size == 1 or not self._recorder.is_recording:
             return self._counted(self._inner.all_to_all(rows, send_counts, receive_counts))
-        rows = rows.contiguous()
+        rows = self._place("sent", rows, rows.shape).copy_(rows)
         received = self._place("received", rows, torch.Size((sum(receive_counts), *rows.shape[1:])))
         self._recorder.interrupt(
             lambda: self._again(received, self._inner.all_to_all(rows, send_counts, receive_counts))

@@ -6,6 +6,7 @@ Passed to whoever communicates. Every wait is bounded by the timeout given when 
 from __future__ import annotations
 
 import os
+import threading
 from datetime import timedelta
 
 import torch
@@ -101,9 +102,16 @@ class ParallelState:
         return sum(group.num_sent_bytes for group in self.groups)
 
     def abort(self) -> None:
-        """From another thread: whoever waits for other ranks waits no longer. Only `close` may follow."""
-        self.world.abort()
-        self.tp.abort()
+        """From another thread: whoever waits for other ranks waits no longer. Only `close` may follow.
+
+        All groups at once: NCCL comes back from one only when no recording has it any more, and who waits in the other
+        would not drop its recordings before.
+        """
+        aborts = [threading.Thread(target=group.abort, name="abort", daemon=True) for group in self.groups]
+        for thread in aborts:
+            thread.start()
+        for thread in aborts:
+            thread.join()
 
     def close(self) -> None:
         """Leave the groups; this object is of no use afterwards."""

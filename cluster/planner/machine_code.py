@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NoReturn
@@ -62,8 +63,11 @@ def is_in_use() -> bool:
 
 def begin_again() -> NoReturn:
     """This command in the same process, with machine code. Raises ConfigError where it cannot be made."""
-    command = [sys.executable, "-P", "-m", "cluster.cli", *sys.argv[1:]]
-    os.execve(sys.executable, command, environment())
+    environ = environment()
+    first = environ["PYTHONPATH"].partition(os.pathsep)[0]
+    if sys.path[0] == first:  # this process was begun with it: the next would be no other
+        raise ConfigError(f"--compile: Python does not take what lies in {first}; delete it and try again")
+    os.execve(sys.executable, [sys.executable, "-P", "-m", "cluster.cli", *sys.argv[1:]], environ)
 
 
 def environment() -> dict[str, str]:
@@ -106,8 +110,9 @@ def _put(whole: Path, directory: Path) -> None:
 
 
 def key_of(packages: list[Path]) -> str:
-    """Changes with every source, with Python and with the compiler."""
-    digest = hashlib.sha256(f"{sys.implementation.cache_tag} {sys.platform} {_mypyc_version()}".encode())
+    """Changes with every source, with Python, the processor's kind and the compiler."""
+    suffix = EXTENSION_SUFFIXES[0]  # names Python's version, the system and the processor
+    digest = hashlib.sha256(f"{sys.implementation.cache_tag} {suffix} {_mypyc_version()}".encode())
     for package in packages:
         for file in sorted(package.rglob("*.py")):
             digest.update(f"{package.name}/{file.relative_to(package)}\0".encode() + file.read_bytes())
@@ -136,4 +141,4 @@ def _compile(whole: Path) -> None:
             "headers (Debian: gcc, python3-dev): install them, or leave it out"
         )
     for what_was_needed in ("build", ".mypy_cache"):
-        shutil.rmtree(whole / what_was_needed)
+        shutil.rmtree(whole / what_was_needed, ignore_errors=True)  # MYPY_CACHE_DIR may have put it elsewhere

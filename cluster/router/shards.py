@@ -260,6 +260,8 @@ class RankGroup:
         match message:
             case StepResult() | RankFailed() if self._roll_call is not None:
                 self._roll_call.heard(message.rank)
+                if isinstance(message, RankFailed):
+                    log.warning("rank %d failed when it was woken: %s", message.rank, message.message)
             case StepResult():
                 self._on_result(message)
             case RankLoading():

@@ -56,6 +56,15 @@ def test_without_a_compiler_it_is_told_what_to_install(
     assert list((tmp_path / "mull" / "machine-code").iterdir()) == []
 
 
+def test_machine_code_that_python_does_not_take_is_not_begun_again_for_ever(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where its files were deleted, but not their directory: this process is the one that was begun with it."""
+    monkeypatch.setattr(machine_code, "_made", lambda: tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    assert f"Python does not take what lies in {tmp_path}; delete it" in refusal(capsys)
+
+
 def test_a_changed_source_is_compiled_anew(tmp_path: Path) -> None:
     source = tmp_path / "cluster" / "scheduler.py"
     source.parent.mkdir()

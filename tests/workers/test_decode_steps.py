@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import weakref
 from pathlib import Path
 
 import pytest
@@ -146,14 +147,17 @@ def test_a_recorded_step_depends_on_nothing_but_its_buffers(dense_fp8: Path) -> 
     assert num_replays > 20
 
 
-def test_what_comes_out_of_collectives_has_one_place_for_all_layers_of_a_recording() -> None:
+def test_what_goes_through_collectives_has_one_place_for_all_layers_of_a_recording() -> None:
     tape = Tape()
-    group, x = InterruptingGroup(RankGroup(0, 2, None), tape), torch.zeros(2, 4)
+    group, layers = InterruptingGroup(RankGroup(0, 2, None), tape), [torch.ones(2, 4) for _ in range(3)]
     tape.is_recording = True
-    gathered = {group.all_gather(x).data_ptr() for _ in range(3)}
-    received = {group.all_to_all(x, [1, 1], [1, 1]).data_ptr() for _ in range(3)}
+    received = {group.all_to_all(x, [1, 1], [1, 1]).data_ptr() for x in layers}
+    held = [weakref.ref(x) for x in layers]
+    layers = [torch.ones(2, 4) for _ in range(3)]
+    assert [ref() for ref in held] == [None] * 3, "rows on their way hold memory of each layer"
+    gathered = {group.all_gather(x).data_ptr() for x in layers}
     assert (len(gathered), len(received), len(gathered | received)) == (1, 1, 2)
-    assert group.all_gather(x[:1]).data_ptr() not in gathered
+    assert group.all_gather(layers[0][:1]).data_ptr() not in gathered
 
 
 def test_a_step_that_looks_at_a_value_cannot_be_recorded() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from functools import reduce
 
@@ -15,7 +16,7 @@ from tests.workers.ranks import RankProcesses
 from workers.errors import PeerLate
 from workers.layout import ParallelLayout
 from workers.parallel import ParallelState
-from workers.rank_group import ONE_ROUND_BYTES
+from workers.rank_group import ONE_ROUND_BYTES, RankGroup
 
 SIZES = [0, 1, 7, ONE_ROUND_BYTES // 4, ONE_ROUND_BYTES // 4 + 1, 100_003]
 
@@ -85,3 +86,31 @@ def test_a_lost_rank_ends_no_process_that_has_its_weights(monkeypatch: pytest.Mo
         ParallelState.connect(0, ParallelLayout(tp=2), "127.0.0.1", store.port, "cuda", 5.0)
 
     assert told == {"nccl": "0"}
+
+
+class Waited(RankGroup):
+    """In which this rank waits."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 2, None)
+        self.is_woken = threading.Event()
+
+    def abort(self) -> None:
+        self.is_woken.set()
+
+
+class Recorded(RankGroup):
+    """Whose abort comes back when who waits in the other group has been woken, and drops what it has recorded."""
+
+    def __init__(self, waited: Waited) -> None:
+        super().__init__(0, 4, None)
+        self._waited, self.is_gone = waited, False
+
+    def abort(self) -> None:
+        self.is_gone = self._waited.is_woken.wait(10)
+
+
+def test_a_group_that_is_recorded_does_not_keep_the_other_from_being_aborted() -> None:
+    recorded = Recorded(waited := Waited())
+    ParallelState(0, ParallelLayout(tp=2, dp=2), recorded, waited).abort()
+    assert recorded.is_gone
