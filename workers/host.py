@@ -41,7 +41,10 @@ def is_on_one_host(group: RankGroup, device: torch.device) -> bool:
 
 def share_of_host_memory(world: RankGroup, device: torch.device) -> HostMemoryShare:
     """All ranks call this together, and allocate afterwards: until then each of them sees the same memory as free."""
-    told = _told(world, device, psutil.virtual_memory().available)
+    free_bytes = psutil.virtual_memory().available
+    if world.size == 1:
+        return HostMemoryShare(free_bytes, 1)
+    told = _told(world, device, free_bytes)
     here = [free_bytes for number, free_bytes in told if number == host_number()]
     return HostMemoryShare(min(here), len(here))
 
