@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -46,6 +47,7 @@ MODULES = {
 """By the profile. Not those whose frozen objects travel between processes: mypyc's cannot be pickled."""
 
 _TIMEOUT_S = 900.0
+_UNFINISHED = "unfinished-"
 _SETUP = """
 import sys
 from mypyc.build import mypycify
@@ -89,7 +91,8 @@ def _made() -> Path:
     print("mull plan: compiling the simulation, a minute, once …", file=sys.stderr)
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as temporary:
+        _sweep(cache)
+        with tempfile.TemporaryDirectory(dir=cache, prefix=_UNFINISHED) as temporary:
             whole = Path(temporary) / "whole"
             for package in packages:
                 shutil.copytree(package, whole / package.name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
@@ -98,6 +101,13 @@ def _made() -> Path:
     except OSError as error:
         raise ConfigError(f"--compile: {error}; set XDG_CACHE_HOME to a directory that can be written") from error
     return directory
+
+
+def _sweep(cache: Path) -> None:
+    """Remove what killed processes left; what is younger may be somebody's work still."""
+    for left in cache.glob(f"{_UNFINISHED}*"):
+        if time.time() - left.stat().st_mtime > _TIMEOUT_S:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _put(whole: Path, directory: Path) -> None:

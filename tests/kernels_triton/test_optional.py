@@ -167,7 +167,10 @@ class FakeImports:
         return self._modules[name]
 
 
-@pytest.mark.skipif(DEVICE.type != "cpu", reason="a fake computes on a CPU")
+ON_A_CPU = pytest.mark.skipif(DEVICE.type != "cpu", reason="a fake computes on a CPU")
+
+
+@ON_A_CPU
 def test_a_prompts_product_is_deep_gemms_where_it_is_installed(
     fakes: tuple[FakeDeepGemm, FakeFlashAttention],
 ) -> None:
@@ -205,7 +208,7 @@ def torch_alone(fakes: tuple[FakeDeepGemm, FakeFlashAttention], monkeypatch: pyt
 
 
 @pytest.mark.usefixtures("torch_alone")
-@pytest.mark.skipif(DEVICE.type != "cpu", reason="a fake computes on a CPU")
+@ON_A_CPU
 def test_a_prompts_product_is_torchs_where_there_is_no_deep_gemm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(F, "scaled_mm", fake_scaled_mm)
     rows, weight = QuantizedRows.empty(ROWS, 256, torch.bfloat16, DEVICE), tile_weight(2, 192, 256)
@@ -220,7 +223,7 @@ def test_a_prompts_product_is_torchs_where_there_is_no_deep_gemm(monkeypatch: py
 
 
 @pytest.mark.usefixtures("torch_alone")
-@pytest.mark.skipif(DEVICE.type != "cpu", reason="a fake computes on a CPU")
+@ON_A_CPU
 @pytest.mark.parametrize("failure", ["wrong", "refused"])
 def test_torchs_product_is_not_taken_where_it_answers_wrongly(failure: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(a: Tensor, b: Tensor, scale_a: Tensor, recipe_a: object, scale_b: Tensor, recipe_b: object) -> Tensor:
@@ -233,7 +236,7 @@ def test_torchs_product_is_not_taken_where_it_answers_wrongly(failure: str, monk
     assert not scaled_mm.is_chosen(rows, tile_weight(2, 192, 256))
 
 
-@pytest.mark.skipif(DEVICE.type != "cpu", reason="a fake computes on a CPU")
+@ON_A_CPU
 @pytest.mark.filterwarnings("ignore:All-NaN slice")  # numpy's, on whom the interpreter stands
 @pytest.mark.parametrize("pairs_from", [1, 100], ids=["contiguous", "masked"])
 def test_experts_products_are_deep_gemms_where_it_is_installed(
@@ -252,17 +255,19 @@ def test_experts_products_are_deep_gemms_where_it_is_installed(
     torch.testing.assert_close(got.float(), want, rtol=3e-2, atol=3e-2 * float(want.abs().max()))
 
 
-def test_an_older_deep_gemm_computes_no_experts(fakes: tuple[FakeDeepGemm, FakeFlashAttention]) -> None:
+def test_an_older_deep_gemm_computes_no_experts(
+    fakes: tuple[FakeDeepGemm, FakeFlashAttention], monkeypatch: pytest.MonkeyPatch
+) -> None:
     x, weights = torch.empty(64, 128, dtype=torch.bfloat16), (tile_weight(0, 1, 256, 128), tile_weight(1, 1, 128, 128))
     assert deep_gemm_experts.library_for(x, *weights) is fakes[0]
     assert deep_gemm_experts.library_for(x[:63], *weights) is None
     with invariance(True):
         assert deep_gemm_experts.library_for(x, *weights) is None
-    fakes[0].m_grouped_fp8_gemm_nt_contiguous = lambda: None  # type: ignore[method-assign]  # has no docstring
+    monkeypatch.setattr(fakes[0], "m_grouped_fp8_gemm_nt_contiguous", lambda: None)  # has no docstring
     assert deep_gemm_experts.library_for(x, *weights) is None
 
 
-@pytest.mark.skipif(DEVICE.type != "cpu", reason="a fake computes on a CPU")
+@ON_A_CPU
 def test_chunks_attend_by_flash_attention_where_it_is_installed(
     fakes: tuple[FakeDeepGemm, FakeFlashAttention], monkeypatch: pytest.MonkeyPatch
 ) -> None:

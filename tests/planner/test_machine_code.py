@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,20 @@ def test_machine_code_that_python_does_not_take_is_not_begun_again_for_ever(
     monkeypatch.setattr(machine_code, "_made", lambda: tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     assert f"Python does not take what lies in {tmp_path}; delete it" in refusal(capsys)
+
+
+def test_what_a_killed_process_left_is_removed_when_it_is_old(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(machine_code, "MODULES", {"no": ("such",)})
+    cache = tmp_path / "mull" / "machine-code"
+    old, young = cache / "unfinished-old", cache / "unfinished-young"
+    for directory in (old, young):
+        directory.mkdir(parents=True)
+    os.utime(old, (0, 0))
+    refusal(capsys)
+    assert list(cache.iterdir()) == [young]
 
 
 def test_a_changed_source_is_compiled_anew(tmp_path: Path) -> None:
