@@ -73,11 +73,8 @@ def p99(values: Sequence[float]) -> float:
     return statistics.quantiles(values, n=100, method="inclusive")[98]
 
 
-async def measure(
-    model_dir: Path, streams: int, slowdown: float | None, prompt_tokens: int, rounds: int, threads: int
-) -> dict[str, Any]:
-    """Figures of one bound."""
-    watched = Watched()
+def engine_of(model_dir: Path, slowdown: float | None, threads: int, watched: Watched) -> Engine:
+    """One rank in this process, with this bound."""
     config = SchedulerConfig(
         max_model_len=CONTEXT, max_num_seqs=64, max_num_batched_tokens=BUDGET, max_prefill_slowdown=slowdown
     )
@@ -92,13 +89,21 @@ async def measure(
         max_num_batched_tokens=BUDGET,
         kv_memory_bytes=KV_BYTES,
     )
-    engine = Engine(
+    return Engine(
         config,
         lambda on_progress, _: InProcessGroup(runner, GroupBounds(), on_progress),
         on_updates=watched.take,
         on_ended=print,
         enable_prefix_cache=False,
     )
+
+
+async def measure(
+    model_dir: Path, streams: int, slowdown: float | None, prompt_tokens: int, rounds: int, threads: int
+) -> dict[str, Any]:
+    """Figures of one bound."""
+    watched = Watched()
+    engine = engine_of(model_dir, slowdown, threads, watched)
     engine.start()
     await engine.wait_settled()
     vocab_size = min(ModelConfig.from_dir(model_dir).vocab_size, 900)

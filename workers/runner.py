@@ -162,9 +162,8 @@ class ModelRunner:
             shared = (self.decoder, self.sampler, self.batches, self.kv, self.last_tokens)
             self._decode_steps = DecodeSteps(*shared, buckets, recorder, config.layout.dp)
             self._prepare(self._decode_steps)
-        self.host_memory = None
-        if self.host_kv is not None:
-            self.host_memory = measure(self.host_kv, config, self.num_blocks, self.execute)
+        host_kv, num_blocks = self.host_kv, self.num_blocks
+        self.host_memory = None if host_kv is None else measure(host_kv, config, num_blocks, self.execute)
 
     @property
     def weights(self) -> dict[str, Weight] | None:

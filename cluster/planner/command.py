@@ -60,7 +60,9 @@ def add_plan_command(parser: argparse.ArgumentParser) -> None:
     load.add_argument("--seed", type=int, default=0, help="the same seed gives the same figures (default 0)")
     load.add_argument("--best", type=int, default=4, help="how many layouts are simulated (default 4)")
     load.add_argument(
-        "--compile", action="store_true", help="simulate with machine code, twice as fast: a minute of compiling, once"
+        "--compile",
+        action="store_true",
+        help="simulate with machine code, 1.5 times as fast: compiles for a minute, once",
     )
     add_scenario_flags(parser)
     parser.set_defaults(command=_plan)
