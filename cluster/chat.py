@@ -150,7 +150,9 @@ def _converse(conversation: Conversation, new_printer: Callable[[], Printer]) ->
 
 def describe_failure(error: CallFailed) -> str:
     """One line: the status code and what the server said, or that nobody answers."""
-    if error.code is grpc.StatusCode.UNAVAILABLE and "connect" in error.message.lower():
+    # A server names the request in whatever it refuses.
+    is_ours = error.request_id is not None
+    if error.code is grpc.StatusCode.UNAVAILABLE and not is_ours and "connect" in error.message.lower():
         last = error.message.splitlines()[-1]
         return f"mull: no server answers ({last}); start one with 'mull serve', or give its --address"
     return f"mull: {error}"

@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import json
 
+import grpc
 import pytest
 from rich.console import Console
 
-from cluster.chat import JsonPrinter, TerminalPrinter
+from cluster.chat import JsonPrinter, TerminalPrinter, describe_failure
+from mull.client import CallFailed
 from mull.client.events import Event, to_event
 from mull.v1 import generation_pb2 as pb
 
@@ -71,3 +73,13 @@ def test_an_output_cut_in_its_thoughts_says_so() -> None:
     text = printed([*EVENTS[:2], last], is_terminal=False)
 
     assert "cut while thinking" in text.splitlines()[-1]
+
+
+def test_a_server_that_refuses_is_told_from_none_that_answers() -> None:
+    unavailable, message = grpc.StatusCode.UNAVAILABLE, "failed to connect to all addresses"
+
+    nobody = describe_failure(CallFailed(unavailable, message))
+    refused = describe_failure(CallFailed(unavailable, f"the Router is out of reach ({message})", request_id="r"))
+
+    assert "no server answers" in nobody and "--address" in nobody
+    assert refused == f"mull: UNAVAILABLE: the Router is out of reach ({message})"
