@@ -81,5 +81,5 @@ def test_a_server_that_refuses_is_told_from_none_that_answers() -> None:
     nobody = describe_failure(CallFailed(unavailable, message))
     refused = describe_failure(CallFailed(unavailable, f"the Router is out of reach ({message})", request_id="r"))
 
-    assert "no server answers" in nobody and "--address" in nobody
+    assert nobody.startswith("mull: no server answers")
     assert refused == f"mull: UNAVAILABLE: the Router is out of reach ({message})"
