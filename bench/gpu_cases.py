@@ -16,6 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.gpu_rivals import grouped_mm, sdpa
+from workers.candidates import Candidates
+from workers.drawing import draw as draw_in_torch
+from workers.drawing import rules_of
 from workers.kernels import deep_gemm, deep_gemm_experts, scaled_mm
 from workers.kernels import reference as plain
 from workers.kernels.prefill_attention import Chunks
@@ -23,6 +26,7 @@ from workers.kernels.sums import PartialSums
 from workers.kernels.tiles import TILE, TileWeight
 from workers.kernels.triton import (
     decode_attention,
+    draw,
     experts,
     feed_forward,
     gate,
@@ -37,7 +41,7 @@ from workers.kernels.triton import (
     spread,
     swiglu,
 )
-from workers.kernels.triton.candidates import likeliest_keys
+from workers.kernels.triton.candidates import likeliest
 
 Launch = Callable[[], Any]
 CACHE_BYTES = 200 * 2**20
@@ -385,10 +389,17 @@ def _choices(sizes: Sizes, inputs: Inputs) -> Iterator[Case]:
     for count in (1, 20, 64):
         yield Case(
             name=f"{count} candidates of {rows} x {sizes.vocabulary}",
-            launches=[lambda count=count: likeliest_keys(vocabulary, count)],
+            launches=[lambda count=count: likeliest(vocabulary, count)],
             num_bytes=vocabulary.nbytes,
             rivals={"torch topk": [lambda count=count: vocabulary.topk(count)]},
         )
+    offered, row_rules = likeliest(vocabulary, 32), torch.zeros(rows, 5, dtype=torch.int64, device=inputs.device)
+    yield Case(
+        name=f"draw of {rows} rows from 32 candidates",
+        launches=[lambda: draw.draw(*offered, row_rules)],
+        num_bytes=rows * (32 * 12 + 5 * 8 + 2 * 8),
+        rivals={"torch": [lambda: draw_in_torch(Candidates(*offered), rules_of(row_rules))]},
+    )
     x, gate_up = inputs.normal(1, sizes.hidden), inputs.tiles(2 * sizes.hidden, sizes.hidden)
     down = inputs.tiles(sizes.hidden, sizes.hidden)
     yield Case(
