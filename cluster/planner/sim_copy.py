@@ -123,18 +123,19 @@ class SimCopy:
     def add(self, flight: Flight, now_s: float, output_ids: list[int] | None = None) -> None:
         """A request comes, maybe with output from elsewhere. Raises what `EngineCore.add` raises."""
         self._settle(now_s)
-        self._queue(flight, output_ids or [])
-        if not self._sent:
-            self._send(now_s)
-        self._look_ahead()
+        try:
+            self._queue(flight, output_ids or [])
+            if not self._sent:
+                self._send(now_s)
+        finally:
+            self._look_ahead()  # what runs goes on where this one is refused
 
     def add_together(self, flights: Iterable[Flight], now_s: float) -> None:
-        """Requests that are there before the next plan is made."""
-        self._settle(now_s)
+        """Requests that are there before the next plan is made, on a copy that has nothing else."""
+        assert not self._sent, f"{self.name} is not idle"
         for flight in flights:
             self._queue(flight, [])
-        if not self._sent:
-            self._send(now_s)
+        self._send(now_s)
         self._look_ahead()
 
     def _queue(self, flight: Flight, output_ids: list[int]) -> None:
