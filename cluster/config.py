@@ -138,7 +138,7 @@ class RouterConfig(_Part):
     """The Router's bounds on queues and waits."""
 
     max_waiting: int = Field(256, ge=0)
-    """Requests that may wait for a slot; one more is refused with RESOURCE_EXHAUSTED."""
+    """Requests of a copy beyond its slots; one more is refused with RESOURCE_EXHAUSTED."""
     start_timeout_s: float = Field(600.0, gt=0)
     step_timeout_s: float = Field(60.0, gt=0)
     """A step that takes longer names the late rank, which then counts as lost."""

@@ -14,6 +14,7 @@ from rich.table import Table
 from cluster.planner.layouts import Candidate
 from cluster.planner.load import DrawnLoad, Load, TraceLoad
 from cluster.planner.outcome import Outcome, Quantiles
+from cluster.planner.quantities import plain
 from cluster.planner.scenario_tables import show_course
 from cluster.planner.survey import SHOWN_CONTEXT, STREAMS, Row
 from cluster.planner.trial import Trial
@@ -166,9 +167,4 @@ def _trial_cells(outcome: Outcome) -> list[str]:
 
 
 def _both(times: Quantiles | None, factor: float) -> str:
-    return "–" if times is None else f"{_short(times.p50 * factor)} / {_short(times.p95 * factor)}"
-
-
-def _short(value: float) -> str:
-    """Three digits, or all of a larger number's."""
-    return f"{value:,.0f}" if value >= 999.5 else f"{value:.3g}"
+    return "–" if times is None else f"{plain(times.p50 * factor)} / {plain(times.p95 * factor)}"
