@@ -32,6 +32,7 @@ MODULES = {
         "copy_scheduler",
         "drafter",
         "engine_core",
+        "fetches",
         "host_tier",
         "in_flight",
         "pace",
