@@ -25,7 +25,17 @@ from cluster.planner import sim_copy
 
 MODULES = {
     "cluster/gateway": ("affinity", "choice"),
-    "cluster/planner": ("ahead", "doors", "fast_forward", "fleet", "flights", "roofline", "sim_copy", "step_shape"),
+    "cluster/planner": (
+        "ahead",
+        "doors",
+        "fast_forward",
+        "fillers",
+        "fleet",
+        "flights",
+        "roofline",
+        "sim_copy",
+        "step_shape",
+    ),
     "cluster/router": (
         "admission",
         "blocks",
