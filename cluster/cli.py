@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.config import ClusterConfig, read_config
+from cluster.config import ClusterConfig
+from cluster.config_file import read_config
 from cluster.errors import ConfigError, MullError
 from cluster.flags import (
     add_chat_flags,

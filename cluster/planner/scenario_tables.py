@@ -7,6 +7,7 @@ from rich.table import Table
 
 from cluster.planner.control_plane import Part
 from cluster.planner.effects import Effect
+from cluster.planner.quantities import plain
 from cluster.planner.scenario import Course
 
 _ROWS = 16
@@ -107,8 +108,8 @@ def _parts_table(parts: list[Part]) -> Table:
     table.add_column("")
     for part in parts:
         mark = "! " if part.is_over else ""
-        limit = "unknown" if part.limit is None else f"{part.limit:,.4g}"
-        table.add_row(part.part, f"{mark}{part.used:,.4g}", limit, part.unit, part.words)
+        limit = "unknown" if part.limit is None else plain(part.limit)
+        table.add_row(part.part, mark + plain(part.used), limit, part.unit, part.words)
     return table
 
 
@@ -129,4 +130,4 @@ def _clock(time_s: float) -> str:
 
 
 def _seconds(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3g}"
+    return "–" if value is None else plain(value)
