@@ -36,10 +36,10 @@ class LeanNode(Node):
     """Started by its making. Its processes are children of this one, and end with it however it ends."""
 
     def __init__(
-        self, host: str, num_cpus: int, resources: dict[str, float] | None = None, *, num_workers: int | None = None
+        self, host: str, num_cpus: int, resources: dict[str, float] | None = None, *, num_workers: int
     ) -> None:
-        """`num_workers` are started before anybody asks for them; by default one for each CPU."""
-        self._num_workers = num_cpus if num_workers is None else num_workers
+        """`num_workers` are started before anybody asks for them."""
+        self._num_workers = num_workers
         # Others can join a node at another address, with workers that ask for environments: one agent makes them.
         alone = is_loopback_host(host)
         self._replaced = set(_AGENT_PORTS) if alone else {"--dashboard_agent_command"}
