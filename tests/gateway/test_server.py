@@ -14,10 +14,11 @@ from cluster.errors import ConfigError
 from cluster.gateway.copies import static_addresses
 from cluster.gateway.served_model import ServedModel
 from cluster.gateway.server import SERVICE_NAME, GatewayPorts, GatewayServer
+from cluster.ports import HeldPorts
 from mull.v1 import generation_pb2 as pb
 from mull.v1 import router_pb2
 from mull.v1.generation_pb2_grpc import GenerationServiceStub
-from tests.gateway.conftest import FAST, RunningGateway, ask, fixed_port, kinds, until
+from tests.gateway.conftest import FAST, RunningGateway, ask, kinds, until
 from tests.gateway.scripted_router import update
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -164,8 +165,9 @@ async def test_draining_cuts_what_does_not_end_in_time(gateway: RunningGateway) 
     assert gateway.server.num_streams == 0
 
 
-async def test_ports_are_free_again_after_draining(model: ServedModel) -> None:
-    config = GatewayConfig(grpc_port=fixed_port(), http_port=fixed_port(), metrics_port=fixed_port())
+async def test_ports_are_free_again_after_draining(model: ServedModel, held_ports: HeldPorts) -> None:
+    grpc_port, http_port, metrics_port = (held_ports.hold("127.0.0.1") for _ in range(3))
+    config = GatewayConfig(grpc_port=grpc_port, http_port=http_port, metrics_port=metrics_port)
     for _ in range(2):
         server = GatewayServer(config, model, NOWHERE, link_times=FAST)
         assert await server.start() == GatewayPorts(config.grpc_port, config.metrics_port, config.http_port)
