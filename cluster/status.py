@@ -86,7 +86,8 @@ def _print_tables(info: pb.GetServerInfoResponse, address: str) -> None:
     state = "[green]ready[/]" if info.ready else f"[red]not ready[/]: {escape(info.reason)}"
     http = f" · http port {info.http_port}" if info.http_port else ""
     console.print(
-        f"mull {info.version} at {address}{http}: {state} · up {info.uptime_seconds:.0f} s · {info.num_streams} streams",
+        f"mull {info.version} at {address}{http}: {state} · up {info.uptime_seconds:.0f} s · "
+        f"{info.num_streams} streams",
         soft_wrap=True,
     )
     for number, router in enumerate(info.routers, start=1):
@@ -95,8 +96,8 @@ def _print_tables(info: pb.GetServerInfoResponse, address: str) -> None:
             console.print(f"{copy}[red]not ready[/]: {escape(router.reason)}", soft_wrap=True)
         used = router.num_blocks - router.num_free_blocks
         console.print(
-            f"{copy}[bold]{escape(router.model)}[/] · {layout_words(router)} · context {router.max_model_len:,} tokens · "
-            f"running {router.num_running} · waiting {router.num_waiting} · "
+            f"{copy}[bold]{escape(router.model)}[/] · {layout_words(router)} · "
+            f"context {router.max_model_len:,} tokens · running {router.num_running} · waiting {router.num_waiting} · "
             f"KV {used:,} of {router.num_blocks:,} blocks of {router.block_size} tokens in use",
             soft_wrap=True,
         )
