@@ -98,16 +98,15 @@ def _serve_to_end(config: ClusterConfig) -> int:
             flush=True,
         )
         interrupts.wait(every_s=1.0, check=cluster.check)
-        draining = f"draining, at most {config.gateway.drain_s:g} s; Ctrl-C again stops at once"
-        if is_logging:
-            logger.info(draining)
-        else:
-            print(draining, file=sys.stderr)
-        cut = cluster.drain()
+        cut = cluster.drain(logger.info if is_logging else _print_to_stderr)
     if cut:
         streams = "1 stream was" if cut == 1 else f"{cut} streams were"
         raise MullError(f"{streams} still running after {config.gateway.drain_s:g} s and cut off")
     return 0
+
+
+def _print_to_stderr(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def _demo(args: argparse.Namespace) -> int:

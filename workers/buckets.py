@@ -51,6 +51,11 @@ class Buckets:
         bucket = Bucket(rows, length)
         return bucket if bucket.is_affordable else None
 
+    def can_be_padded(self, num_rows: int) -> bool:
+        """Whether a size is also taken for fewer rows."""
+        index = self.row_sizes.index(num_rows)
+        return num_rows > 1 + (self.row_sizes[index - 1] if index else 0)
+
     def rows_for(self, num_rows: int) -> int | None:
         """The smallest size for so many rows; None where there is none."""
         return _at_least(self.row_sizes, num_rows)

@@ -12,8 +12,9 @@ pytest.importorskip("triton", reason="the GPU kernels need triton: pip install t
 from tests.kernels_triton.values import DEVICE, accurate, normal
 from workers.kernels.prefill_attention import Chunks
 from workers.kernels.triton import reference
-from workers.kernels.triton.decode_attention import decode_attention
+from workers.kernels.triton.decode_attention import decode_attention, decode_attention_quantize
 from workers.kernels.triton.prefill_attention import prefill_attention
+from workers.kernels.triton.quantize import quantize
 
 CASES = pytest.mark.parametrize(
     ("num_kv_heads", "group", "block_size", "head_dim", "kv_dtype"),
@@ -51,6 +52,16 @@ def test_a_sequence_has_the_same_bits_whatever_stands_beside_it() -> None:
     for row, longest in ((0, 400), (1, 30), (1, 1440)):
         alone = decode_attention(q[row : row + 1], pool, tables[:1], num_keys[row : row + 1], longest)
         assert torch.equal(alone[0], together[row])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_attention_that_leaves_fp8_rows_gives_the_bits_of_quantising_its_own(dtype: torch.dtype) -> None:
+    pool, q = pool_of(2, 16, 128, dtype), normal(1, 3, 8, 128, dtype=dtype)
+    tables, num_keys = torch.arange(90, device=DEVICE).expand(3, -1), torch.tensor([400, 1, 1300], device=DEVICE)
+    got = decode_attention_quantize(q, pool, tables, num_keys, 1300)
+    want = quantize(decode_attention(q, pool, tables, num_keys, 1300).flatten(1))
+    assert torch.equal(got.codes_RI.view(torch.uint8), want.codes_RI.view(torch.uint8))
+    assert torch.equal(got.scale_Rk, want.scale_Rk)
 
 
 @CASES
