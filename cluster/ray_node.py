@@ -66,11 +66,6 @@ class LeanNode(Node):
         del os.environ[NODE_MARK]
         self.kill_all_processes(check_alive=False, allow_graceful=True)
 
-    def start_ray_processes(self) -> None:
-        super().start_ray_processes()  # type: ignore[no-untyped-call]  # Ray has no types there
-        # It takes a second, and so do the processes, for which our caller waits: both at once.
-        import ray.serve  # noqa: F401  # for whoever imports it next
-
     def start_raylet(self, *args: Any, **options: Any) -> None:
         """With other options than its own."""
         start = services.start_ray_process
