@@ -109,7 +109,7 @@ class Recorded(RankGroup):
         self._waited, self.is_gone = waited, False
 
     def abort(self) -> None:
-        self.is_gone = self._waited.is_woken.wait(10)
+        self.is_gone = self._waited.is_woken.wait(60)
 
 
 def test_a_group_that_is_recorded_does_not_keep_the_other_from_being_aborted() -> None:
