@@ -16,6 +16,7 @@ from workers.graphs import CallAgain, CudaRecorder, Recorder, interrupting
 from workers.kernels.cpu.library import native
 from workers.kernels.triton.choice import has_triton
 from workers.parallel import ParallelState
+from workers.step_memory import step_bytes
 
 HALVED_FROM = 1024
 """On a GPU. Fewer rows take less time to travel than a second launch of each kernel takes."""
@@ -56,6 +57,11 @@ def recorder_of(config: RunnerConfig, parallel: ParallelState, device: torch.dev
     recorder = CudaRecorder(parallel)
     is_whole = config.graphs == "whole" or (config.graphs == "auto" and config.layout.dp == 1)
     return recorder, parallel if is_whole else interrupting(parallel, recorder)
+
+
+def held_by_steps(model: ModelConfig, config: RunnerConfig, buckets: Buckets | None, device: torch.device) -> int:
+    """Bytes that are left to steps when KV is sized; on a CPU none, whose KV is small."""
+    return 0 if device.type == "cpu" else step_bytes(model, config, buckets)
 
 
 def check_kernels(config: RunnerConfig, device: torch.device) -> None:
