@@ -108,10 +108,10 @@ class Plan:
         out["layouts"] = [row.as_json() for row in self.rows]
         if self.load is not None:
             out["load"] = self.load.as_json()
-        if self.trials:
+        if self.load is not None and self.trials:
             from cluster.planner.tables import verdict
 
-            out["verdict"] = verdict(self.trials)
+            out["verdict"] = verdict(self.trials, self.load)
             out["simulated"] = [trial.as_json() for trial in self.trials]
             out["recommendation"] = {"flags": self.flags, "helm_values": self.values}
         if self.course is not None:

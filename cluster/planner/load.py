@@ -55,6 +55,11 @@ class DrawnLoad:
         """The largest rate of its pattern."""
         return self.rate_per_s * _MOST_OF_MEAN[self.pattern]
 
+    @property
+    def most_output_tokens_per_s(self) -> float:
+        """That it asks for then: thoughts and answers."""
+        return self.most_per_s * (self.lengths.thinking + self.lengths.answer)
+
     def rate(self) -> Rate:
         mean = self.rate_per_s
         match self.pattern:

@@ -11,6 +11,8 @@ from cluster.planner.roofline import StepTime
 
 _FULL_KV = 0.85
 _BUSY = 0.98
+_GROWTH = 0.1
+"""Share of arrivals: more of them waiting at the end than at the start is no chance."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +106,7 @@ def judge(flights: Sequence[Flight], window: Window, *, num_gpus: int, answer_sh
     refused = sum(flight.was_refused for flight in flights)
     output_rate = window.output_tokens / window.seconds
     answer_rate = output_rate * answer_share
-    grows = window.waiting_at_end > max(2 * window.waiting_at_start, window.running_at_end // 20, 4)
-    keeps_up = not refused and not grows
+    keeps_up = not refused and not _grows(window, num_arrivals=len(flights))
     tpot = Quantiles.of(one for flight in ended if (one := flight.tpot_s) is not None)
     mean_step_s = window.busy_s / window.num_steps if window.num_steps else 0.0
     return Outcome(
@@ -129,6 +130,13 @@ def judge(flights: Sequence[Flight], window: Window, *, num_gpus: int, answer_sh
         num_decided_steps=window.num_decided_steps,
         mean_step=StepTime().plus(window.parts, 1 / window.num_steps if window.num_steps else 0.0),
     )
+
+
+def _grows(window: Window, *, num_arrivals: int) -> bool:
+    """Whether the queue does; one that was long to begin with, by a part of what came."""
+    least = max(window.running_at_end // 20, 4)
+    doubled = window.waiting_at_end > max(2 * window.waiting_at_start, least)
+    return doubled or window.waiting_at_end - window.waiting_at_start > max(_GROWTH * num_arrivals, least)
 
 
 def _limit(window: Window, *, keeps_up: bool, slots: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -10,8 +11,10 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from cluster.planner.load import Load
+from cluster.planner.layouts import Candidate
+from cluster.planner.load import DrawnLoad, Load, TraceLoad
 from cluster.planner.outcome import Outcome, Quantiles
+from cluster.planner.quantities import plain
 from cluster.planner.scenario_tables import show_course
 from cluster.planner.survey import SHOWN_CONTEXT, STREAMS, Row
 from cluster.planner.trial import Trial
@@ -39,9 +42,8 @@ def show(plan: Plan) -> None:
         console.print("Nothing fits, so nothing was simulated: take more or larger devices, or a shorter --context.")
         return
     console.print(trial_table(plan.trials, console.width))
-    console.print(
-        f"\n{verdict(plan.trials)}\n\n{plan.flags}\n\n# values of the Helm chart\n{plan.values}", soft_wrap=True
-    )
+    console.print(f"\n{verdict(plan.trials, plan.load)}", soft_wrap=True)
+    console.print(f"\n{plan.flags}\n\n# values of the Helm chart\n{plan.values}", soft_wrap=True)
     if plan.course is not None:
         show_course(console, plan.course)
 
@@ -54,8 +56,8 @@ def load_words(load: Load) -> str:
     )
 
 
-def verdict(trials: Sequence[Trial]) -> str:
-    """In a sentence."""
+def verdict(trials: Sequence[Trial], load: Load) -> str:
+    """In a sentence or two."""
     best = trials[0]
     outcome = best.outcome if best.busiest is None else best.busiest
     when = "" if best.busiest is None else " in the busiest hour"
@@ -64,10 +66,25 @@ def verdict(trials: Sequence[Trial]) -> str:
         if best.busiest is not None:
             busy += f", {best.outcome.utilisation:.0%} of the day"
         return f"Take {best.fit.candidate}. Its limit is {outcome.limit}; {busy}."
-    return (
+    furthest = (
         f"None of these keeps up with the load{when}. {best.fit.candidate} comes furthest, with "
         f"{outcome.output_tokens_per_s:,.0f} tokens a second; its limit is {outcome.limit}."
     )
+    match load:
+        case DrawnLoad():
+            gpus = gpus_for(load.most_output_tokens_per_s, best.fit.candidate, outcome)
+            return (
+                f"{furthest} The load asks for {load.most_output_tokens_per_s:,.0f}, which takes about {gpus:,} such "
+                f"GPUs: try --gpus {gpus}."
+            )
+        case TraceLoad():
+            return furthest
+
+
+def gpus_for(tokens_per_s: float, candidate: Candidate, outcome: Outcome) -> int:
+    """Of as many copies as would give so many, were each as full as here."""
+    copies = math.ceil(candidate.copies * tokens_per_s / max(1.0, outcome.output_tokens_per_s))
+    return max(copies, candidate.copies + 1) * candidate.layout.world_size
 
 
 def survey_table(rows: Sequence[Row], width: int) -> Table:
@@ -150,4 +167,4 @@ def _trial_cells(outcome: Outcome) -> list[str]:
 
 
 def _both(times: Quantiles | None, factor: float) -> str:
-    return "–" if times is None else f"{times.p50 * factor:.3g} / {times.p95 * factor:.3g}"
+    return "–" if times is None else f"{plain(times.p50 * factor)} / {plain(times.p95 * factor)}"

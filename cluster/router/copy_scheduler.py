@@ -158,7 +158,7 @@ class CopyScheduler:
 
     def blame(self, *, is_suspicious: bool) -> list[SequenceUpdate]:
         """The ranks were lost. The ends of those who are given up for it; see `Quarantine`."""
-        computing = [seq for group in self._groups for seq in group.scheduler.computing]
+        computing = [seq for group in self._groups for seq in group.scheduler.in_flight.computed]
         condemned = self._quarantine.blame(computing, is_suspicious=is_suspicious)
         return [self._group_of.pop(seq.request.key).scheduler.give_up(seq.request.key) for seq in condemned]
 

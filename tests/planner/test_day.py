@@ -32,11 +32,11 @@ def test_the_headline_is_of_the_whole_day_and_the_busiest_hour_stands_beside_it(
     assert tried.outcome.output_tokens_per_s == pytest.approx(200, rel=0.15)  # the mean of the day, not its night
     assert tried.busiest.output_tokens_per_s == pytest.approx(1.6 * 200, rel=0.15)
     assert tried.as_json()["busiest_hour"]["output_tokens_per_s"] == tried.busiest.output_tokens_per_s
-    assert "in the busiest hour" in verdict([tried])
+    assert "in the busiest hour" in verdict([tried], LOAD)
 
 
 def test_a_layout_that_is_too_slow_in_the_busiest_hour_does_not_keep_up() -> None:
     tried = trial(4)  # slots for the mean, not for that hour
 
     assert not tried.keeps_up
-    assert verdict([tried]).startswith("None of these keeps up with the load in the busiest hour")
+    assert verdict([tried], LOAD).startswith("None of these keeps up with the load in the busiest hour")
