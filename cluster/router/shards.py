@@ -132,7 +132,7 @@ class RankGroup:
         self._casualties = Casualties()
         self._pulses = Pulses(self._layout)
         self._handles: dict[int, RankHandle] = dict(survivors or {})
-        self._returning = Returning(launcher, self._handles)
+        self._returning = Returning(self._handles)
         self._watches: dict[int, asyncio.Task[None]] = {}
         self._ready: dict[int, RankReady] = {}
         self._results: deque[list[StepResult]] = deque()
@@ -326,7 +326,7 @@ class RankGroup:
         self._lose(RankLost(message, rank=rank, was_killed=True, cause=RankLossCause.SILENT))
 
     async def _watch(self, handle: RankHandle, config: ShardConfig) -> None:
-        end = await self._returning.end_of(handle, config, self._handles)
+        end = await self._returning.end_of(handle, partial(self._launcher.launch, config), self._handles)
         if self._roll_call is not None:
             self._roll_call.heard(handle.rank)
         elif not self._stopping:
