@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from multiprocessing import forkserver
 
@@ -32,6 +33,13 @@ def _longest_s(item: pytest.Item) -> float:
     module = item.getparent(pytest.Module)
     marker = module.get_closest_marker("timeout") if module is not None else None
     return 0.0 if marker is None else float(marker.args[0])
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers() -> None:
+    """Whatever was drawn before: a test's tensors do not depend on which tests came before it."""
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.manual_seed(0)
 
 
 @pytest.fixture

@@ -78,7 +78,9 @@ def _series_table(course: Course) -> Table:
 
 def _effects_table(effects: list[Effect]) -> Table:
     table = Table(title="What happened", title_justify="left", caption_justify="left")
-    table.caption = "Pauses are those of streams that stood still; settled: queue and first tokens are as before."
+    table.caption = (
+        "Pauses: of streams that stood still; settled: all streams run, queue and first tokens are as before."
+    )
     table.add_column("at", justify="right")
     table.add_column("what")
     for head in ("stood still", "pause s", "longest", "queue", "refused", "first token s", "worst", "settled after"):

@@ -61,6 +61,8 @@ class SimCopy:
         """It takes new requests."""
         self.is_leaving = False
         """It drains, and is not opened again."""
+        self.silent_since_s: float | None = None
+        """A rank answers no longer, and nobody has noticed; None: all do."""
         self.number = number
         self._cost, self._config, self._pool = cost, config, pool
         self._on_end = on_end
@@ -81,8 +83,6 @@ class SimCopy:
         """The newest plan might have had prompts, but for the pace."""
         self._has_new = False
         """Requests came since the last plan."""
-        self._is_silent = False
-        """A rank answers no longer, and nobody has noticed."""
         self._thinking_tokens: dict[Hashable, int] = {}
         """Of its flights."""
         self._paused: set[Hashable] = set()
@@ -163,14 +163,14 @@ class SimCopy:
     def fall_silent(self, now_s: float) -> None:
         """A rank answers no longer: its Router waits for a result, and takes requests. Follow with `lose_ranks`."""
         self._settle(now_s)
-        self._is_silent = True
+        self.silent_since_s = now_s
         self._pause(now_s)
         self._look_ahead()
 
     def lose_ranks(self, now_s: float) -> None:
         """A rank is killed: plans under way have no results. Follow with `start_ranks`."""
         self._settle(now_s)
-        self._is_silent = False
+        self.silent_since_s = None
         loss = self._core.on_lost(RankLost("a rank was lost", rank=0, was_killed=True, cause=RankLossCause.EXITED))
         self._sent.clear()
         self._ahead, self.next_s, self.is_open = None, None, False
@@ -191,7 +191,7 @@ class SimCopy:
         self._core.on_started(self._pool)
         self.work.recomputed_tokens += self._core.num_replayed_tokens_total - before
         self._num_steps_of_life = 0
-        self.is_open = True
+        self.is_open = not self.is_leaving
         self._started_s = now_s
         self._send(now_s)
         self._look_ahead()
@@ -302,7 +302,7 @@ class SimCopy:
     def _look_ahead(self) -> None:
         """Find out when something happens next, and whether it is known until then."""
         self._ahead = None
-        if not self._sent or self._is_silent:
+        if not self._sent or self.silent_since_s is not None:
             self.next_s = None
             return
         ahead = self._foresee()

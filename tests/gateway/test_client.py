@@ -193,4 +193,5 @@ def test_the_client_needs_only_grpc_and_protobuf() -> None:
         "import sys, mull.client; heavy = {'cluster', 'workers', 'torch', 'ray', 'pydantic', 'numpy', 'google.rpc'};"
         "print(heavy & {*sys.modules})"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False)
+    assert (done.stdout, done.stderr) == ("set()\n", "")

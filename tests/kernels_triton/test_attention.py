@@ -11,6 +11,7 @@ pytest.importorskip("triton", reason="the GPU kernels need triton: pip install t
 
 from tests.kernels_triton.values import DEVICE, accurate, normal
 from workers.kernels.prefill_attention import Chunks
+from workers.kernels.triton import prefill_attention as paged
 from workers.kernels.triton import reference
 from workers.kernels.triton.decode_attention import decode_attention, decode_attention_quantize
 from workers.kernels.triton.prefill_attention import prefill_attention
@@ -76,6 +77,15 @@ def test_prefill_attention_equals_its_reference(
         for q_CND, table_M, start in zip(q.split(sizes), chunks.tables_CM, starts, strict=True)
     ]
     accurate(got, torch.cat(want), 1e-5)
+
+
+def test_chunks_are_found_among_more_than_are_looked_through_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paged, "BLOCK_CHUNKS", 2)
+    pool, starts, sizes = pool_of(1, 16, 64, torch.float32), [3, 0, 20, 7, 0], [1, 70, 2, 33, 40]
+    q, chunks = normal(1, sum(sizes), 4, 64), chunks_of(starts, sizes, 16)
+    got = prefill_attention(q, pool, chunks.tables_CM, chunks.bounds_3C, sizes)
+    monkeypatch.undo()
+    assert torch.equal(got, prefill_attention(q, pool, chunks.tables_CM, chunks.bounds_3C, sizes))
 
 
 def chunks_of(starts: list[int], sizes: list[int], block_size: int) -> Chunks:
