@@ -227,7 +227,14 @@ def _load(args: argparse.Namespace, context: int) -> Load | None:
     if args.load is not None:
         if args.rate is not None:
             raise ConfigError("--rate and --load: a trace has its own times; leave one of them out")
-        return TraceLoad(trace=tuple(read_trace(args.load)), shared_prompt_tokens=shared)
+        trace = tuple(read_trace(args.load))
+        if long := sum(one.prompt_tokens + one.output_tokens > context for one in trace):
+            most = max(one.prompt_tokens + one.output_tokens for one in trace)
+            raise ConfigError(
+                f"{args.load}: {long:,} of {len(trace):,} requests are longer than the context of {context:,} tokens, "
+                f"the longest has {most:,}; raise --context, or leave them out"
+            )
+        return TraceLoad(trace=trace, shared_prompt_tokens=shared)
     if args.rate is None:
         return None
     lengths = Lengths(**{name: _tokens(getattr(args, name) or default) for name, default in _DEFAULTS.items()})

@@ -20,10 +20,16 @@ class Settled:
 
     token_s: float
     """Time of a token, prefills of others included."""
+    prefill_s: float
+    """Of a prompt that has the ranks for itself."""
     streams: float
     """Under way at once, over all copies."""
     fits: bool
     """Slots and KV hold them, and steps keep up."""
+
+    def life_s(self, lengths: Lengths) -> float:
+        """Of a request that waits for nobody; a second, at the least."""
+        return max(1.0, self.prefill_s + (lengths.thinking + lengths.answer) * self.token_s)
 
 
 def settle(fit: Fit, cost: CostModel, rate_per_s: float, lengths: Lengths) -> Settled:
@@ -39,16 +45,18 @@ def settle(fit: Fit, cost: CostModel, rate_per_s: float, lengths: Lengths) -> Se
     idle = [GroupShape()] * (candidate.layout.dp - 1)
     chunks = max(1.0, lengths.prompt / limits.max_num_batched_tokens)
     streams = 1.0
-    token_s, prefill_share = 0.0, 0.0
+    token_s, prefill_s, prefill_share = 0.0, 0.0, 0.0
     for _ in range(_ROUNDS):
         decode = _decodes(candidate, min(streams, most), lengths.mean_held)
         step_s = cost.step(decode).total_s
         # A prefill shares its step with the decodes: it adds what it takes beyond the step's own overhead.
         extra_s = max(0.0, cost.step([prefill, *idle]).total_s - cost.step([GroupShape(1, 1), *idle]).total_s)
-        prefill_share = min(_FULL, rate_per_s / candidate.copies * chunks * extra_s)
+        prefill_s = chunks * extra_s
+        prefill_share = min(_FULL, rate_per_s / candidate.copies * prefill_s)
         token_s = step_s / (1 - prefill_share)
         streams = (streams + rate_per_s * output * token_s) / 2
-    return Settled(token_s=token_s, streams=streams, fits=streams <= most and prefill_share < _FULL)
+    fits = streams <= most and prefill_share < _FULL
+    return Settled(token_s=token_s, prefill_s=prefill_s, streams=streams, fits=fits)
 
 
 def _decodes(candidate: Candidate, streams: float, context: int) -> list[GroupShape]:

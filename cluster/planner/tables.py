@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _GB = 1e9
 _WIDE = 132
 """Columns of a terminal that shows all."""
+_MANY_CUT = 0.01
 
 
 def show(plan: Plan) -> None:
@@ -37,7 +38,7 @@ def show(plan: Plan) -> None:
         console.print("\nDoes not fit:", *(f"  {line}" for line in problems), sep="\n")
     if plan.load is None:
         return
-    console.print(f"\nLoad: {load_words(plan.load)}\n")
+    console.print(f"\nLoad: {load_words(plan.load, plan.limits.context)}\n")
     if not plan.trials:
         console.print("Nothing fits, so nothing was simulated: take more or larger devices, or a shorter --context.")
         return
@@ -48,12 +49,14 @@ def show(plan: Plan) -> None:
         show_course(console, plan.course)
 
 
-def load_words(load: Load) -> str:
+def load_words(load: Load, context: int) -> str:
     lengths = load.lengths
-    return (
+    words = (
         f"{load.rate_per_s:.3g} requests a second, on average {lengths.prompt:,} tokens of prompt, "
         f"{lengths.thinking:,} of thoughts, {lengths.answer:,} of answer"
     )
+    cut_share = load.as_drawn(context).cut_share if isinstance(load, DrawnLoad) else 0.0
+    return words if cut_share < _MANY_CUT else f"{words}; {cut_share:.0%} are longer than the context, and cut to it"
 
 
 def verdict(trials: Sequence[Trial], load: Load) -> str:
@@ -72,9 +75,11 @@ def verdict(trials: Sequence[Trial], load: Load) -> str:
     )
     match load:
         case DrawnLoad():
-            gpus = gpus_for(load.most_output_tokens_per_s, best.fit.candidate, outcome)
+            asked = load.most_output_tokens_per_s(best.settled.life_s(load.lengths), best.fit.limits.context)
+            at_most = " in its bursts" if load.pattern == "bursty" else when
+            gpus = gpus_for(asked, best.fit.candidate, outcome)
             return (
-                f"{furthest} The load asks for {load.most_output_tokens_per_s:,.0f}, which takes about {gpus:,} such "
+                f"{furthest} The load asks for {asked:,.0f}{at_most}, which takes about {gpus:,} such "
                 f"GPUs: try --gpus {gpus}."
             )
         case TraceLoad():
