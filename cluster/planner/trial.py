@@ -14,7 +14,7 @@ from cluster.planner.outcome import Outcome
 from cluster.planner.setting import Setting
 from cluster.planner.shortlist import Settled, settle
 from cluster.planner.simulate import Span, replay, simulate
-from cluster.planner.workload import BURST_EVERY_S
+from cluster.planner.workload import BURST_EVERY_S, Lengths
 
 _WARM_UP, _MEASURED = 2.0, 1.0
 """In lifetimes of a request: what comes before it is measured, and how long that is."""
@@ -44,13 +44,17 @@ class Trial:
         """At any time of the day."""
         return self.outcome.keeps_up and (self.busiest is None or self.busiest.keeps_up)
 
+    def most_streams(self, lengths: Lengths) -> int:
+        """Of such a load that slots and KV hold at once."""
+        return self.fit.most_streams(lengths.mean_held)
+
     def as_json(self) -> dict[str, Any]:
         candidate = self.fit.candidate
         layout = candidate.layout
         where: dict[str, Any] = {"layout": str(candidate), "copies": candidate.copies}
         where |= {"tp": layout.tp, "dp": layout.dp, "expert_tp": layout.expert_tp}
         busiest = {} if self.busiest is None else {"busiest_hour": self.busiest.as_json()}
-        return where | self.outcome.as_json() | busiest
+        return where | self.outcome.as_json() | {"keeps_up": self.keeps_up} | busiest
 
 
 def shortlist(setting: Setting, fits: Sequence[Fit], load: Load, most: int) -> list[tuple[Fit, Settled]]:
