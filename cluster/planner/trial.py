@@ -58,12 +58,12 @@ class Trial:
 
 
 def shortlist(setting: Setting, fits: Sequence[Fit], load: Load, most: int) -> list[tuple[Fit, Settled]]:
-    """Those that a quick estimate finds fastest; who cannot take the load comes last.
+    """Those that a quick estimate finds fastest; of those that cannot take the load, last, those that give most.
 
     Of layouts that differ in `expert_tp` alone the fastest stands for all: they differ by little.
     """
     guesses = [(fit, settle(fit, setting.cost(fit), load.rate_per_s, load.lengths)) for fit in fits]
-    guesses.sort(key=lambda guess: (not guess[1].fits, guess[1].token_s))
+    guesses.sort(key=lambda guess: (0, guess[1].token_s) if guess[1].fits else (1, -guess[1].tokens_per_s))
     best: dict[tuple[int, int, int], tuple[Fit, Settled]] = {}
     for fit, guess in guesses:
         candidate = fit.candidate
