@@ -70,6 +70,11 @@ class CopyScheduler:
         return len(self._queue) + len(self._group_of)
 
     @property
+    def most_unfinished(self) -> int:
+        """Requests; one more is refused."""
+        return self.num_groups * self._config.max_num_seqs + self._config.max_waiting
+
+    @property
     def has_unfinished(self) -> bool:
         return self.num_unfinished > 0
 
@@ -91,7 +96,7 @@ class CopyScheduler:
         if request.key in self._queue or request.key in self._group_of:
             raise InvalidRequest(f"key {request.key!r} belongs to an unfinished request; choose another", field="key")
         self._groups[0].scheduler.check(request)
-        limit = self.num_groups * self._config.max_num_seqs + self._config.max_waiting
+        limit = self.most_unfinished
         if self.num_unfinished >= limit:
             stats = self.stats
             raise Overloaded(
