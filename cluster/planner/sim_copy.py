@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable
 
-from cluster.errors import RankLossCause, RankLost
+from cluster.errors import Overloaded, RankLossCause, RankLost
 from cluster.gateway.affinity import CopyLoad
 from cluster.planner.ahead import Ahead, Sent, group_shape, look_ahead
 from cluster.planner.cost import CostModel
@@ -119,6 +119,9 @@ class SimCopy:
 
     def add(self, flight: Flight, now_s: float, output_ids: list[int] | None = None) -> None:
         """A request comes, maybe with output from elsewhere. Raises what `EngineCore.add` raises."""
+        if self._ahead is not None and self.scheduler.num_unfinished >= self.scheduler.most_unfinished:
+            # Who waits would be let in by an end, which is not foreseen: it is as full as it was.
+            raise Overloaded(f"{self.name} has {self.scheduler.num_unfinished} requests, as many as it takes")
         self._settle(now_s)
         try:
             self._queue(flight, output_ids or [])
@@ -332,6 +335,7 @@ class SimCopy:
         if ahead is None or not num_steps:
             return
         scheduler, sent = self.scheduler, self._sent
+        kv_before = self.kv_share
         skipped = skip(scheduler, num_steps, self._thinking_tokens, self._paused)
         self._tell(ahead, skipped.told)
         pass_time(scheduler, ahead, sent, num_steps)
@@ -340,7 +344,7 @@ class SimCopy:
         for _ in range(num_old):
             self._count(sent.popleft())
         if num_steps > num_old:
-            self._count_many(ahead, num_steps - num_old)
+            self._count_many(ahead, num_steps - num_old, (kv_before + self.kv_share) / 2)
         sent.extend(ahead.plan(number) for number in range(num_steps - num_old, num_steps))
         self._num_steps_of_life += num_steps
         self._started_s = ahead.behind(num_steps)
@@ -362,11 +366,11 @@ class SimCopy:
             if one.answer is not None:
                 flight.first_answer_s = ahead.behind(one.answer)
 
-    def _count_many(self, ahead: Ahead, num_steps: int) -> None:
-        """Of those behind the ones that were under way."""
+    def _count_many(self, ahead: Ahead, num_steps: int, kv_share: float) -> None:
+        """Of those behind the ones that were under way; `kv_share`: on average."""
         work, num_sampled = self.work, ahead.decode.num_sampled
         total_s = num_steps * ahead.decode.total_s + ahead.growth_s * num_steps * (num_steps - 1) / 2
-        work.take(ahead.plan(num_steps // 2).time, total_s, num_steps, self.kv_share)
+        work.take(ahead.plan(num_steps // 2).time, total_s, num_steps, kv_share)
         work.decode_tokens += num_steps * num_sampled
         work.gaps.add(total_s / num_steps, num_steps * num_sampled)
 

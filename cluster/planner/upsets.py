@@ -116,7 +116,9 @@ class Operator:
         """All copies are replaced in place, a few at a time: each drains, then another loads where it was."""
         old = list(self._fleet.copies.values())
         at_once = self._serve.rollout_size(len(old))
-        self._note("rolling-update", f"{len(old)} copies are replaced, {at_once} at a time")
+        self._note(
+            "rolling-update", f"{len(old)} {'copy is' if len(old) == 1 else 'copies are'} replaced, {at_once} at a time"
+        )
 
         def replace_next() -> None:
             while old:

@@ -24,6 +24,7 @@ LIMITS = Limits(max_num_seqs=8, max_num_batched_tokens=2048, context=4096)
 LOAD = DrawnLoad(rate_per_s=20.0, lengths=Lengths(prompt=100, thinking=150, answer=50))
 
 WINDOW = Window(
+    start_s=0.0,
     seconds=60.0,
     busy_s=60.0,
     num_copies=1,
@@ -37,6 +38,7 @@ WINDOW = Window(
     gaps=Gaps(),
     waiting_at_start=0,
     waiting_at_end=0,
+    least_waiting=0,
     running_at_end=100,
 )
 
@@ -44,7 +46,7 @@ WINDOW = Window(
 def keeps_up(waiting_at_start: int, waiting_at_end: int) -> bool:
     flights = [Flight(key, Arrival(0.0, 10, 5, 5)) for key in range(600)]
     window = replace(WINDOW, waiting_at_start=waiting_at_start, waiting_at_end=waiting_at_end)
-    return judge(flights, window, num_gpus=1, answer_share=0.5, slots=256).keeps_up
+    return judge(flights, window, num_gpus=1, slots=256).keeps_up
 
 
 @pytest.mark.parametrize(("start", "end"), [(0, 0), (0, 5), (40, 60), (700, 700)])
@@ -65,7 +67,8 @@ def tried(copies: int) -> Trial:
 
 def test_as_many_devices_as_are_named_keep_up() -> None:
     too_few = tried(1)
-    needed = gpus_for(LOAD.most_output_tokens_per_s, too_few.fit.candidate, too_few.outcome)
+    asked = LOAD.most_output_tokens_per_s(too_few.settled.life_s(LOAD.lengths), LIMITS.context)
+    needed = gpus_for(asked, too_few.fit.candidate, too_few.outcome)
 
     assert not too_few.keeps_up
     assert too_few.outcome.utilisation == pytest.approx(1, abs=0.02)  # those that are refused do not hold it up

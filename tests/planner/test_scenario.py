@@ -16,6 +16,7 @@ from cluster.planner.load import DrawnLoad
 from cluster.planner.operations import known_operations
 from cluster.planner.scaling import Autoscaler
 from cluster.planner.scenario import Course, follow
+from cluster.planner.scenario_flags import check_fleet
 from cluster.planner.setting import Setting
 from cluster.planner.simulate import copy_maker
 from cluster.planner.upsets import Operator, Upset
@@ -240,6 +241,18 @@ def test_a_fleet_that_cannot_be_split_is_refused(words: list[str], problem: str)
 
     with pytest.raises(ConfigError, match=problem):
         make_plan(parser.parse_args(["qwen3-235b", "--gpus", "16", "--rate", "1/s", "--for", "60s", *words]))
+
+
+@pytest.mark.parametrize(
+    ("scenario", "problem"),
+    [
+        (Scenario(duration_s=60, max_copies=1), "--max-copies 1 is below the 2 copies of 2 × tp=4, the best layout"),
+        (Scenario(duration_s=60, num_cells=3), "2 copies of 2 × tp=4, the best layout, are not divisible by --cells 3"),
+    ],
+)
+def test_a_fleet_that_does_not_suit_the_best_layout_is_refused(scenario: Scenario, problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        check_fleet(scenario, copies_of(2).candidate)
 
 
 def test_tenants_share_the_load_unevenly_and_are_told_one_by_one() -> None:
