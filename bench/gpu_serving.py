@@ -24,7 +24,8 @@ import torch
 from bench.gpu_engine import rank_alone
 from bench.make_checkpoint import write_checkpoint
 from bench.peers.checkpoints import FIRST_FREE_ID, write_texts
-from cluster.config import ClusterConfig, parse_config
+from cluster.config import ClusterConfig
+from cluster.config_file import parse_config
 from cluster.gateway.copies import static_addresses
 from cluster.gateway.served_model import ServedModel
 from cluster.gateway.server import GatewayServer

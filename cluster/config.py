@@ -7,12 +7,10 @@ import re
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from cluster.errors import ConfigError
 from workers.layout import ParallelLayout
 from workers.logs import LogFormat
 
@@ -138,7 +136,7 @@ class RouterConfig(_Part):
     """The Router's bounds on queues and waits."""
 
     max_waiting: int = Field(256, ge=0)
-    """Requests that may wait for a slot; one more is refused with RESOURCE_EXHAUSTED."""
+    """Requests of a copy beyond its slots; one more is refused with RESOURCE_EXHAUSTED."""
     start_timeout_s: float = Field(600.0, gt=0)
     step_timeout_s: float = Field(60.0, gt=0)
     """A step that takes longer names the late rank, which then counts as lost."""
@@ -391,34 +389,3 @@ def is_loopback_host(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def parse_config(values: dict[str, Any]) -> ClusterConfig:
-    """Validate nested values. Raises ConfigError with one line that names the first wrong field."""
-    try:
-        return ClusterConfig.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        got = "" if isinstance(first["input"], dict) else f" (got {first['input']!r})"
-        words = first["msg"].removeprefix("Value error, ")
-        raise ConfigError(f"{where}: {words}{got}".removeprefix(": ")) from error
-
-
-_PARTS = ", ".join(f"'{part}'" for part in ClusterConfig.model_fields)
-
-
-def read_config(file: Path) -> dict[str, dict[str, Any]]:
-    """The nested values of a YAML file. Raises ConfigError when it is missing or is not a mapping of mappings."""
-    try:
-        values = yaml.safe_load(file.read_text())
-    except OSError as error:
-        raise ConfigError(f"{file}: cannot be read ({error.strerror}); give the path of a YAML file") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{file}: cannot be read as YAML ({error})".replace("\n", " ")) from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{file}: expected a mapping with {_PARTS}")
-    for part, inner in values.items():
-        if not isinstance(inner, dict):
-            raise ConfigError(f"{file}: '{part}' is {inner!r}, expected a mapping of its settings")
-    return values

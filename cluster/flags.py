@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.config import ClusterConfig, parse_config, read_config
+from cluster.config import ClusterConfig
+from cluster.config_file import parse_config, read_config
 from cluster.errors import ConfigError
 
 if TYPE_CHECKING:

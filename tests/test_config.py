@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config import ClusterConfig, parse_config, read_config
+from cluster.config import ClusterConfig
+from cluster.config_file import parse_config, read_config
 from cluster.errors import ConfigError
 from cluster.flags import add_serve_flags, builtin_model, config_from_flags
 from cluster.router.assembly import runner_configs

@@ -127,7 +127,7 @@ def watch(cell: Cell) -> Watched:
     )
     fleet = Fleet(maker, fit.candidate.copies, doors=doors, poll_s=_POLL_S, patience_s=operations.client_patience_s)
     operator = Operator(fleet, fit, setting.device, operations)
-    start_s = 0.0 if isinstance(load, TraceLoad) else _WARM_UP * _life_s(load, guess)
+    start_s = 0.0 if isinstance(load, TraceLoad) else _WARM_UP * guess.life_s(load.lengths)
     every_s = bucket_s(scenario.duration_s)
     recorder = Recorder(fleet, every_s, num_gateways, operations.control_plane)
     recorder.start(start_s)
@@ -181,10 +181,6 @@ def _peak(load: Load, scenario: Scenario) -> float:
     """Times the mean, as long as a stream lasts; with some room for chance."""
     swing = _SWING if isinstance(load, DrawnLoad) and load.pattern != "steady" else 1.0
     return _ROOM * swing * (2 if any(upset.kind == "double-load" for upset in scenario.upsets) else 1)
-
-
-def _life_s(load: Load, guess: Settled) -> float:
-    return max(1.0, (load.lengths.thinking + load.lengths.answer) * guess.token_s)
 
 
 def _gateways(fit: Fit, guess: Settled, operations: Operations) -> int:

@@ -20,7 +20,7 @@ from cluster.planner.operations import described_operations, known_operations
 from cluster.planner.quantities import parse_count, parse_duration_s, parse_rate_per_s
 from cluster.planner.recommendation import helm_values, serve_flags
 from cluster.planner.scenario import Course, follow
-from cluster.planner.scenario_flags import add_scenario_flags, day_s, scenario_of
+from cluster.planner.scenario_flags import add_scenario_flags, check_fleet, day_s, scenario_of
 from cluster.planner.setting import Setting
 from cluster.planner.survey import SHOWN_CONTEXT, Row, survey, without_lesser
 from cluster.planner.trial import Trial, shortlist, try_out
@@ -108,10 +108,10 @@ class Plan:
         out["layouts"] = [row.as_json() for row in self.rows]
         if self.load is not None:
             out["load"] = self.load.as_json()
-        if self.trials:
+        if self.load is not None and self.trials:
             from cluster.planner.tables import verdict
 
-            out["verdict"] = verdict(self.trials)
+            out["verdict"] = verdict(self.trials, self.load)
             out["simulated"] = [trial.as_json() for trial in self.trials]
             out["recommendation"] = {"flags": self.flags, "helm_values": self.values}
         if self.course is not None:
@@ -141,6 +141,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         trials = try_out(setting, shortlist(setting, fits, load, args.best), load)
     course = None
     if scenario is not None and load is not None and trials:
+        check_fleet(scenario, trials[0].fit.candidate)
         node_s = None if args.node_start is None else parse_duration_s(args.node_start)
         course = follow(setting, trials[0].fit, load, scenario, known_operations(node_s=node_s))
     return Plan(
@@ -227,7 +228,14 @@ def _load(args: argparse.Namespace, context: int) -> Load | None:
     if args.load is not None:
         if args.rate is not None:
             raise ConfigError("--rate and --load: a trace has its own times; leave one of them out")
-        return TraceLoad(trace=tuple(read_trace(args.load)), shared_prompt_tokens=shared)
+        trace = tuple(read_trace(args.load))
+        if long := sum(one.prompt_tokens + one.output_tokens > context for one in trace):
+            most = max(one.prompt_tokens + one.output_tokens for one in trace)
+            raise ConfigError(
+                f"{args.load}: {long:,} of {len(trace):,} requests are longer than the context of {context:,} tokens, "
+                f"the longest has {most:,}; raise --context, or leave them out"
+            )
+        return TraceLoad(trace=trace, shared_prompt_tokens=shared)
     if args.rate is None:
         return None
     lengths = Lengths(**{name: _tokens(getattr(args, name) or default) for name, default in _DEFAULTS.items()})

@@ -143,6 +143,6 @@ def control_plane(
             used=peaks.waiting,
             limit=operations.router.max_waiting,
             unit="requests",
-            words="router.max_waiting; one more goes to another copy, or is refused",
+            words="router.max_waiting, and slots that KV has no room for; one more goes elsewhere, or is refused",
         ),
     ]

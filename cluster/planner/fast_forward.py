@@ -13,14 +13,12 @@ from collections.abc import Collection, Hashable, Mapping
 from typing import NamedTuple
 
 from cluster.planner.ahead import Ahead, Sent
+from cluster.planner.fillers import FILLER_ID, THINK_END_ID
 from cluster.planner.step_shape import ENDLESS, GroupShape
 from cluster.router.copy_scheduler import CopyScheduler
 from cluster.router.scheduler import Scheduler
 from cluster.router.sequence import Phase, Sequence
 from workers.step import StepResult
-
-FILLER_ID, THINK_END_ID = 0, 1
-"""All that simulated ranks ever say."""
 
 _FILLER = [FILLER_ID] * 65536
 _THINKING = Phase.THINKING

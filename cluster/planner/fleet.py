@@ -36,9 +36,10 @@ def _uncollected() -> Iterator[None]:
 
 @dataclass(order=True)
 class Happening:
-    """Something that is done to the fleet at a time."""
+    """Something that is done to the fleet at a time; at the same time, in the order in which it was arranged."""
 
     time_s: float
+    number: int
     do: Callable[[], object] = field(compare=False)
 
 
@@ -77,6 +78,7 @@ class Fleet:
         """The only valid entry of each copy in the heap."""
         self._num_tickets = 0
         self._happenings: list[Happening] = []
+        self._num_happenings = 0
         self._parked: dict[int, tuple[Flight, list[int]]] = {}
         """Have no copy that takes them. By key: the oldest first."""
         for _ in range(num_copies):
@@ -131,7 +133,8 @@ class Fleet:
 
     def at(self, time_s: float, do: Callable[[], object]) -> None:
         """Let something happen."""
-        heapq.heappush(self._happenings, Happening(time_s, do))
+        self._num_happenings += 1
+        heapq.heappush(self._happenings, Happening(time_s, self._num_happenings, do))
 
     def reschedule(self, copy: SimCopy) -> None:
         """Its `next_s` has changed."""
@@ -277,10 +280,11 @@ class Fleet:
             self._place(flight, output_ids)
 
     def ranks_are_back(self, copy: SimCopy) -> None:
-        """A copy takes work again."""
+        """A copy takes work again, unless it drains."""
         copy.start_ranks(self.now_s)
         self.reschedule(copy)
-        self.open_copy(copy)
+        if copy.is_open:
+            self.open_copy(copy)
 
     def _on_end(self, flight: Flight) -> None:
         self._num_open_flights -= 1

@@ -7,7 +7,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from cluster.planner.workload import (
+    BURST_EVERY_S,
+    BURST_FACTOR,
+    BURST_LASTS_S,
+    BURST_OF_MEAN,
     Arrival,
+    Drawn,
     Lengths,
     Rate,
     bursty,
@@ -15,14 +20,15 @@ from cluster.planner.workload import (
     doubled,
     drawn,
     later,
+    mean_drawn,
     mean_lengths,
     steady,
 )
 
 Pattern = Literal["steady", "diurnal", "bursty"]
 
-_MOST_OF_MEAN = {"steady": 1.0, "diurnal": 1.6, "bursty": 5.0}
-"""The largest rate of a pattern is no more than so many times its mean."""
+_MOST_OF_MEAN = {"steady": 1.0, "diurnal": 1.6, "bursty": BURST_OF_MEAN}
+"""The largest rate of a pattern is so many times its mean."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +60,21 @@ class DrawnLoad:
     def most_per_s(self) -> float:
         """The largest rate of its pattern."""
         return self.rate_per_s * _MOST_OF_MEAN[self.pattern]
+
+    def most_output_tokens_per_s(self, life_s: float, context: int) -> float:
+        """Thoughts and answers that it asks for when most requests are under way, which last so long."""
+        return self._most_under_way_per_s(life_s) * self.as_drawn(context).output_tokens
+
+    def _most_under_way_per_s(self, life_s: float) -> float:
+        """Bursts that are shorter than requests are less than their rate."""
+        if self.pattern != "bursty" or life_s <= BURST_LASTS_S:
+            return self.most_per_s
+        share = BURST_LASTS_S / min(life_s, BURST_EVERY_S)
+        return self.most_per_s * (share + (1 - share) / BURST_FACTOR)
+
+    def as_drawn(self, context: int) -> Drawn:
+        """What becomes of the mean lengths where lengths are cut to the context."""
+        return mean_drawn(self.lengths, context)
 
     def rate(self) -> Rate:
         mean = self.rate_per_s

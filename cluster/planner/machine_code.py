@@ -25,13 +25,24 @@ from cluster.planner import sim_copy
 
 MODULES = {
     "cluster/gateway": ("affinity", "choice"),
-    "cluster/planner": ("ahead", "doors", "fast_forward", "fleet", "flights", "roofline", "sim_copy", "step_shape"),
+    "cluster/planner": (
+        "ahead",
+        "doors",
+        "fast_forward",
+        "fillers",
+        "fleet",
+        "flights",
+        "roofline",
+        "sim_copy",
+        "step_shape",
+    ),
     "cluster/router": (
         "admission",
         "blocks",
         "copy_scheduler",
         "drafter",
         "engine_core",
+        "fetches",
         "host_tier",
         "in_flight",
         "pace",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -11,6 +12,9 @@ from cluster.planner.roofline import StepTime
 
 _FULL_KV = 0.85
 _BUSY = 0.98
+_GROWTH = 0.1
+"""Share of arrivals: more of them waiting at the end than at the start is no chance."""
+_STEPS_WAITED = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +42,7 @@ def _at(known: Sequence[float], share: float) -> float:
 class Window:
     """What the copies did between two moments."""
 
+    start_s: float
     seconds: float
     busy_s: float
     """Over all copies."""
@@ -53,16 +58,29 @@ class Window:
     gaps: Gaps
     waiting_at_start: int
     waiting_at_end: int
+    least_waiting: int
+    """At any time that was looked at."""
     running_at_end: int
+
+    @property
+    def end_s(self) -> float:
+        return self.start_s + self.seconds
+
+    def has(self, time_s: float | None) -> bool:
+        """It was in it."""
+        return time_s is not None and self.start_s <= time_s <= self.end_s
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """Figures of the requests that came in the measured window, and of the copies in it."""
+    """Figures of the measured window: of what came, began, was answered and ended in it, and of the copies."""
 
     requests: int
+    """That came."""
     refused: int
+    """Of them."""
     unfinished: int
+    """Of them, those that were still under way at its end."""
     ttft: Quantiles | None
     time_to_answer: Quantiles | None
     """To the first token of the answer."""
@@ -74,6 +92,7 @@ class Outcome:
     utilisation: float
     """Share of the time in which ranks had a step."""
     mean_running: float
+    """Streams that get tokens, over time."""
     kv_use: float
     preemptions: int
     gpu_hours_per_million_answer_tokens: float | None
@@ -98,28 +117,27 @@ class Outcome:
         return asdict(self) | {"mean_step": self.mean_step._asdict()}
 
 
-def judge(flights: Sequence[Flight], window: Window, *, num_gpus: int, answer_share: float, slots: int) -> Outcome:
-    """`answer_share`: of output tokens; `slots`: of all copies."""
-    ended = [flight for flight in flights if flight.end_s is not None]
-    refused = sum(flight.was_refused for flight in flights)
+def judge(flights: Sequence[Flight], window: Window, *, num_gpus: int, slots: int) -> Outcome:
+    """`flights`: all that came, before the window, too; `slots`: of all copies."""
+    came = [flight for flight in flights if window.has(flight.arrival.time_s)]
+    ended = [flight for flight in flights if window.has(flight.end_s)]
+    refused = sum(flight.was_refused for flight in came)
     output_rate = window.output_tokens / window.seconds
-    answer_rate = output_rate * answer_share
-    grows = window.waiting_at_end > max(2 * window.waiting_at_start, window.running_at_end // 20, 4)
-    keeps_up = not refused and not grows
-    tpot = Quantiles.of(one for flight in ended if (one := flight.tpot_s) is not None)
+    answer_rate = output_rate * _answer_share(ended or came)
+    keeps_up = not refused and not _grows(window, num_arrivals=len(came))
     mean_step_s = window.busy_s / window.num_steps if window.num_steps else 0.0
     return Outcome(
-        requests=len(flights),
+        requests=len(came),
         refused=refused,
-        unfinished=len(flights) - len(ended) - refused,
-        ttft=Quantiles.of(one for flight in flights if (one := flight.ttft_s) is not None),
-        time_to_answer=Quantiles.of(one for flight in flights if (one := flight.time_to_answer_s) is not None),
-        tpot=tpot,
+        unfinished=sum(flight.end_s is None and not flight.was_refused for flight in came),
+        ttft=_times(flights, window, _first_token_s),
+        time_to_answer=_times(flights, window, _first_answer_s),
+        tpot=Quantiles.of(one for flight in ended if (one := flight.tpot_s) is not None),
         inter_token_p99_s=window.gaps.quantile_s(0.99),
         output_tokens_per_s=output_rate,
         answer_tokens_per_s=answer_rate,
-        utilisation=window.busy_s / (window.seconds * window.num_copies),
-        mean_running=window.output_tokens / window.num_steps * window.num_copies if window.num_steps else 0.0,
+        utilisation=min(1.0, window.busy_s / (window.seconds * window.num_copies)),  # a step counts when it ends
+        mean_running=sum(_seconds_within(flight, window) for flight in flights) / window.seconds,
         kv_use=window.kv_share,
         preemptions=window.preemptions,
         gpu_hours_per_million_answer_tokens=num_gpus / 3600 / answer_rate * 1e6 if answer_rate else None,
@@ -129,6 +147,44 @@ def judge(flights: Sequence[Flight], window: Window, *, num_gpus: int, answer_sh
         num_decided_steps=window.num_decided_steps,
         mean_step=StepTime().plus(window.parts, 1 / window.num_steps if window.num_steps else 0.0),
     )
+
+
+_first_token_s = operator.attrgetter("first_token_s")
+_first_answer_s = operator.attrgetter("first_answer_s")
+
+
+def _times(flights: Sequence[Flight], window: Window, moment: Callable[[Flight], float | None]) -> Quantiles | None:
+    """From the arrivals until what came about in the window."""
+    return Quantiles.of(
+        at_s - flight.arrival.time_s for flight in flights if (at_s := moment(flight)) is not None and window.has(at_s)
+    )
+
+
+def _seconds_within(flight: Flight, window: Window) -> float:
+    """For so long it got tokens."""
+    if flight.first_token_s is None:
+        return 0.0
+    end_s = window.end_s if flight.end_s is None else min(flight.end_s, window.end_s)
+    return max(0.0, end_s - max(flight.first_token_s, window.start_s))
+
+
+def _answer_share(flights: Sequence[Flight]) -> float:
+    """Of their output tokens."""
+    output = sum(flight.arrival.output_tokens for flight in flights)
+    return sum(flight.arrival.answer_tokens for flight in flights) / output if output else 0.0
+
+
+def _grows(window: Window, *, num_arrivals: int) -> bool:
+    """Whether the queue does, or never ends; one that was long to begin with grows by a part of what came.
+
+    What waits for the next step or two is none.
+    """
+    steps_s = _STEPS_WAITED * window.busy_s / window.num_steps if window.num_steps else 0.0
+    least = max(window.running_at_end // 20, 4, steps_s * num_arrivals / window.seconds)
+    if window.least_waiting > least:
+        return True
+    doubled = window.waiting_at_end > max(2 * window.waiting_at_start, least)
+    return doubled or window.waiting_at_end - window.waiting_at_start > max(_GROWTH * num_arrivals, least)
 
 
 def _limit(window: Window, *, keeps_up: bool, slots: int) -> str:

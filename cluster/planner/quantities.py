@@ -1,4 +1,4 @@
-"""Numbers as people write them on a command line: 2k tokens, 2/s, 5m.
+"""Numbers as people write them on a command line, 2k tokens, 2/s, 5m, and as they are shown to them.
 
 k, M and G are thousands; Ki, Mi and Gi powers of two.
 """
@@ -38,3 +38,8 @@ def parse_rate_per_s(text: str) -> float:
     if rate <= 0:
         raise ConfigError(f"{text!r} is no rate; write it as 2/s, 90/min or 1k/h")
     return rate
+
+
+def plain(value: float) -> str:
+    """12,000 · 12 · 1.2 · 0.12"""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

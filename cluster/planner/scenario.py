@@ -123,7 +123,7 @@ def _course(fit: Fit, scenario: Scenario, seen: Sequence[Watched], began_s: floa
         scenario=scenario,
         num_gateways=sum(one.num_gateways for one in seen),
         series=series(looks, every_s, arrived, ranks),
-        effects=effects(log, flights, looks, arrived, start_s=start_s, end_s=end_s),
+        effects=effects(log, flights, looks, arrived, start_s=start_s),
         parts=[max(parts, key=_fullness) for parts in zip(*(one.parts for one in seen), strict=True)],
         tenants=_tenants([flight for bucket in arrived.buckets for flight in bucket]),
         gpu_hours=sum(look.copies for look in looks) * ranks * every_s / 3600,

@@ -6,6 +6,7 @@ import argparse
 
 from cluster.errors import ConfigError
 from cluster.planner.cell import Scenario
+from cluster.planner.layouts import Candidate
 from cluster.planner.load import Load, TraceLoad
 from cluster.planner.quantities import parse_duration_s
 from cluster.planner.upsets import Kind, Upset
@@ -85,9 +86,9 @@ def _check(args: argparse.Namespace, load: Load | None, upsets: list[Upset]) -> 
             raise ConfigError(f"--{name.replace('_', '-')} {value}: give 1 or more")
     if args.node_start is not None and args.max_copies is None:
         raise ConfigError("--node-start is of copies that autoscaling adds; give --max-copies, or leave it out")
-    if args.max_copies is not None and args.max_copies < (args.copies or 1):
-        raise ConfigError(f"--max-copies {args.max_copies} is below --copies {args.copies or 1}; raise it")
-    for name, count in (("copies", args.copies or 1), ("max_copies", args.max_copies), ("gateways", args.gateways)):
+    if args.max_copies is not None and args.copies is not None and args.max_copies < args.copies:
+        raise ConfigError(f"--max-copies {args.max_copies} is below --copies {args.copies}; raise it")
+    for name, count in (("copies", args.copies), ("max_copies", args.max_copies), ("gateways", args.gateways)):
         if args.cells is not None and count is not None and count % args.cells:
             raise ConfigError(
                 f"--{name.replace('_', '-')} {count} is not divisible by --cells {args.cells}; change one"
@@ -97,6 +98,20 @@ def _check(args: argparse.Namespace, load: Load | None, upsets: list[Upset]) -> 
     doubled = sum(upset.kind == "double-load" for upset in upsets)
     if doubled > 1 or (doubled and isinstance(load, TraceLoad)):
         raise ConfigError("--double-load: once, and of a load that is drawn (--rate), not of a trace")
+
+
+def check_fleet(scenario: Scenario, best: Candidate) -> None:
+    """Whether it suits the copies of the layout that was found to be the best. Raises ConfigError."""
+    if scenario.max_copies is not None and scenario.max_copies < best.copies:
+        raise ConfigError(
+            f"--max-copies {scenario.max_copies} is below the {best.copies} copies of {best}, the best layout; raise "
+            "it, or give --copies"
+        )
+    if best.copies % scenario.num_cells:
+        raise ConfigError(
+            f"the {best.copies} copies of {best}, the best layout, are not divisible by --cells {scenario.num_cells}; "
+            "change it, or give --copies"
+        )
 
 
 def _default_s(args: argparse.Namespace, load: Load | None, upsets: list[Upset]) -> float:

@@ -7,6 +7,7 @@ from rich.table import Table
 
 from cluster.planner.control_plane import Part
 from cluster.planner.effects import Effect
+from cluster.planner.quantities import plain
 from cluster.planner.scenario import Course
 
 _ROWS = 16
@@ -77,7 +78,10 @@ def _series_table(course: Course) -> Table:
 
 def _effects_table(effects: list[Effect]) -> Table:
     table = Table(title="What happened", title_justify="left", caption_justify="left")
-    table.caption = "Pauses are those of streams that stood still; settled: queue and first tokens are as before."
+    table.caption = (
+        "Pauses are those of streams that stood still. "
+        "Settled: queue and first tokens are as before, and all streams go on."
+    )
     table.add_column("at", justify="right")
     table.add_column("what")
     for head in ("stood still", "pause s", "longest", "queue", "refused", "first token s", "worst", "settled after"):
@@ -107,8 +111,8 @@ def _parts_table(parts: list[Part]) -> Table:
     table.add_column("")
     for part in parts:
         mark = "! " if part.is_over else ""
-        limit = "unknown" if part.limit is None else f"{part.limit:,.4g}"
-        table.add_row(part.part, f"{mark}{part.used:,.4g}", limit, part.unit, part.words)
+        limit = "unknown" if part.limit is None else plain(part.limit)
+        table.add_row(part.part, mark + plain(part.used), limit, part.unit, part.words)
     return table
 
 
@@ -129,4 +133,4 @@ def _clock(time_s: float) -> str:
 
 
 def _seconds(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3g}"
+    return "–" if value is None else plain(value)

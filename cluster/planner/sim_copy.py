@@ -9,13 +9,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable
 
-from cluster.errors import RankLossCause, RankLost
+from cluster.errors import Overloaded, RankLossCause, RankLost
 from cluster.gateway.affinity import CopyLoad
 from cluster.planner.ahead import Ahead, Sent, group_shape, look_ahead
 from cluster.planner.cost import CostModel
 from cluster.planner.fast_forward import (
-    FILLER_ID,
-    THINK_END_ID,
     Told,
     apply_plain,
     contexts,
@@ -26,16 +24,15 @@ from cluster.planner.fast_forward import (
     pass_time,
     skip,
 )
+from cluster.planner.fillers import FILLER_ID, THINK_END_ID, filler_request
 from cluster.planner.flights import Flight, Work
 from cluster.router.copy_scheduler import CopyScheduler
 from cluster.router.engine_core import YOUNG_STEPS, EngineCore, Pool
 from cluster.router.scheduler import Scheduler
 from cluster.router.scheduler_config import SchedulerConfig
-from cluster.router.sequence import SequenceRequest
 from cluster.router.supervision import RestartPolicy
-from workers.step import SamplingParams, StepResult
+from workers.step import StepResult
 
-_GREEDY = SamplingParams(temperature=0.0)
 _WORTH_SKIPPING = 2
 """Steps: one is decided as fast."""
 
@@ -64,6 +61,8 @@ class SimCopy:
         """It takes new requests."""
         self.is_leaving = False
         """It drains, and is not opened again."""
+        self.silent_since_s: float | None = None
+        """A rank answers no longer, and nobody has noticed; None: all do."""
         self.number = number
         self._cost, self._config, self._pool = cost, config, pool
         self._on_end = on_end
@@ -84,8 +83,6 @@ class SimCopy:
         """The newest plan might have had prompts, but for the pace."""
         self._has_new = False
         """Requests came since the last plan."""
-        self._is_silent = False
-        """A rank answers no longer, and nobody has noticed."""
         self._thinking_tokens: dict[Hashable, int] = {}
         """Of its flights."""
         self._paused: set[Hashable] = set()
@@ -122,23 +119,27 @@ class SimCopy:
 
     def add(self, flight: Flight, now_s: float, output_ids: list[int] | None = None) -> None:
         """A request comes, maybe with output from elsewhere. Raises what `EngineCore.add` raises."""
+        if self._ahead is not None and self.scheduler.num_unfinished >= self.scheduler.most_unfinished:
+            # Who waits would be let in by an end, which is not foreseen: it is as full as it was.
+            raise Overloaded(f"{self.name} has {self.scheduler.num_unfinished} requests, as many as it takes")
         self._settle(now_s)
-        self._queue(flight, output_ids or [])
-        if not self._sent:
-            self._send(now_s)
-        self._look_ahead()
+        try:
+            self._queue(flight, output_ids or [])
+            if not self._sent:
+                self._send(now_s)
+        finally:
+            self._look_ahead()  # what runs goes on where this one is refused
 
     def add_together(self, flights: Iterable[Flight], now_s: float) -> None:
-        """Requests that are there before the next plan is made."""
-        self._settle(now_s)
+        """Requests that are there before the next plan is made, on a copy that has nothing else."""
+        assert not self._sent, f"{self.name} is not idle"
         for flight in flights:
             self._queue(flight, [])
-        if not self._sent:
-            self._send(now_s)
+        self._send(now_s)
         self._look_ahead()
 
     def _queue(self, flight: Flight, output_ids: list[int]) -> None:
-        self._core.add(self._request(flight, output_ids))
+        self._core.add(filler_request(flight, output_ids, self._shared))
         self.flights[flight.key] = flight
         self._thinking_tokens[flight.key] = flight.arrival.thinking_tokens
         flight.copy = self.name
@@ -165,14 +166,14 @@ class SimCopy:
     def fall_silent(self, now_s: float) -> None:
         """A rank answers no longer: its Router waits for a result, and takes requests. Follow with `lose_ranks`."""
         self._settle(now_s)
-        self._is_silent = True
+        self.silent_since_s = now_s
         self._pause(now_s)
         self._look_ahead()
 
     def lose_ranks(self, now_s: float) -> None:
         """A rank is killed: plans under way have no results. Follow with `start_ranks`."""
         self._settle(now_s)
-        self._is_silent = False
+        self.silent_since_s = None
         loss = self._core.on_lost(RankLost("a rank was lost", rank=0, was_killed=True, cause=RankLossCause.EXITED))
         self._sent.clear()
         self._ahead, self.next_s, self.is_open = None, None, False
@@ -193,7 +194,7 @@ class SimCopy:
         self._core.on_started(self._pool)
         self.work.recomputed_tokens += self._core.num_replayed_tokens_total - before
         self._num_steps_of_life = 0
-        self.is_open = True
+        self.is_open = not self.is_leaving
         self._started_s = now_s
         self._send(now_s)
         self._look_ahead()
@@ -209,23 +210,6 @@ class SimCopy:
         self._thinking_tokens.clear()
         self._paused.clear()
         return leaving
-
-    def _request(self, flight: Flight, output_ids: list[int]) -> SequenceRequest:
-        arrival = flight.arrival
-        prompt_ids = [FILLER_ID] * arrival.prompt_tokens
-        if self._shared:
-            # The first token of its own makes every later block one that no other prompt has.
-            prompt_ids[min(self._shared, arrival.prompt_tokens - 1)] = flight.key + 2
-        return SequenceRequest(
-            key=flight.key,
-            prompt_ids=prompt_ids,
-            sampling=_GREEDY,
-            max_tokens=arrival.output_tokens,
-            starts_thinking=arrival.thinking_tokens > 0,
-            think_end_id=THINK_END_ID,
-            output_ids=output_ids,
-            cache_salt=arrival.tenant,
-        )
 
     @property
     def _oldest_ends_s(self) -> float:
@@ -321,7 +305,7 @@ class SimCopy:
     def _look_ahead(self) -> None:
         """Find out when something happens next, and whether it is known until then."""
         self._ahead = None
-        if not self._sent or self._is_silent:
+        if not self._sent or self.silent_since_s is not None:
             self.next_s = None
             return
         ahead = self._foresee()
@@ -351,6 +335,7 @@ class SimCopy:
         if ahead is None or not num_steps:
             return
         scheduler, sent = self.scheduler, self._sent
+        kv_before = self.kv_share
         skipped = skip(scheduler, num_steps, self._thinking_tokens, self._paused)
         self._tell(ahead, skipped.told)
         pass_time(scheduler, ahead, sent, num_steps)
@@ -359,7 +344,7 @@ class SimCopy:
         for _ in range(num_old):
             self._count(sent.popleft())
         if num_steps > num_old:
-            self._count_many(ahead, num_steps - num_old)
+            self._count_many(ahead, num_steps - num_old, (kv_before + self.kv_share) / 2)
         sent.extend(ahead.plan(number) for number in range(num_steps - num_old, num_steps))
         self._num_steps_of_life += num_steps
         self._started_s = ahead.behind(num_steps)
@@ -381,11 +366,11 @@ class SimCopy:
             if one.answer is not None:
                 flight.first_answer_s = ahead.behind(one.answer)
 
-    def _count_many(self, ahead: Ahead, num_steps: int) -> None:
-        """Of those behind the ones that were under way."""
+    def _count_many(self, ahead: Ahead, num_steps: int, kv_share: float) -> None:
+        """Of those behind the ones that were under way; `kv_share`: on average."""
         work, num_sampled = self.work, ahead.decode.num_sampled
         total_s = num_steps * ahead.decode.total_s + ahead.growth_s * num_steps * (num_steps - 1) / 2
-        work.take(ahead.plan(num_steps // 2).time, total_s, num_steps, self.kv_share)
+        work.take(ahead.plan(num_steps // 2).time, total_s, num_steps, kv_share)
         work.decode_tokens += num_steps * num_sampled
         work.gaps.add(total_s / num_steps, num_steps * num_sampled)
 

@@ -17,15 +17,13 @@ from cluster.planner.workload import Arrival
 from cluster.router.engine_core import Pool
 from cluster.router.scheduler_config import SchedulerConfig
 
-_CHECKS = 40
-"""How often it is looked whether all that are measured have ended."""
-_LONGEST = 4
-"""Times the measured window: who has not ended by then is counted as unfinished."""
+_LOOKS = 16
+"""At the queue, over the measured time."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
-    """When arrivals are measured: those before let the load settle. Seconds."""
+    """When it is measured, in seconds: what comes before lets the load settle."""
 
     start_s: float
     end_s: float
@@ -59,75 +57,72 @@ def copy_maker(
 
 
 def simulate(fleet: Fleet, arrivals: Iterator[Arrival], span: Span, fit: Fit) -> Outcome:
-    """The load goes on until all that came in the span have ended, or for a few times as long as it."""
+    """The load goes on until the end of the span. Times are of what came about in it: nobody is left out."""
     meter = Meter(fleet)
     fleet.at(span.start_s, meter.begin)
+    for look in range(1, _LOOKS):
+        fleet.at(span.start_s + look / _LOOKS * (span.end_s - span.start_s), meter.look)
     fleet.at(span.end_s, meter.finish)
-
-    def check() -> None:
-        if all(flight.end_s is not None or flight.was_refused for flight in measured()):
-            fleet.stop()
-        else:
-            fleet.at(fleet.now_s + (span.end_s - span.start_s) / _CHECKS, check)
-
-    def measured() -> list[Flight]:
-        return [one for one in fleet.flights if span.start_s <= one.arrival.time_s < span.end_s]
-
-    fleet.at(span.end_s, check)
-    fleet.run(arrivals, until_s=span.start_s + _LONGEST * (span.end_s - span.start_s))
-    return meter.outcome(measured(), fit)
+    fleet.at(span.end_s, fleet.stop)
+    fleet.run(arrivals)
+    return meter.outcome(fit)
 
 
 def replay(fleet: Fleet, arrivals: Sequence[Arrival], fit: Fit) -> Outcome:
-    """A trace from its beginning until its last request has ended."""
+    """A trace from its beginning until its last request has ended; whether it was kept up with shows when that came."""
     meter = Meter(fleet)
     meter.begin()
+    fleet.at(arrivals[-1].time_s, meter.look)
     fleet.run(arrivals)
     meter.finish()
-    return meter.outcome(fleet.flights, fit)
+    return meter.outcome(fit, is_over=True)
 
 
 class Meter:
-    """Reads the counters of all copies at two moments."""
+    """Reads the counters of all copies at two moments, and the queue between them."""
 
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
-        self._marks: list[tuple[float, list[Work], int, int, int]] = []
+        self._marks: list[_Mark] = []
+        self._waiting: list[int] = []
 
     def begin(self) -> None:
         self._mark()
 
+    def look(self) -> None:
+        self._waiting.append(self._fleet.num_waiting)
+
     def finish(self) -> None:
         self._mark()
 
-    def outcome(self, flights: Sequence[Flight], fit: Fit) -> Outcome:
-        (start_s, works, preempted, waiting, _), (end_s, works_at_end, preempted_at_end, waiting_at_end, running) = (
-            self._marks
-        )
-        work = between(works, works_at_end)
-        output = sum(flight.arrival.output_tokens for flight in flights)
+    def outcome(self, fit: Fit, *, is_over: bool = False) -> Outcome:
+        """`is_over`: nothing is left at the end, so that the queue counts as it was at the last look."""
+        start, end = self._marks
+        work = between(start.works, end.works)
+        copies = len(self._fleet.copies)
         window = Window(
-            seconds=max(end_s - start_s, 1e-9),
+            start_s=start.time_s,
+            seconds=max(end.time_s - start.time_s, 1e-9),
             busy_s=work.busy_s,
-            num_copies=len(self._fleet.copies),
+            num_copies=copies,
             output_tokens=work.decode_tokens,
             prefill_tokens=work.prefill_tokens,
             num_steps=work.num_steps,
             num_decided_steps=work.num_decided_steps,
             kv_share=work.kv_share_s / work.busy_s if work.busy_s else 0.0,
-            preemptions=preempted_at_end - preempted,
+            preemptions=end.preempted - start.preempted,
             parts=work.parts,
             gaps=work.gaps,
-            waiting_at_start=waiting,
-            waiting_at_end=waiting_at_end,
-            running_at_end=running,
+            waiting_at_start=start.waiting,
+            waiting_at_end=self._waiting[-1] if is_over else end.waiting,
+            least_waiting=min([start.waiting, *self._waiting, end.waiting]),
+            running_at_end=end.running,
         )
-        layout, copies = fit.candidate.layout, len(self._fleet.copies)
+        layout = fit.candidate.layout
         return judge(
-            flights,
+            self._fleet.flights,
             window,
             num_gpus=layout.world_size * copies,
-            answer_share=sum(flight.arrival.answer_tokens for flight in flights) / output if output else 0.0,
             slots=fit.limits.max_num_seqs * layout.dp * copies,
         )
 
@@ -135,6 +130,23 @@ class Meter:
         fleet = self._fleet
         fleet.catch_up()
         copies = [*fleet.copies.values(), *fleet.gone]
-        works = [copying.deepcopy(copy.work) for copy in copies]
-        preempted = sum(copy.scheduler.stats.num_preempted_total for copy in copies)
-        self._marks.append((fleet.now_s, works, preempted, fleet.num_waiting, fleet.num_running))
+        self._marks.append(
+            _Mark(
+                time_s=fleet.now_s,
+                works=[copying.deepcopy(copy.work) for copy in copies],
+                preempted=sum(copy.scheduler.stats.num_preempted_total for copy in copies),
+                waiting=fleet.num_waiting,
+                running=fleet.num_running,
+            )
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Mark:
+    """What is read at a moment."""
+
+    time_s: float
+    works: list[Work]
+    preempted: int
+    waiting: int
+    running: int

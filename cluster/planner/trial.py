@@ -14,13 +14,15 @@ from cluster.planner.outcome import Outcome
 from cluster.planner.setting import Setting
 from cluster.planner.shortlist import Settled, settle
 from cluster.planner.simulate import Span, replay, simulate
+from cluster.planner.workload import BURST_EVERY_S, Lengths
 
-_WARM_UP, _MEASURED = 1.2, 0.6
-"""In lifetimes of a request: what comes before the measured arrivals, and how long those come."""
+_WARM_UP, _MEASURED = 2.0, 1.0
+"""In lifetimes of a request: what comes before it is measured, and how long that is."""
 _MOST_COPIES = 8
 """That are simulated where nothing happens to them."""
-_LEAST_REQUESTS, _MOST_REQUESTS = 100, 1500
+_LEAST_REQUESTS, _MOST_REQUESTS = 400, 1500
 """To be measured, whatever the rate."""
+_LEAST_STEPS = 100
 _DAY_LIVES, _MOST_OF_DAY = 24, 6000
 """A day is simulated as if it had so many lifetimes of a request, or fewer with at most so many requests."""
 
@@ -42,22 +44,26 @@ class Trial:
         """At any time of the day."""
         return self.outcome.keeps_up and (self.busiest is None or self.busiest.keeps_up)
 
+    def most_streams(self, lengths: Lengths) -> int:
+        """Of such a load that slots and KV hold at once."""
+        return self.fit.most_streams(lengths.mean_held)
+
     def as_json(self) -> dict[str, Any]:
         candidate = self.fit.candidate
         layout = candidate.layout
         where: dict[str, Any] = {"layout": str(candidate), "copies": candidate.copies}
         where |= {"tp": layout.tp, "dp": layout.dp, "expert_tp": layout.expert_tp}
         busiest = {} if self.busiest is None else {"busiest_hour": self.busiest.as_json()}
-        return where | self.outcome.as_json() | busiest
+        return where | self.outcome.as_json() | {"keeps_up": self.keeps_up} | busiest
 
 
 def shortlist(setting: Setting, fits: Sequence[Fit], load: Load, most: int) -> list[tuple[Fit, Settled]]:
-    """Those that a quick estimate finds fastest; who cannot take the load comes last.
+    """Those that a quick estimate finds fastest; of those that cannot take the load, last, those that give most.
 
     Of layouts that differ in `expert_tp` alone the fastest stands for all: they differ by little.
     """
     guesses = [(fit, settle(fit, setting.cost(fit), load.rate_per_s, load.lengths)) for fit in fits]
-    guesses.sort(key=lambda guess: (not guess[1].fits, guess[1].token_s))
+    guesses.sort(key=lambda guess: (0, guess[1].token_s) if guess[1].fits else (1, -guess[1].tokens_per_s))
     best: dict[tuple[int, int, int], tuple[Fit, Settled]] = {}
     for fit, guess in guesses:
         candidate = fit.candidate
@@ -99,7 +105,9 @@ def _try(setting: Setting, fit: Fit, guess: Settled, load: Load) -> Trial:
                 busiest=_drawn(setting, fit, busiest, measured_span(busiest, guess)),
             )
         case DrawnLoad():
-            return Trial(fit=fit, settled=guess, outcome=_drawn(setting, fit, load, measured_span(load, guess)))
+            span = measured_span(load, guess)
+            begun = replace(load, begins_s=span.start_s)
+            return Trial(fit=fit, settled=guess, outcome=_drawn(setting, fit, begun, span))
 
 
 def _drawn(setting: Setting, fit: Fit, load: DrawnLoad, span: Span) -> Outcome:
@@ -112,7 +120,7 @@ def _drawn(setting: Setting, fit: Fit, load: DrawnLoad, span: Span) -> Outcome:
 
 def _day(load: DrawnLoad, guess: Settled) -> tuple[DrawnLoad, Span]:
     """A whole day, shortened to what has to be simulated of it: streams are short against it all the same."""
-    life_s = _life_s(load, guess)
+    life_s = guess.life_s(load.lengths)
     day_s = min(
         load.day_s, max(_LEAST_REQUESTS / load.rate_per_s, min(_DAY_LIVES * life_s, _MOST_OF_DAY / load.rate_per_s))
     )
@@ -121,13 +129,12 @@ def _day(load: DrawnLoad, guess: Settled) -> tuple[DrawnLoad, Span]:
 
 
 def measured_span(load: DrawnLoad, guess: Settled) -> Span:
-    """Behind a lifetime or so, in which the load settles; long enough for its requests to say something."""
-    life_s = _life_s(load, guess)
-    least_s, most_s = _LEAST_REQUESTS / load.rate_per_s, _MOST_REQUESTS / load.rate_per_s
+    """Behind lifetimes in which the load settles; long enough to say something; whole bursts with their pauses."""
+    life_s = guess.life_s(load.lengths)
+    least_s = max(_LEAST_REQUESTS / load.rate_per_s, _LEAST_STEPS * guess.token_s)
+    most_s = max(_MOST_REQUESTS / load.rate_per_s, least_s)
+    seconds = min(max(_MEASURED * life_s, least_s), most_s)
+    if load.pattern == "bursty":
+        seconds = max(1, round(seconds / BURST_EVERY_S)) * BURST_EVERY_S
     start_s = _WARM_UP * life_s
-    return Span(start_s=start_s, end_s=start_s + min(max(_MEASURED * life_s, least_s), max(least_s, most_s)))
-
-
-def _life_s(load: DrawnLoad, guess: Settled) -> float:
-    """Of a request."""
-    return max(1.0, (load.lengths.thinking + load.lengths.answer) * guess.token_s)
+    return Span(start_s=start_s, end_s=start_s + seconds)

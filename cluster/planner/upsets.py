@@ -80,7 +80,7 @@ class Operator:
 
     def silence_rank(self) -> None:
         """A process stands still, its Router counts it as lost after the longest that a step may take."""
-        copy = self._busiest()
+        copy = self._busiest(but_silent=True)
         if copy is None:
             self._note("silent-rank", "no copy took work: nothing more fell silent")
             return
@@ -90,10 +90,12 @@ class Operator:
             f"{self._step_timeout_s:.0f} s, back in {self._rank_s:.0f} s more",
         )
         self._fleet.silence(copy)
-        self._fleet.at(self._fleet.now_s + self._step_timeout_s, lambda: self._notice(copy))
+        since_s = copy.silent_since_s
+        self._fleet.at(self._fleet.now_s + self._step_timeout_s, lambda: self._notice(copy, since_s))
 
-    def _notice(self, copy: SimCopy) -> None:
-        if copy.name in self._fleet.copies:
+    def _notice(self, copy: SimCopy, since_s: float | None) -> None:
+        """Unless it was lost or replaced meanwhile, with its silent rank."""
+        if copy.name in self._fleet.copies and copy.silent_since_s == since_s:
             self._fleet.lose_ranks(copy)
             self._fleet.at(self._fleet.now_s + self._rank_s, lambda: self._ranks_back(copy))
 
@@ -114,7 +116,9 @@ class Operator:
         """All copies are replaced in place, a few at a time: each drains, then another loads where it was."""
         old = list(self._fleet.copies.values())
         at_once = self._serve.rollout_size(len(old))
-        self._note("rolling-update", f"{len(old)} copies are replaced, {at_once} at a time")
+        self._note(
+            "rolling-update", f"{len(old)} {'copy is' if len(old) == 1 else 'copies are'} replaced, {at_once} at a time"
+        )
 
         def replace_next() -> None:
             while old:
@@ -133,9 +137,10 @@ class Operator:
             self._start(self._node_s + self.copy_start_s)
 
     def remove_copies(self, count: int, words: str) -> None:
-        """Those that load first, then the youngest."""
+        """Those that load first, then the youngest; what leaves already is replaced for another reason."""
         self._note("scale", words)
-        youngest = sorted(self._fleet.copies.values(), key=lambda copy: (copy.is_open, -copy.number))
+        staying = [copy for copy in self._fleet.copies.values() if not copy.is_leaving]
+        youngest = sorted(staying, key=lambda copy: (copy.is_open, -copy.number))
         for copy in youngest[:count]:
             self.drain(copy, lambda: None)
 
@@ -166,13 +171,15 @@ class Operator:
         self._fleet.at(self._fleet.now_s + in_s, ready)
 
     def _ranks_back(self, copy: SimCopy) -> None:
-        if copy.name in self._fleet.copies and not copy.is_leaving:
+        if copy.name in self._fleet.copies:
             self._fleet.ranks_are_back(copy)
 
-    def _busiest(self) -> SimCopy | None:
-        """Of those that take work: the loss that hurts most."""
-        is_open = [copy for copy in self._fleet.copies.values() if copy.is_open]
-        return max(is_open, key=lambda copy: (len(copy.flights), -copy.number), default=None)
+    def _busiest(self, *, but_silent: bool = False) -> SimCopy | None:
+        """Of those that take work: the loss that hurts most. `but_silent`: where one more would change nothing."""
+        copies = [copy for copy in self._fleet.copies.values() if copy.is_open]
+        if but_silent:
+            copies = [copy for copy in copies if copy.silent_since_s is None]
+        return max(copies, key=lambda copy: (len(copy.flights), -copy.number), default=None)
 
     def _note(self, kind: Kind, words: str) -> None:
         self.log.append(Happened(time_s=self._fleet.now_s, kind=kind, words=words))

@@ -6,13 +6,16 @@ import json
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import islice
 from pathlib import Path
 
 from cluster.errors import ConfigError
 
 LENGTH_SPREAD = 0.5
 """Standard deviation over mean of drawn lengths: lognormal, as lengths of prompts and thoughts are about."""
+_DRAWS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +65,15 @@ def diurnal(mean_per_s: float, *, day_s: float = 86400.0, swing: float = 0.6) ->
     return lambda time_s: mean_per_s * (1 - swing * math.cos(2 * math.pi * time_s / day_s))
 
 
-def bursty(mean_per_s: float, *, every_s: float = 300.0, lasts_s: float = 30.0, factor: float = 5.0) -> Rate:
-    """`factor` times the base rate for a while, again and again, with the mean that is asked for."""
-    base = mean_per_s / (1 + (factor - 1) * lasts_s / every_s)
-    return lambda time_s: base * (factor if time_s % every_s < lasts_s else 1.0)
+BURST_EVERY_S, BURST_LASTS_S, BURST_FACTOR = 300.0, 30.0, 5.0
+BURST_OF_MEAN = BURST_FACTOR / (1 + (BURST_FACTOR - 1) * BURST_LASTS_S / BURST_EVERY_S)
+"""The rate of a burst, times the mean."""
+
+
+def bursty(mean_per_s: float) -> Rate:
+    """BURST_FACTOR times the base rate for a while, again and again, with the mean that is asked for."""
+    most = mean_per_s * BURST_OF_MEAN
+    return lambda time_s: most if time_s % BURST_EVERY_S < BURST_LASTS_S else most / BURST_FACTOR
 
 
 def later(rate: Rate, by_s: float, *, before_per_s: float) -> Rate:
@@ -113,8 +121,29 @@ def _cut(time_s: float, lengths: list[int], context: int, tenant: str) -> Arriva
     return Arrival(time_s, prompt, min(thinking, context - prompt - answer), answer, tenant)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """What `drawn` makes of mean lengths."""
+
+    output_tokens: float
+    """On average."""
+    cut_share: float
+    """Of the requests: they were longer than the context."""
+
+
+@cache
+def mean_drawn(lengths: Lengths, context: int) -> Drawn:
+    """Of as many draws as say it to a percent."""
+    requests = list(islice(drawn(steady(1.0), 1.0, lengths, seed=0, context=context), _DRAWS))
+    long = sum(one.prompt_tokens + one.output_tokens >= context for one in requests)
+    return Drawn(output_tokens=sum(one.output_tokens for one in requests) / _DRAWS, cut_share=long / _DRAWS)
+
+
 def read_trace(file: Path) -> list[Arrival]:
-    """Lines like {"time_s": 0.5, "prompt": 2000, "thinking": 8000, "answer": 1000}; tenant, too. Raises ConfigError."""
+    """Lines like {"time_s": 0.5, "prompt": 2000, "thinking": 8000, "answer": 1000}; tenant, too. Raises ConfigError.
+
+    Times may be of any clock: the first request comes at 0.
+    """
     try:
         lines = file.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -122,7 +151,9 @@ def read_trace(file: Path) -> list[Arrival]:
     arrivals = [_parse(file, number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not arrivals:
         raise ConfigError(f"{file}: has no requests; give one JSON object a line")
-    return sorted(arrivals, key=lambda arrival: arrival.time_s)
+    first_s = min(arrival.time_s for arrival in arrivals)
+    begun = [replace(arrival, time_s=arrival.time_s - first_s) for arrival in arrivals]
+    return sorted(begun, key=lambda arrival: arrival.time_s)
 
 
 def _parse(file: Path, number: int, line: str) -> Arrival:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, fields
+from operator import attrgetter
 
 from msgspec.structs import replace
 
@@ -69,6 +70,11 @@ class CopyScheduler:
         return len(self._queue) + len(self._group_of)
 
     @property
+    def most_unfinished(self) -> int:
+        """Requests; one more is refused."""
+        return self.num_groups * self._config.max_num_seqs + self._config.max_waiting
+
+    @property
     def has_unfinished(self) -> bool:
         return self.num_unfinished > 0
 
@@ -80,8 +86,8 @@ class CopyScheduler:
     @property
     def stats(self) -> SchedulerStats:
         """The groups' figures, summed; who has no group yet waits."""
-        stats = [group.scheduler.stats for group in self._groups]
-        summed = {name: sum(getattr(one, name) for one in stats) for name in _STATS}
+        figures = zip(*[_figures(group.scheduler.stats) for group in self._groups], strict=True)
+        summed = dict(zip(_STATS, map(sum, figures), strict=True))
         summed["num_waiting"] += len(self._queue)
         return SchedulerStats(**summed)
 
@@ -90,7 +96,7 @@ class CopyScheduler:
         if request.key in self._queue or request.key in self._group_of:
             raise InvalidRequest(f"key {request.key!r} belongs to an unfinished request; choose another", field="key")
         self._groups[0].scheduler.check(request)
-        limit = self.num_groups * self._config.max_num_seqs + self._config.max_waiting
+        limit = self.most_unfinished
         if self.num_unfinished >= limit:
             stats = self.stats
             raise Overloaded(
@@ -158,7 +164,7 @@ class CopyScheduler:
 
     def blame(self, *, is_suspicious: bool) -> list[SequenceUpdate]:
         """The ranks were lost. The ends of those who are given up for it; see `Quarantine`."""
-        computing = [seq for group in self._groups for seq in group.scheduler.computing]
+        computing = [seq for group in self._groups for seq in group.scheduler.in_flight.computed]
         condemned = self._quarantine.blame(computing, is_suspicious=is_suspicious)
         return [self._group_of.pop(seq.request.key).scheduler.give_up(seq.request.key) for seq in condemned]
 
@@ -209,6 +215,7 @@ def _load(plans: Sequence[StepPlan]) -> StepLoad:
 
 
 _STATS = [field.name for field in fields(SchedulerStats)]
+_figures = attrgetter(*_STATS)
 
 
 class _Group:

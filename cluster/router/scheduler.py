@@ -16,14 +16,14 @@ from collections.abc import Collection, Hashable, Iterable
 from cluster.errors import InvalidRequest, Overloaded
 from cluster.router.admission import Admission
 from cluster.router.blocks import BlockAllocator
-from cluster.router.host_tier import HostTier
+from cluster.router.fetches import add_fetches
 from cluster.router.in_flight import StepsInFlight
 from cluster.router.quarantine import Quarantine
 from cluster.router.scheduler_config import SchedulerConfig
 from cluster.router.scheduler_stats import SchedulerStats, Totals
 from cluster.router.sequence import FinishReason, Phase, Sequence, SequenceRequest, SequenceUpdate
 from cluster.router.slots import SlotTable
-from cluster.router.speculation import Move, Speculation, next_move
+from cluster.router.speculation import Move, add_drafts, next_move
 from cluster.router.step_builder import StepBuilder
 from cluster.router.waiting import WaitingQueue
 from workers.step import StepPlan, StepResult
@@ -201,31 +201,13 @@ class Scheduler:
                 step.prefill(seq)
         self._add_admissions(step)
         if self._blocks.host is not None:
-            self._add_fetches(step, self._blocks.host)
+            add_fetches(step, self._slots, self._blocks.host, self._reopen)
         if drafts:
-            self._add_drafts(step)
+            speculation = self._config.speculation
+            self._totals.draft_tokens += add_drafts(step, speculation, self.num_running, self._blocks.block_size)
         if step.is_empty:
             return None
         return self._send(step, self._slots.take_closed())
-
-    @property
-    def is_computing(self) -> bool:
-        """A plan that computes something is under way."""
-        return self._in_flight.are_computing
-
-    @property
-    def is_drafting(self) -> bool:
-        """One with drafts is."""
-        return self._in_flight.are_drafting
-
-    def drafting_gain(self, speculation: Speculation) -> float:
-        """Tokens that drafts may be expected to bring in the next step, less what they cost."""
-        least_chance = speculation.least_chance(self.num_running)
-        return sum(
-            seq.expected_gain(speculation.max_tokens, least_chance)
-            for seq in self._slots.running
-            if not seq.is_prefilling and not seq.must_reopen
-        )
 
     def schedule_idle(self) -> StepPlan:
         """A plan that computes nothing, so that this scheduler's numbers go on as those of others that do compute."""
@@ -289,11 +271,6 @@ class Scheduler:
         self._next_step += num_steps
         self._in_flight.passed(num_steps, list(self._slots.running))
 
-    @property
-    def computing(self) -> list[Sequence]:
-        """The unfinished sequences of whom plans under way compute a token."""
-        return self._in_flight.computed
-
     def give_up(self, key: Hashable) -> SequenceUpdate:
         """End a sequence that ranks cannot compute."""
         seq = self._sequences[key]
@@ -324,17 +301,6 @@ class Scheduler:
             elif len(seq.output_ids) + seq.num_pending < seq.max_output and self._make_room(seq, step):
                 step.decode(seq)
         return prefilling
-
-    def _add_drafts(self, step: StepBuilder) -> None:
-        """What those who decode may say next, as far as their blocks and the rest of the budget have room for it."""
-        speculation = self._config.speculation
-        least_chance = speculation.least_chance(self.num_running)
-        for seq in step.decoded:
-            room = len(seq.block_ids) * self._blocks.block_size - seq.num_computed
-            token_ids = seq.draft(min(speculation.max_tokens, room, step.budget), least_chance)
-            if token_ids:
-                self._totals.draft_tokens += len(token_ids)
-                step.draft(seq, token_ids)
 
     def _make_room(self, seq: Sequence, step: StepBuilder) -> bool:
         """A block for the next position of `seq`, if need be at the cost of later sequences.
@@ -379,24 +345,6 @@ class Scheduler:
                 self._count_first_admission(seq, step)
             if not seq.fetches:
                 step.prefill(seq)
-
-    def _add_fetches(self, step: StepBuilder, host: HostTier) -> None:
-        """Bring back blocks from the host, as many as a step has room for: who needs them is computed in a later one.
-
-        Where there is nothing else to compute, all of the first in order is brought back, and it is computed at once.
-        """
-        if not host.num_reading:
-            return
-        waiting = [seq for seq in self._slots.ranked if seq.fetches]
-        if step.is_empty and step.can_prefill and (not waiting[0].must_reopen or self._reopen(waiting[0], step)):
-            step.fetched += self._slots.fetch(waiting[0], len(waiting[0].fetches))
-            step.prefill(waiting[0])
-        if step.is_empty:
-            return
-        for seq in waiting:
-            if (room := host.plan.blocks_per_step - len(step.fetched)) <= 0:
-                break
-            step.fetched += self._slots.fetch(seq, room)
 
     def _count_first_admission(self, seq: Sequence, step: StepBuilder) -> None:
         seq.was_admitted = True

@@ -46,6 +46,7 @@ async def test_health_follows_the_router(gateway: RunningGateway) -> None:
 async def test_a_gateway_without_a_router_is_up_but_not_serving(model: ServedModel) -> None:
     server = GatewayServer(GatewayConfig(grpc_port=0, http_port=0, metrics_port=0), model, NOWHERE, link_times=FAST)
     ports = await server.start()
+    await until(lambda: "out of reach" in server.copies.state.reason, "the first try to connect")
     async with grpc.aio.insecure_channel(f"127.0.0.1:{ports.grpc}") as channel:
         stub = GenerationServiceStub(channel)
         info = await stub.GetServerInfo(pb.GetServerInfoRequest())
@@ -56,6 +57,9 @@ async def test_a_gateway_without_a_router_is_up_but_not_serving(model: ServedMod
     assert info.reason
     assert list(info.routers) == []
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    # Who runs the server is told what the connection said, clients are not told of addresses.
+    assert "127.0.0.1" in info.reason
+    assert caught.value.details() == "the Router is out of reach; try again soon"
 
 
 async def test_reflection_lists_the_services(gateway: RunningGateway) -> None:
@@ -106,7 +110,7 @@ async def test_a_fault_in_asking_the_router_does_not_end_the_asking(
     copies = gateway.server.copies
     answer = gateway.router.description
     monkeypatch.setattr("cluster.gateway.router_link.pb.DescribeRequest", lambda: 1 / 0)
-    await until(lambda: "ZeroDivisionError" in copies.state.reason, "the fault to be told")
+    await until(lambda: "ZeroDivisionError" in copies.state.whole_reason, "the fault to be told")
     # when
     monkeypatch.undo()
     # then

@@ -3,7 +3,7 @@
 import pytest
 
 from cluster.capacity import check_redundant_experts
-from cluster.config import parse_config
+from cluster.config_file import parse_config
 from tests.helm.chart import POCKET, PRESETS, Helm, Rendered
 from tests.workers.test_layout import MODELS
 

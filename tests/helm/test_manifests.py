@@ -6,7 +6,7 @@ import jsonschema
 import pytest
 import yaml
 
-from cluster.config import parse_config
+from cluster.config_file import parse_config
 from tests.helm.chart import CHART, PRESETS, Helm
 from tests.helm.schemas import check_builtin, check_ray_service, custom_schemas
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config import parse_config
+from cluster.config_file import parse_config
 from cluster.flags import add_serve_flags, config_from_flags
 from cluster.planner.devices import find_device
 from cluster.planner.layouts import Candidate, Limits

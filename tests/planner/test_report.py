@@ -130,6 +130,16 @@ def test_the_recommendation_can_be_copied(simulated: dict[str, Any]) -> None:
     assert values == simulated["recommendation"]["helm_values"].strip()
 
 
+def test_the_busiest_hour_stands_below_the_day(simulated: dict[str, Any]) -> None:
+    plan = copy.deepcopy(simulated)
+    best = plan["simulated"][0]
+    best["busiest_hour"] = best | {"keeps_up": False, "limit": "of that hour"}
+
+    rows = [texts(row, "td") for row in section(parsed(plan), "Under the load").iter("tr")]
+
+    assert [row[-1] for row in rows if row[:1] == ["in the busiest hour"]] == ["too slow: of that hour"]
+
+
 def test_simulated_layouts_are_compared(simulated: dict[str, Any]) -> None:
     page = parsed(simulated)
 

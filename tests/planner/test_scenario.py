@@ -16,6 +16,7 @@ from cluster.planner.load import DrawnLoad
 from cluster.planner.operations import known_operations
 from cluster.planner.scaling import Autoscaler
 from cluster.planner.scenario import Course, follow
+from cluster.planner.scenario_flags import check_fleet
 from cluster.planner.setting import Setting
 from cluster.planner.simulate import copy_maker
 from cluster.planner.upsets import Operator, Upset
@@ -242,6 +243,18 @@ def test_a_fleet_that_cannot_be_split_is_refused(words: list[str], problem: str)
         make_plan(parser.parse_args(["qwen3-235b", "--gpus", "16", "--rate", "1/s", "--for", "60s", *words]))
 
 
+@pytest.mark.parametrize(
+    ("scenario", "problem"),
+    [
+        (Scenario(duration_s=60, max_copies=1), "--max-copies 1 is below the 2 copies of 2 × tp=4, the best layout"),
+        (Scenario(duration_s=60, num_cells=3), "2 copies of 2 × tp=4, the best layout, are not divisible by --cells 3"),
+    ],
+)
+def test_a_fleet_that_does_not_suit_the_best_layout_is_refused(scenario: Scenario, problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        check_fleet(scenario, copies_of(2).candidate)
+
+
 def test_tenants_share_the_load_unevenly_and_are_told_one_by_one() -> None:
     load = DrawnLoad(rate_per_s=2.0, lengths=LOAD.lengths, tenants=4, shared_prompt_tokens=128)
 
@@ -249,3 +262,48 @@ def test_tenants_share_the_load_unevenly_and_are_told_one_by_one() -> None:
 
     assert [tenant.tenant for tenant in tenants] == ["tenant-1", "tenant-2", "tenant-3", "tenant-4"]
     assert tenants[0].requests > 2 * tenants[3].requests
+
+
+def test_a_rank_that_falls_silent_where_another_is_silent_already_is_of_another_copy_or_nothing_more() -> None:
+    fleet, operator = fleet_of(1)
+    for time_s in (3.0, 20.0):
+        operator.arrange(Upset(time_s=time_s, kind="silent-rank"))
+    operator.arrange(Upset(time_s=40.0, kind="lose-rank"))  # before it was noticed: all its ranks start anew
+
+    fleet.run(arrivals(8, every_s=1.0))
+
+    back_s = 40.0 + OPERATIONS.starting.rank_s(copies_of(1))
+    assert [one.words for one in operator.log][1] == "no copy took work: nothing more fell silent"
+    for flight in fleet.flights[:3]:
+        ((_, until_s),) = flight.pauses
+        assert until_s == pytest.approx(back_s, abs=1.0)
+
+
+def test_what_is_moved_is_told_of_the_loss_that_moved_it_and_nobody_stands_still_when_it_is_settled() -> None:
+    (router,) = course(2, Upset(time_s=100.0, kind="lose-router")).effects
+    rank, same = course(1, *[Upset(time_s=100.0, kind="lose-rank")] * 2).effects
+
+    assert router.moved == router.paused > 0
+    assert rank.pause_max_s is not None
+    assert rank.settled_after_s is not None
+    assert rank.settled_after_s >= rank.pause_max_s
+    assert same.paused == rank.paused > 0
+
+
+def test_streams_that_stand_still_at_the_end_are_counted() -> None:
+    (effect,) = course(1, Upset(time_s=290.0, kind="lose-rank")).effects
+
+    assert effect.paused > 0
+    assert effect.pause_max_s is None
+    assert effect.settled_after_s is None
+
+
+def test_an_update_goes_on_when_autoscaling_takes_copies_away_meanwhile() -> None:
+    fleet, operator = fleet_of(4)
+    operator.arrange(Upset(time_s=5.0, kind="rolling-update"))
+    fleet.at(6.0, lambda: operator.remove_copies(1, "one less"))
+
+    fleet.run([Arrival(0.0, 100, 100, 2000)] * 8 + arrivals(400, every_s=1.0))
+
+    assert len(fleet.copies) == 3
+    assert not {"copy-1", "copy-2", "copy-3", "copy-4"} & set(fleet.copies)

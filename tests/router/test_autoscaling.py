@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.config import ClusterConfig, ModelSource, RouterConfig, parse_config
+from cluster.config import ClusterConfig, ModelSource, RouterConfig
+from cluster.config_file import parse_config
 from cluster.errors import ConfigError
 from cluster.router.autoscaling import KV_USED, SLOTS_USED, scale_copies, wanted_copies
 from cluster.router.deployment import autoscaling_options

@@ -76,7 +76,7 @@ def test_suspects_are_computed_one_after_another_and_all_get_their_tokens() -> N
     for key in range(3):
         copy.add(request(key, [key, 1, 2], max_tokens=30))
     copy.send()
-    suspects = copy.scheduler.computing
+    suspects = copy.scheduler.in_flight.computed
     quarantine.blame(suspects, is_suspicious=True)
 
     copy.lose_ranks()

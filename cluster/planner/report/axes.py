@@ -6,15 +6,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from cluster.planner.quantities import plain
+
 _NICE = (1.0, 2.0, 2.5, 5.0, 10.0)
 _TIME_UNITS = ((1.0, "s"), (60.0, "min"), (3600.0, "h"), (86400.0, "d"))
 _UNITS_SHOWN = 3
 """A time axis takes the largest unit of which it shows at least so many."""
-
-
-def plain(value: float) -> str:
-    """12,000 · 12 · 1.2 · 0.12"""
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 @dataclass(frozen=True, kw_only=True)

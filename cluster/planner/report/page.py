@@ -6,8 +6,8 @@ from pathlib import Path
 
 import jinja2
 
+from cluster.planner.quantities import plain
 from cluster.planner.report import figures
-from cluster.planner.report.axes import plain
 
 _FOLDER = Path(__file__).parent
 _MINUTE_S, _HOUR_S = 60.0, 3600.0
