@@ -30,7 +30,7 @@ _KILL_POLL_S = 0.01
 _CALL_TIMEOUT_S = 10.0
 _STOP_MARGIN_S = 10.0
 _SILENCE_S = 60.0
-_CUT_S = 3.0
+_CUT_S = 10.0
 _RAY_LOGS = "/tmp/ray/session_latest/logs/serve"
 
 
