@@ -79,7 +79,7 @@ class NullGroup:
     silence_s = 0.0
 
     async def start(self) -> Any:
-        from cluster.router.shards import GroupInfo
+        from cluster.router.shard_group import GroupInfo
         from workers.layout import ParallelLayout
         from workers.step import RankReady
 

@@ -18,7 +18,8 @@ import msgspec
 import zmq
 
 from cluster.router.launchers import ProcessLauncher
-from cluster.router.shards import GroupBounds, RankGroup
+from cluster.router.shard_group import GroupBounds
+from cluster.router.shards import RankGroup
 from workers.config import RunnerConfig
 from workers.launched import BeforeWait, Done, Launched
 from workers.layout import ParallelLayout

@@ -25,7 +25,7 @@ from cluster.router.engine import Engine
 from cluster.router.in_process import InProcessGroup
 from cluster.router.scheduler_config import SchedulerConfig
 from cluster.router.sequence import SequenceRequest, SequenceUpdate
-from cluster.router.shards import GroupBounds
+from cluster.router.shard_group import GroupBounds
 from workers.config import ModelConfig, ParallelLayout, RunnerConfig
 from workers.step import SamplingParams
 

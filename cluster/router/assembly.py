@@ -13,7 +13,8 @@ from cluster.router.layout_table import rank_roles
 from cluster.router.request_watch import RequestWatch
 from cluster.router.router import Router
 from cluster.router.scheduler_config import SchedulerConfig
-from cluster.router.shards import GroupBounds, RankGroup
+from cluster.router.shard_group import GroupBounds
+from cluster.router.shards import RankGroup
 from cluster.router.speculation import Speculation
 from cluster.router.wire import ModelInfo
 from cluster.text.phases import THINK_END

@@ -10,7 +10,7 @@ import asyncio
 import logging
 
 from cluster.router.balancer import ExpertBalancer, LoadReport, Placement
-from cluster.router.shards import ShardGroup
+from cluster.router.shard_group import ShardGroup
 from workers.step import StepPlan, StepResult
 
 log = logging.getLogger(__name__)

@@ -22,7 +22,7 @@ from cluster.router.host_tier import host_words, plan_host
 from cluster.router.request_watch import RequestWatch
 from cluster.router.scheduler_config import SchedulerConfig
 from cluster.router.sequence import SequenceRequest, SequenceUpdate
-from cluster.router.shards import GroupInfo, OnProgress, ShardGroup, Steps, Survivors
+from cluster.router.shard_group import GroupInfo, OnProgress, ShardGroup, Steps, Survivors
 from cluster.router.supervision import RestartPolicy
 from workers.layout import ParallelLayout
 from workers.step import RankLoading, StepResult

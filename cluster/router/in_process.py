@@ -14,7 +14,7 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from cluster.errors import EngineError, MullError, RankLossCause, RankLost
-from cluster.router.shards import GroupBounds, GroupInfo, OnProgress, Survivors
+from cluster.router.shard_group import GroupBounds, GroupInfo, OnProgress, Survivors
 from workers.config import RunnerConfig
 from workers.shard import Runner, RunnerFactory, ShardConfig, load_runner
 from workers.step import PlacementUpdate, RankLoading, RankReady, StepPlan, StepResult

@@ -27,7 +27,7 @@ from cluster.router.scheduler_stats import SchedulerStats
 from cluster.router.sequence import SequenceUpdate
 from cluster.router.servicer import RouterServicer
 from cluster.router.session import MAX_UNREAD, Session
-from cluster.router.shards import GroupInfo
+from cluster.router.shard_group import GroupInfo
 from cluster.router.supervision import EngineState, RestartPolicy
 from cluster.router.wire import ModelInfo, RequestKey, to_request
 from mull.v1 import router_pb2 as pb

@@ -16,7 +16,7 @@ from cluster.router.balancer import ExpertBalancer, RebalancePolicy, make_balanc
 from cluster.router.engine import Engine
 from cluster.router.scheduler_config import SchedulerConfig
 from cluster.router.sequence import SequenceRequest, SequenceUpdate
-from cluster.router.shards import GroupInfo
+from cluster.router.shard_group import GroupInfo
 from tests.processes import ForkLauncher
 from workers.step import SamplingParams
 

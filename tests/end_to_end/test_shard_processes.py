@@ -15,7 +15,8 @@ import pytest
 from cluster.errors import RankLossCause, RankLost
 from cluster.router.in_process import InProcessGroup
 from cluster.router.launchers import ProcessLauncher
-from cluster.router.shards import GroupBounds, RankGroup, ShardGroup
+from cluster.router.shard_group import GroupBounds, ShardGroup
+from cluster.router.shards import RankGroup
 from tests.processes import ForkLauncher
 from workers.config import RunnerConfig
 from workers.layout import ParallelLayout

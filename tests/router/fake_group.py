@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from msgspec.structs import replace
 
 from cluster.errors import RankLost
-from cluster.router.shards import GroupInfo, OnProgress, Survivors
+from cluster.router.shard_group import GroupInfo, OnProgress, Survivors
 from tests.fakes import FakeRanks
 from workers.layout import ParallelLayout
 from workers.placement_map import EMPTY_SLOT, placement_problem

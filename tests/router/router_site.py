@@ -11,7 +11,7 @@ import grpc
 
 from cluster.router.scheduler_config import SchedulerConfig
 from cluster.router.sequence import SequenceRequest
-from cluster.router.shards import OnProgress, Survivors
+from cluster.router.shard_group import OnProgress, Survivors
 from cluster.router.wire import ModelInfo, to_request
 from mull.v1 import router_pb2 as pb
 from mull.v1.router_pb2_grpc import RouterServiceStub

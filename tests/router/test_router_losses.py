@@ -8,7 +8,7 @@ import pytest
 
 from cluster.errors import EngineError
 from cluster.router.router import Router
-from cluster.router.shards import OnProgress, Survivors
+from cluster.router.shard_group import OnProgress, Survivors
 from mull.v1 import router_pb2 as pb
 from tests.router.fake_group import FakeShardGroup
 from tests.router.router_site import CONFIG, MODEL, WAIT_S, Connect, Groups, alone, submit, until

@@ -25,7 +25,8 @@ from cluster.router.in_process import InProcessGroup
 from cluster.router.launchers import ProcessLauncher
 from cluster.router.rank_socket import RankSocket
 from cluster.router.rendezvous import Rendezvous
-from cluster.router.shards import GroupBounds, GroupInfo, RankGroup, Survivors
+from cluster.router.shard_group import GroupBounds, GroupInfo, Survivors
+from cluster.router.shards import RankGroup
 from tests.end_to_end.servers import command_of
 from workers.config import RunnerConfig
 from workers.launched import BeforeWait, Done, Launched
