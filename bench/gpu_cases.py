@@ -16,12 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.gpu_rivals import grouped_mm, sdpa
+from workers.candidates import Candidates
+from workers.drawing import draw as draw_in_torch
+from workers.drawing import rules_of
 from workers.kernels import deep_gemm, deep_gemm_experts, scaled_mm
 from workers.kernels import reference as plain
 from workers.kernels.prefill_attention import Chunks
+from workers.kernels.sums import PartialSums
 from workers.kernels.tiles import TILE, TileWeight
 from workers.kernels.triton import (
     decode_attention,
+    draw,
     experts,
     feed_forward,
     gate,
@@ -36,7 +41,7 @@ from workers.kernels.triton import (
     spread,
     swiglu,
 )
-from workers.kernels.triton.candidates import likeliest_keys
+from workers.kernels.triton.candidates import likeliest
 
 Launch = Callable[[], Any]
 CACHE_BYTES = 200 * 2**20
@@ -256,6 +261,15 @@ def _attention(sizes: Sizes, inputs: Inputs) -> Iterator[Case]:
                     decode_attention.decode_attention(q, p, *a), reference.decode_attention(q, p, *a[:2])
                 ),
             )
+            if sizes.head_dim == TILE and kv == inputs.dtype:
+                yield Case(
+                    name=f"decode attention {num_seqs} x {num_keys} keys, group {group}, to FP8 rows",
+                    launches=[
+                        lambda q=q, p=p, a=arguments: decode_attention.decode_attention_quantize(q, p, *a)
+                        for p in pools
+                    ],
+                    num_bytes=2 * num_seqs * num_keys * sizes.head_dim * kv.itemsize,
+                )
 
 
 def _chunks(sizes: Sizes, inputs: Inputs) -> Iterator[Case]:
@@ -295,6 +309,8 @@ def _rows(sizes: Sizes, inputs: Inputs) -> Iterator[Case]:
     for rows in (sizes.decode_rows[-1], sizes.prefill_rows):
         x, delta, wide = inputs.normal(rows, hidden), inputs.normal(rows, hidden), inputs.normal(1, rows, 2 * hidden)
         heads, norms = inputs.normal(rows, 10, sizes.head_dim), inputs.normal(9, sizes.head_dim)
+        parts = PartialSums(inputs.normal(7, rows, hidden, dtype=torch.float32), inputs.dtype)
+        head_parts = inputs.normal(3, rows, 10 * sizes.head_dim, dtype=torch.float32)
         pool = inputs.normal(2, -(-rows // sizes.block_size), sizes.block_size, sizes.head_dim)
         turns, cells = inputs.normal(rows, 2, sizes.head_dim), torch.arange(rows, device=inputs.device)
         launches: dict[str, tuple[Launch, int, Launch | None]] = {
@@ -309,6 +325,11 @@ def _rows(sizes: Sizes, inputs: Inputs) -> Iterator[Case]:
                 rows * hidden * (3 * item + 1),
                 None,
             ),
+            "sum of 7 parts, norm and quantise": (
+                lambda x=x, p=parts: norm.add_rms_norm_quantize(x, p, weight, 1e-6),
+                rows * hidden * (7 * 4 + 2 * item + 1),
+                None,
+            ),
             "activation and quantise": (
                 lambda w=wide: swiglu.swiglu_quantize(w, inputs.dtype),
                 rows * hidden * (2 * item + 1),
@@ -317,6 +338,13 @@ def _rows(sizes: Sizes, inputs: Inputs) -> Iterator[Case]:
             "norm, rotation and KV write": (
                 lambda h=heads, n=norms, r=turns, p=pool, c=cells: qk_norm_rope.qk_norm_rope_store(h, n, 1e-6, r, p, c),
                 rows * sizes.head_dim * item * (2 * 9 + 3 + 2),
+                None,
+            ),
+            "sum of 3 parts, norm, rotation and KV write": (
+                lambda h=head_parts, n=norms, r=turns, p=pool, c=cells: qk_norm_rope.sum_norm_rope_store(
+                    h, inputs.dtype, n, 1e-6, r, p, c
+                ),
+                rows * sizes.head_dim * (3 * 10 * 4 + item * (10 + 2 + 2)),
                 None,
             ),
         }
@@ -361,10 +389,17 @@ def _choices(sizes: Sizes, inputs: Inputs) -> Iterator[Case]:
     for count in (1, 20, 64):
         yield Case(
             name=f"{count} candidates of {rows} x {sizes.vocabulary}",
-            launches=[lambda count=count: likeliest_keys(vocabulary, count)],
+            launches=[lambda count=count: likeliest(vocabulary, count)],
             num_bytes=vocabulary.nbytes,
             rivals={"torch topk": [lambda count=count: vocabulary.topk(count)]},
         )
+    offered, row_rules = likeliest(vocabulary, 32), torch.zeros(rows, 5, dtype=torch.int64, device=inputs.device)
+    yield Case(
+        name=f"draw of {rows} rows from 32 candidates",
+        launches=[lambda: draw.draw(*offered, row_rules)],
+        num_bytes=rows * (32 * 12 + 5 * 8 + 2 * 8),
+        rivals={"torch": [lambda: draw_in_torch(Candidates(*offered), rules_of(row_rules))]},
+    )
     x, gate_up = inputs.normal(1, sizes.hidden), inputs.tiles(2 * sizes.hidden, sizes.hidden)
     down = inputs.tiles(sizes.hidden, sizes.hidden)
     yield Case(

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cluster.config import ClusterConfig
 from cluster.config_file import read_config
@@ -30,7 +30,6 @@ from cluster.flags import (
 )
 from cluster.interrupts import Interrupts
 from cluster.keys_command import add_keys_command
-from cluster.planner.command import add_plan_command
 from workers.logs import write_logs
 
 if TYPE_CHECKING:
@@ -98,16 +97,15 @@ def _serve_to_end(config: ClusterConfig) -> int:
             flush=True,
         )
         interrupts.wait(every_s=1.0, check=cluster.check)
-        draining = f"draining, at most {config.gateway.drain_s:g} s; Ctrl-C again stops at once"
-        if is_logging:
-            logger.info(draining)
-        else:
-            print(draining, file=sys.stderr)
-        cut = cluster.drain()
+        cut = cluster.drain(logger.info if is_logging else _print_to_stderr)
     if cut:
         streams = "1 stream was" if cut == 1 else f"{cut} streams were"
         raise MullError(f"{streams} still running after {config.gateway.drain_s:g} s and cut off")
     return 0
+
+
+def _print_to_stderr(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -248,10 +246,31 @@ def _check_security(config: ClusterConfig) -> None:
         link_server_credentials(link)
 
 
+class _CommandParser(argparse.ArgumentParser):
+    """Of one command, whose flags may be added only when it is the one that is given."""
+
+    def __init__(self, *args: Any, later: Callable[[argparse.ArgumentParser], None] | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._later = later
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self._later is not None:
+            self._later(self)
+            self._later = None
+        return super().parse_known_args(args, namespace)
+
+
+def _add_plan_flags(parser: argparse.ArgumentParser) -> None:
+    # Half of what this program would import, and nothing that others read.
+    from cluster.planner.command import add_plan_command
+
+    add_plan_command(parser)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mull", description="Serve Qwen3 thinking models, and talk to them.")
     parser.add_argument("--version", action="version", version=f"mull {importlib.metadata.version('mull')}")
-    commands = parser.add_subparsers(required=True, metavar="command")
+    commands = parser.add_subparsers(required=True, metavar="command", parser_class=_CommandParser)
 
     serve = commands.add_parser("serve", help="serve a model until Ctrl-C")
     add_serve_flags(serve, fallbacks={})
@@ -281,8 +300,7 @@ def _parser() -> argparse.ArgumentParser:
     add_top_flags(top)
     top.set_defaults(command=_top)
 
-    plan = commands.add_parser("plan", help="what fits on which GPUs, how fast it is, and what to run")
-    add_plan_command(plan)
+    commands.add_parser("plan", help="what fits on which GPUs, how fast it is, and what to run", later=_add_plan_flags)
 
     keys = commands.add_parser("keys", help="API keys: add, list, revoke")
     add_keys_command(keys)

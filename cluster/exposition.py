@@ -7,9 +7,11 @@ nor keys. `POST /drain` is for this machine alone.
 from __future__ import annotations
 
 import json
+import selectors
 import socket
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from socketserver import TCPServer, ThreadingMixIn
 from threading import BoundedSemaphore, Lock, Thread
 from typing import TYPE_CHECKING, Any
@@ -22,8 +24,6 @@ from cluster.config import is_loopback_host
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
-STOP_POLL_S = 0.05
-"""How often it looks whether it is to stop."""
 MIN_INTERVAL_S = 0.1
 """Between two collections: whoever reaches the port may ask without end, and what is asked is busy with requests."""
 WAIT_S = 5.0
@@ -50,25 +50,25 @@ class Exposition:
         self._free_s = 0.0
         self._why_not_ready = why_not_ready
         self._begin_drain = begin_drain
-        self._running: tuple[_Server, Thread] | None = None
+        self._running: _Running | None = None
 
     def start(self, host: str, port: int) -> int:
         """Listen. Returns the port. Raises OSError."""
         server = make_server(host, port, self._answer, _server_class(host), handler_class=_Handler)
-        thread = Thread(target=server.serve_forever, args=(STOP_POLL_S,), name="metrics port", daemon=True)
+        stopper, stopped = socket.socketpair()
+        thread = Thread(target=server.serve_until, args=(stopped,), name="metrics port", daemon=True)
         thread.start()
-        self._running = server, thread
+        self._running = _Running(server, thread, stopper)
         return server.server_port
 
     def stop(self) -> None:
         """Close the port. Does nothing a second time."""
         if self._running is None:
             return
-        server, thread = self._running
-        self._running = None
-        server.shutdown()
-        server.server_close()
-        thread.join()
+        running, self._running = self._running, None
+        running.stopper.close()
+        running.thread.join()
+        running.server.server_close()
 
     def _answer(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         try:
@@ -116,8 +116,18 @@ def _json(start_response: StartResponse, status: str, value: dict[str, object]) 
     return [body]
 
 
+@dataclass(frozen=True)
+class _Running:
+    server: _Server
+    thread: Thread
+    stopper: socket.socket
+    """Its other end is what the thread watches beside its port: closing this one stops it."""
+
+
 class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
+    timeout = 0
+    """No wait for a connection that has gone again."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._places = BoundedSemaphore(MAX_REQUESTS)
@@ -129,6 +139,14 @@ class _Server(ThreadingMixIn, WSGIServer):
         host, self.server_port = self.socket.getsockname()[:2]
         self.server_name = host
         self.setup_environ()
+
+    def serve_until(self, stopped: socket.socket) -> None:
+        """Answer until the other end of `stopped` is closed; socketserver's own loop looks for its end now and then."""
+        with stopped, selectors.DefaultSelector() as selector:
+            selector.register(self, selectors.EVENT_READ)
+            selector.register(stopped, selectors.EVENT_READ)
+            while all(key.fileobj is not stopped for key, _ in selector.select()):
+                self.handle_request()
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if not self._places.acquire(blocking=False):

@@ -148,16 +148,18 @@ class LocalCluster:
             logger.warning("all copies of the model are ready again")
         self._reasons = reasons
 
-    def drain(self) -> int:
+    def drain(self, tell: Callable[[str], object]) -> int:
         """Refuse new work and let running streams end, for at most `drain_s`. Returns how many were cut off.
 
-        Raises EngineError when the gateway does not say so in time. An interrupt raises KeyboardInterrupt at once.
+        Tells when an interrupt would raise KeyboardInterrupt at once, with streams told that they are cut. Raises
+        EngineError when the gateway does not say so in time.
         """
         from ray.exceptions import RayError
 
         grace_s = self._config.gateway.drain_s
         with self._interrupts.at_once():
             try:
+                tell(f"draining, at most {grace_s:g} s; Ctrl-C again stops at once")
                 cut: int = self._gateway.drain.remote(grace_s).result(timeout_s=grace_s + _STOP_MARGIN_S)
             except KeyboardInterrupt:
                 self._cut_streams()

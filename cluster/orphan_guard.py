@@ -15,6 +15,8 @@ import sys
 import time
 from pathlib import Path
 
+NODE_MARK = "MULL_NODE"
+"""The variable in the environment of all processes of a Ray of ours."""
 ROUNDS = 5
 """Of looking for more: a process may have started another one while it was being killed."""
 PAUSE_S = 0.2

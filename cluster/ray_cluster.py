@@ -90,9 +90,10 @@ def _init_ray(config: ClusterConfig, interrupts: Interrupts) -> RunningRay:
     # Before the seconds that its start takes.
     check_devices(config, local_gpus())
     # Logical: what the app asks for, so that Serve never waits for cores that a small machine lacks.
-    num_cpus = config.router.most_copies * (config.engine.layout.world_size + 1) + 3
-    # Nothing of it is for other machines.
-    node = LeanNode("127.0.0.1", num_cpus)
+    size = config.engine.layout.world_size + 1
+    num_cpus = config.router.most_copies * size + 3
+    # Nothing of it is for other machines. Serve's controller and the gateway are workers, too.
+    node = LeanNode("127.0.0.1", num_cpus, num_workers=config.router.copies * size + 2)
     with interrupts.held_back():
         context = ray.init(address=node.gcs_address, log_to_driver=False, logging_level=logging.ERROR)
     return RunningRay(_log_directory(context), node)

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from cluster.server_address import ServerAddress
@@ -82,20 +83,23 @@ def _plain_rank(rank: router_pb2.RankInfo, router: router_pb2.DescribeResponse) 
 
 def _print_tables(info: pb.GetServerInfoResponse, address: str) -> None:
     console = Console(highlight=False)
-    state = "[green]ready[/]" if info.ready else f"[red]not ready[/]: {info.reason}"
+    state = "[green]ready[/]" if info.ready else f"[red]not ready[/]: {escape(info.reason)}"
     http = f" · http port {info.http_port}" if info.http_port else ""
     console.print(
-        f"mull {info.version} at {address}{http}: {state} · up {info.uptime_seconds:.0f} s · {info.num_streams} streams"
+        f"mull {info.version} at {address}{http}: {state} · up {info.uptime_seconds:.0f} s · "
+        f"{info.num_streams} streams",
+        soft_wrap=True,
     )
     for number, router in enumerate(info.routers, start=1):
         copy = f"copy {number} of {len(info.routers)} · " if len(info.routers) > 1 else ""
         if not router.ready:
-            console.print(f"{copy}[red]not ready[/]: {router.reason}")
+            console.print(f"{copy}[red]not ready[/]: {escape(router.reason)}", soft_wrap=True)
         used = router.num_blocks - router.num_free_blocks
         console.print(
-            f"{copy}[bold]{router.model}[/] · {layout_words(router)} · context {router.max_model_len:,} tokens · "
-            f"running {router.num_running} · waiting {router.num_waiting} · "
-            f"KV {used:,} of {router.num_blocks:,} blocks of {router.block_size} tokens in use"
+            f"{copy}[bold]{escape(router.model)}[/] · {layout_words(router)} · "
+            f"context {router.max_model_len:,} tokens · running {router.num_running} · waiting {router.num_waiting} · "
+            f"KV {used:,} of {router.num_blocks:,} blocks of {router.block_size} tokens in use",
+            soft_wrap=True,
         )
         console.print(rank_table(router))
 

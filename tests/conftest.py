@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 from multiprocessing import forkserver
 
 import pytest
 from hypothesis import settings
+
+from cluster.ports import HeldPorts
 
 # Torch's threads wait for one another in loops. Where several processes share the cores, those loops are most of what
 # is computed. Read when torch is imported; a test or a server that sets its threads itself has them.
@@ -29,6 +33,20 @@ def _longest_s(item: pytest.Item) -> float:
     module = item.getparent(pytest.Module)
     marker = module.get_closest_marker("timeout") if module is not None else None
     return 0.0 if marker is None else float(marker.args[0])
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers() -> None:
+    """Whatever was drawn before: a test's tensors do not depend on which tests came before it."""
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.manual_seed(0)
+
+
+@pytest.fixture
+def held_ports() -> Iterator[HeldPorts]:
+    """Ports that nobody else gets while a test opens, closes and opens its servers on them."""
+    with HeldPorts() as ports:
+        yield ports
 
 
 def pytest_unconfigure() -> None:

@@ -41,7 +41,7 @@ class Scrape:
 
 
 def scrape(url: str) -> Scrape:
-    with urllib.request.urlopen(url, timeout=10) as reply:
+    with urllib.request.urlopen(url, timeout=60) as reply:
         return Scrape(reply.read().decode())
 
 

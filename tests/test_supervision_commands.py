@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -100,3 +102,13 @@ async def test_a_router_that_has_given_up_is_the_reason_why_it_does_not_start() 
 
     with pytest.raises(EngineError, match="no space"):
         await wait_until_ready(60.0, gateway)
+
+
+def test_no_command_but_plan_imports_the_planner() -> None:
+    code = (
+        "import sys, cluster.cli as cli; cli._parser().parse_args(['status']); print('cluster.planner' in sys.modules)"
+    )
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert done.stdout == "False\n"

@@ -64,8 +64,10 @@ class Site:
 
 
 @asynccontextmanager
-async def site(model: ServedModel, endpoint: str, num_blocks: int = NUM_BLOCKS) -> AsyncIterator[Site]:
-    exporting = Exporting(endpoint, delay_s=0.05, timeout_s=0.5)
+async def site(
+    model: ServedModel, endpoint: str, num_blocks: int = NUM_BLOCKS, send_timeout_s: float = 20.0
+) -> AsyncIterator[Site]:
+    exporting = Exporting(endpoint, delay_s=0.05, timeout_s=send_timeout_s)
     groups: list[FakeShardGroup] = []
 
     def make_group(on_progress: object, _survivors: object) -> FakeShardGroup:
@@ -150,8 +152,9 @@ async def test_spans_count_tokens_and_have_no_text(traced: Site, collector: Coll
 
 
 async def test_a_loss_of_ranks_is_told_in_the_span_of_whom_it_met(traced: Site, collector: Collector) -> None:
+    traced.groups[0].release(num_steps=30)
     stream = traced.stub.Generate(ask(max_tokens=200, ignore_eos=True))
-    for _ in range(20):
+    for _ in range(2):
         await stream.read()
     traced.groups[0].lose_rank()
     while await stream.read() is not grpc.aio.EOF:
@@ -192,9 +195,9 @@ async def test_what_a_client_does_not_sample_is_not_traced(traced: Site, collect
 
 
 async def test_a_request_that_is_cancelled_ends_its_spans(traced: Site, collector: Collector) -> None:
+    traced.groups[0].release(num_steps=30)
     stream = traced.stub.Generate(ask(max_tokens=200, ignore_eos=True))
     await stream.read()
-    traced.groups[0].hold()
     stream.cancel()
     spans = await asyncio.to_thread(collector.wait_for, "generate", "sequence")
 
@@ -243,7 +246,7 @@ async def test_a_collector_that_is_not_there_costs_one_line_and_no_request(
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as nobody:
         endpoint = f"http://127.0.0.1:{nobody.getsockname()[1]}"
-    async with site(model, endpoint) as untraced:
+    async with site(model, endpoint, send_timeout_s=0.5) as untraced:
         for _ in range(3):
             reply = await untraced.thought_and_answer()
             assert reply.completions[0].finished.reason == pb.Finished.REASON_LENGTH

@@ -6,6 +6,16 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from workers.config import ModelConfig
+from workers.layout import ParallelLayout
+
+MAX_GATHERED_ROWS = 64
+"""Rows of the fullest rank up to which all are gathered: a decode's size. More are sent to their experts with uneven
+counts, at which the host has to look.
+
+Over gloo on one machine gathering is faster up to 32 rows where groups are even, and sending from 64 where they are
+not (bench/dispatch.py).
+"""
 SHORTEST_BOUND = 4096
 LENGTH_FACTOR = 4
 """From one bound of the context to the next: programs behind a sequence's end return at once, but must be started."""
@@ -51,9 +61,20 @@ class Buckets:
         bucket = Bucket(rows, length)
         return bucket if bucket.is_affordable else None
 
+    def can_be_padded(self, num_rows: int) -> bool:
+        """Whether a size is also taken for fewer rows."""
+        index = self.row_sizes.index(num_rows)
+        return num_rows > 1 + (self.row_sizes[index - 1] if index else 0)
+
     def rows_for(self, num_rows: int) -> int | None:
         """The smallest size for so many rows; None where there is none."""
         return _at_least(self.row_sizes, num_rows)
+
+
+def decode_sizes(model: ModelConfig, layout: ParallelLayout, max_num_seqs: int, max_len: int) -> Buckets:
+    """Of the decode steps of a rank that can be recorded."""
+    is_even = layout.dp == 1 or not model.has_moe_layers
+    return Buckets(max_num_seqs if is_even else min(max_num_seqs, MAX_GATHERED_ROWS * layout.tp), max_len)
 
 
 def _at_least(sizes: list[int], wanted: int) -> int | None:

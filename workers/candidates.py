@@ -40,6 +40,8 @@ class CandidateExchange:
     def likeliest(self, logits_Bv: Tensor, count: int) -> Candidates:
         """The `count` likeliest tokens: each rank offers its own, and only those travel."""
         count = min(count, self.parts[-1].stop)
+        if has_triton(logits_Bv.device.type):
+            return self._likeliest_at_once(logits_Bv, count)
         local = _likeliest(logits_Bv, min(count, logits_Bv.shape[1]))
         if self.tp.size == 1:
             return local
@@ -48,6 +50,17 @@ class CandidateExchange:
         padded_BC = torch.nn.functional.pad(keys_BC, (0, count - keys_BC.shape[1]), value=LEAST_KEY)
         gathered_BX = self.tp.all_gather(padded_BC).transpose(0, 1).flatten(1)
         return _candidates(gathered_BX.topk(count, dim=-1).values)
+
+    def _likeliest_at_once(self, logits_Bv: Tensor, count: int) -> Candidates:
+        """By kernels that pack and unpack keys themselves."""
+        from workers.kernels.triton.candidates import likeliest, likeliest_keys
+
+        if self.tp.size == 1:
+            return Candidates(*likeliest(logits_Bv, count))
+        keys_BC = likeliest_keys(logits_Bv, min(count, logits_Bv.shape[1]), self.vocab.start)
+        if missing := count - keys_BC.shape[1]:
+            keys_BC = torch.nn.functional.pad(keys_BC, (0, missing), value=LEAST_KEY)
+        return Candidates(*likeliest(self.tp.all_gather(keys_BC).transpose(0, 1).flatten(1), count))
 
     def everything(self, logits_Bv: Tensor) -> Candidates:
         """The whole vocabulary, likeliest first: for rows without a top_k."""
@@ -77,10 +90,6 @@ class CandidateExchange:
 
 def _likeliest(logits_Bv: Tensor, count: int) -> Candidates:
     """The first `count` of one part; ids count from its start."""
-    if has_triton(logits_Bv.device.type):
-        from workers.kernels.triton.candidates import likeliest_keys
-
-        return _candidates(likeliest_keys(logits_Bv, count))
     if count == 1:
         logits_B1, ids_B1 = logits_Bv.max(dim=-1, keepdim=True)  # names the first of equals
         return Candidates(ids_B1, logits_B1)

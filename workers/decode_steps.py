@@ -22,7 +22,7 @@ from torch import Tensor
 
 from workers.batch import BatchBuilder, Decodes, ForwardBatch, SequenceRows
 from workers.buckets import Bucket, Buckets
-from workers.drawing import RowRules, draw, rules_of
+from workers.drawing import RowRules, drawn_from
 from workers.graphs import Action, Recorder
 from workers.kernels.decode_attention import PagedKeys
 from workers.kv_pool import KVPool
@@ -189,8 +189,7 @@ class DecodeSteps:
         batch, targets_B, rules_BF = self._batch(bucket)
         logits_Bv = self._decoder.logits(self._decoder.forward(batch, self._kv))
         candidates = self._sampler.exchange.likeliest(logits_Bv, NUM_CANDIDATES)
-        chosen_B1 = draw(candidates, rules_of(rules_BF))
-        token_ids_B = candidates.token_ids_BC.gather(1, chosen_B1).squeeze(1)
+        token_ids_B = drawn_from(candidates, rules_BF).token_ids_B
         self._last_tokens.index_copy_(0, targets_B, token_ids_B)
         self._tokens_B[: bucket.num_rows].copy_(token_ids_B)
 
@@ -203,6 +202,8 @@ class DecodeSteps:
         tables_BM = self.tables.rows_SM[:, :num_blocks].index_select(0, slots_B)
         rotations_B2D = self._batches.rotations_P2D.index_select(0, positions_B)
         keys = PagedKeys(tables_BM, num_keys_B, bucket.longest)
+        # Other groups may have no rows at all.
+        is_padded = self._num_groups > 1 or self._buckets.can_be_padded(bucket.num_rows)
         batch = ForwardBatch(
             token_ids_T=torch.where(is_known_B.bool(), known_B, sampled_B),
             rotations_T2D=rotations_B2D,
@@ -214,6 +215,6 @@ class DecodeSteps:
             sample_slots=np.arange(bucket.num_rows),
             sample_positions=np.arange(bucket.num_rows),
             group_tokens=[bucket.num_rows] * self._num_groups,
-            is_padding_T1=(slots_B == self._spare_slot).unsqueeze(1),
+            is_padding_T1=(slots_B == self._spare_slot).unsqueeze(1) if is_padded else None,
         )
         return batch, targets_B, rows_BF[:, num_fields:]

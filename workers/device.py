@@ -7,15 +7,15 @@ from dataclasses import replace
 import psutil
 import torch
 
-from workers.buckets import Buckets
+from workers.buckets import Buckets, decode_sizes
 from workers.checkpoint import Checkpoint
 from workers.config import ModelConfig, RunnerConfig, ShardSpec
 from workers.errors import LayoutError
-from workers.experts.choice import MAX_GATHERED_ROWS
 from workers.graphs import CallAgain, CudaRecorder, Recorder, interrupting
 from workers.kernels.cpu.library import native
 from workers.kernels.triton.choice import has_triton
 from workers.parallel import ParallelState
+from workers.step_memory import step_bytes
 
 HALVED_FROM = 1024
 """On a GPU. Fewer rows take less time to travel than a second launch of each kernel takes."""
@@ -41,12 +41,7 @@ def halved_from(config: RunnerConfig, model: ModelConfig, device: torch.device) 
 def buckets_of(model: ModelConfig, config: RunnerConfig, device: torch.device) -> Buckets | None:
     """The sizes of decode steps; None where none are recorded."""
     is_on = device.type == "cuda" and has_triton("cuda") if config.graphs == "auto" else config.graphs != "off"
-    if not is_on:
-        return None
-    # More would be sent to their experts with uneven counts, at which the host has to look.
-    is_even = config.layout.dp == 1 or not any(map(model.is_moe_layer, range(model.num_layers)))
-    most = config.max_num_seqs if is_even else min(config.max_num_seqs, MAX_GATHERED_ROWS * config.layout.tp)
-    return Buckets(most, config.max_model_len)
+    return decode_sizes(model, config.layout, config.max_num_seqs, config.max_model_len) if is_on else None
 
 
 def recorder_of(config: RunnerConfig, parallel: ParallelState, device: torch.device) -> tuple[Recorder, ParallelState]:
@@ -56,6 +51,11 @@ def recorder_of(config: RunnerConfig, parallel: ParallelState, device: torch.dev
     recorder = CudaRecorder(parallel)
     is_whole = config.graphs == "whole" or (config.graphs == "auto" and config.layout.dp == 1)
     return recorder, parallel if is_whole else interrupting(parallel, recorder)
+
+
+def held_by_steps(model: ModelConfig, config: RunnerConfig, buckets: Buckets | None, device: torch.device) -> int:
+    """Bytes that are left to steps when KV is sized; on a CPU none, whose KV is small."""
+    return 0 if device.type == "cpu" else step_bytes(model, config, buckets)
 
 
 def check_kernels(config: RunnerConfig, device: torch.device) -> None:

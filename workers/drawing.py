@@ -5,7 +5,9 @@ Hop 9. Nothing here looks at a value: a draw can be part of a captured step. B r
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -13,11 +15,14 @@ import torch
 from torch import Tensor
 
 from workers.candidates import Candidates
+from workers.kernels.triton.choice import has_triton
 from workers.noise import gumbel
-from workers.transfers import to_device
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
+
+MOST_AT_ONCE = 256
+"""Candidates of a row that a GPU's kernel takes."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +52,6 @@ class RowRules:
         """Whether a row has a top_p or a min_p."""
         return bool(np.isfinite(self.top_ps).any() or (self.min_ps > 0).any())
 
-    def on(self, device: torch.device) -> DrawRules:
-        """One copy for all of them."""
-        return rules_of(to_device(self.as_ints(), device))
-
     def as_ints(self) -> Ints:
         """[B, 5]: the bits of all, so that they travel together."""
         floats = (values.view(np.int64) for values in (self.temperatures, self.top_ps, self.min_ps))
@@ -64,6 +65,27 @@ def rules_of(ints_BF: Tensor) -> DrawRules:
         bits_B.view(torch.float64).unsqueeze(1) for bits_B in (temperatures_B, top_ps_B, min_ps_B)
     )
     return DrawRules(top_ks_B.unsqueeze(1), temperatures_B1, top_ps_B1, min_ps_B1, keys_B)
+
+
+class Drawn(NamedTuple):
+    """One candidate of each row."""
+
+    chosen_B1: Tensor
+    """Its index."""
+    token_ids_B: Tensor
+
+
+def drawn_from(
+    candidates: Candidates, ints_BF: Tensor, choose: Callable[[Candidates, DrawRules], Tensor] | None = None
+) -> Drawn:
+    """By the rules that `RowRules.as_ints` made, on the device. `choose`: a shorter way of torch's that suffices."""
+    token_ids_BC = candidates.token_ids_BC
+    if has_triton(ints_BF.device.type) and token_ids_BC.shape[1] <= MOST_AT_ONCE:
+        from workers.kernels.triton.draw import draw as draw_at_once
+
+        return Drawn(*draw_at_once(token_ids_BC, candidates.logits_BC, ints_BF))
+    chosen_B1 = (choose or draw)(candidates, rules_of(ints_BF))
+    return Drawn(chosen_B1, token_ids_BC.gather(1, chosen_B1).squeeze(1))
 
 
 def draw(candidates: Candidates, rules: DrawRules) -> Tensor:

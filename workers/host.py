@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,9 +36,19 @@ def host_number() -> int:
     return int(BOOT_ID.read_text().replace("-", "")[:HEX_DIGITS], 16)
 
 
-def is_on_one_host(group: RankGroup, device: torch.device) -> bool:
-    """Whether all ranks of the group are; all of them call this together."""
-    return len({number for number, _ in _told(group, device, 0)}) == 1
+def shares_temporary_files(group: RankGroup, device: torch.device) -> bool:
+    """Whether all ranks of the group are on one machine and see one directory there, which containers of it may not.
+
+    All of them call this together.
+    """
+    return len({(number, directory) for number, directory in _told(group, device, _temporary_directory())}) == 1
+
+
+def _temporary_directory() -> int:
+    """What tells it from others of this machine."""
+    status = Path(tempfile.gettempdir()).stat()
+    told = hashlib.sha256(f"{status.st_dev} {status.st_ino}".encode()).hexdigest()
+    return int(told[:HEX_DIGITS], 16)
 
 
 def share_of_host_memory(world: RankGroup, device: torch.device) -> HostMemoryShare:

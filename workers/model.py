@@ -20,6 +20,7 @@ from workers.experts.traffic import DispatchTraffic
 from workers.kernels.cpu.halves import LayerStack
 from workers.kernels.linear import Weight, linear, vector
 from workers.kernels.norm import add_rms_norm, add_rms_norm_for, rms_norm, rms_norm_for
+from workers.kernels.sums import Sums, summed
 from workers.kv_pool import KVPool
 from workers.layers.attention import Attention
 from workers.layers.embedding import Embedding
@@ -47,20 +48,20 @@ class DecoderLayer:
         self.feed_forward_half = None if needs_dispatch else self.feed_forward.half(self.post_norm, self.eps)
 
     def __call__(
-        self, x_TH: Tensor, delta_TH: Tensor | None, batch: ForwardBatch, kv: KVPool, dispatcher: Dispatcher[Any]
-    ) -> Tensor:
+        self, x_TH: Tensor, delta_TH: Sums | None, batch: ForwardBatch, kv: KVPool, dispatcher: Dispatcher[Any]
+    ) -> Sums:
         """Adds `delta_TH`, which the layer before has returned, to x_TH in place. Returns what is to be added next."""
         return self._feed_forward(x_TH, self._attend(x_TH, delta_TH, batch, kv), dispatcher)
 
     def last(
-        self, x_TH: Tensor, delta_TH: Tensor | None, batch: ForwardBatch, kv: KVPool, dispatcher: Dispatcher[Any]
+        self, x_TH: Tensor, delta_TH: Sums | None, batch: ForwardBatch, kv: KVPool, dispatcher: Dispatcher[Any]
     ) -> Tensor:
         """As the last layer: the sampled rows alone, x_BH. Later steps need only the KV of the others."""
         if batch.is_every_row_sampled:
             delta_TH = self(x_TH, delta_TH, batch, kv, dispatcher)
-            return x_TH.add_(delta_TH)
+            return x_TH.add_(summed(delta_TH))
         if delta_TH is not None:
-            x_TH += delta_TH
+            x_TH += summed(delta_TH)
         if batch.scored_rows_S is not None:
             return self._last_scored(x_TH, batch, batch.scored_rows_S, kv, dispatcher)
         normed_TH = rms_norm(x_TH, self.input_norm, self.eps)
@@ -71,25 +72,25 @@ class DecoderLayer:
         rows_B = batch.ends.rows_B
         attended_BH = self.attention.attend_ends(normed_TH.index_select(0, rows_B), batch.ends, kv)
         x_BH = x_TH.index_select(0, rows_B)
-        return x_BH.add_(self._feed_forward(x_BH, attended_BH, dispatcher))
+        return x_BH.add_(summed(self._feed_forward(x_BH, attended_BH, dispatcher)))
 
     def _last_scored(
         self, x_TH: Tensor, batch: ForwardBatch, rows_S: Tensor, kv: KVPool, dispatcher: Dispatcher[Any]
     ) -> Tensor:
         """The sampled rows, which attend as they always do, and behind them those that score a prompt."""
         normed_TH = rms_norm(x_TH, self.input_norm, self.eps)
-        attended_RH = self.attention(normed_TH, batch, kv).index_select(0, rows_S)
+        attended_RH = summed(self.attention(normed_TH, batch, kv)).index_select(0, rows_S)
         rows_R = rows_S
         if batch.ends is not None:
             rows_B = batch.ends.rows_B
-            attended_BH = self.attention.attend_ends(normed_TH.index_select(0, rows_B), batch.ends, kv)
+            attended_BH = summed(self.attention.attend_ends(normed_TH.index_select(0, rows_B), batch.ends, kv))
             rows_R, attended_RH = torch.cat([rows_B, rows_S]), torch.cat([attended_BH, attended_RH])
         x_RH = x_TH.index_select(0, rows_R)
-        return x_RH.add_(self._feed_forward(x_RH, attended_RH, dispatcher))
+        return x_RH.add_(summed(self._feed_forward(x_RH, attended_RH, dispatcher)))
 
-    def to_experts(self, x_TH: Tensor, delta_TH: Tensor | None, batch: ForwardBatch, kv: KVPool) -> Tensor:
+    def to_experts(self, x_TH: Tensor, delta_TH: Sums | None, batch: ForwardBatch, kv: KVPool) -> Tensor:
         """Up to the gate: adds `delta_TH` and attention to x_TH in place. Returns what experts are chosen for."""
-        attended_TH = self.tp.all_reduce(self._attend(x_TH, delta_TH, batch, kv))
+        attended_TH = self._over_ranks(self._attend(x_TH, delta_TH, batch, kv))
         return add_rms_norm(x_TH, attended_TH, self.post_norm, self.eps)
 
     def assist(self, x_0H: Tensor, dispatcher: Dispatcher[Any]) -> None:
@@ -97,25 +98,30 @@ class DecoderLayer:
         if isinstance(self.feed_forward, ExpertLayer):
             self.feed_forward(x_0H, dispatcher)
 
-    def _attend(self, x_TH: Tensor, delta_TH: Tensor | None, batch: ForwardBatch, kv: KVPool) -> Tensor:
+    def _attend(self, x_TH: Tensor, delta_TH: Sums | None, batch: ForwardBatch, kv: KVPool) -> Sums:
         """This rank's part of a sum over ranks."""
         if self.attention_half is not None and batch.step_rows is not None:
-            return self.attention_half(x_TH, delta_TH, batch.step_rows, kv.layers[self.layer])
+            whole_TH = None if delta_TH is None else summed(delta_TH)
+            return self.attention_half(x_TH, whole_TH, batch.step_rows, kv.layers[self.layer])
         if delta_TH is None:
             rows = rms_norm_for(x_TH, self.input_norm, self.eps, self.attention.qkv)
         else:
             rows = add_rms_norm_for(x_TH, delta_TH, self.input_norm, self.eps, self.attention.qkv)
         return self.attention(rows, batch, kv)
 
-    def _feed_forward(self, x_TH: Tensor, attended_TH: Tensor, dispatcher: Dispatcher[Any]) -> Tensor:
+    def _feed_forward(self, x_TH: Tensor, attended_TH: Sums, dispatcher: Dispatcher[Any]) -> Sums:
         """Adds the sum of `attended_TH` over ranks to x_TH in place. Returns what is to be added next."""
-        attended_TH = self.tp.all_reduce(attended_TH)
+        attended_TH = self._over_ranks(attended_TH)
         if self.feed_forward_half is not None and self.feed_forward.is_in_order:
-            return self.tp.all_reduce(self.feed_forward_half(x_TH, attended_TH))
+            return self.tp.all_reduce(self.feed_forward_half(x_TH, summed(attended_TH)))
         if isinstance(self.feed_forward, ExpertLayer):
             return self.feed_forward(add_rms_norm(x_TH, attended_TH, self.post_norm, self.eps), dispatcher)
         rows = add_rms_norm_for(x_TH, attended_TH, self.post_norm, self.eps, self.feed_forward.gate_up)
-        return self.tp.all_reduce(self.feed_forward(rows))
+        return self._over_ranks(self.feed_forward(rows))
+
+    def _over_ranks(self, product: Sums) -> Sums:
+        """Its sum over ranks; of a lone one parts are left to the norm that reads them."""
+        return product if self.tp.size == 1 else self.tp.all_reduce(summed(product))
 
 
 class Decoder:
@@ -157,7 +163,7 @@ class Decoder:
             dispatcher = self.choice.without(batch.is_padding_T1, dispatcher)
         x_TH = self.embedding(batch.token_ids_T)
         *others, last = self.layers
-        delta_TH: Tensor | None = None
+        delta_TH: Sums | None = None
         if (
             self.stack is not None
             and batch.step_rows is not None

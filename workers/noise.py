@@ -26,7 +26,7 @@ def row_keys(seeds: npt.NDArray[np.uint64], positions: npt.NDArray[np.int64]) ->
 
 def gumbel(keys_B: Tensor, token_ids_BC: Tensor) -> Tensor:
     """Standard Gumbel noise in fp64; the argmax of log-probability plus it is a draw from the distribution."""
-    hashed_BC = _mix(keys_B.unsqueeze(1) + token_ids_BC * _signed(INCREMENT))
+    hashed_BC = _mix(keys_B.unsqueeze(1) + token_ids_BC * signed(INCREMENT))
     uniform_BC = _logical_shift(hashed_BC, 12).to(torch.float64).add_(0.5).mul_(UNIFORM_STEP)
     return uniform_BC.log_().neg_().log_().neg_()
 
@@ -38,8 +38,8 @@ def _mix_rows(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 
 def _mix(x: Tensor) -> Tensor:
-    x = (x ^ _logical_shift(x, 30)) * _signed(FIRST_FACTOR)
-    x = (x ^ _logical_shift(x, 27)) * _signed(SECOND_FACTOR)
+    x = (x ^ _logical_shift(x, 30)) * signed(FIRST_FACTOR)
+    x = (x ^ _logical_shift(x, 27)) * signed(SECOND_FACTOR)
     return x ^ _logical_shift(x, 31)
 
 
@@ -47,5 +47,6 @@ def _logical_shift(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def _signed(value: int) -> int:
+def signed(value: int) -> int:
+    """The same 64 bits."""
     return value - (1 << 64) if value >= 1 << 63 else value

@@ -21,7 +21,16 @@ from workers.checkpoint import Checkpoint, Progress, no_progress
 from workers.computed import Computed
 from workers.config import ModelConfig, RunnerConfig, ShardSpec
 from workers.decode_steps import DecodeSteps
-from workers.device import buckets_of, check_kernels, check_memory, device_of, free_bytes, halved_from, recorder_of
+from workers.device import (
+    buckets_of,
+    check_kernels,
+    check_memory,
+    device_of,
+    free_bytes,
+    halved_from,
+    held_by_steps,
+    recorder_of,
+)
 from workers.errors import KVMemoryError, LayoutError, PlanError
 from workers.experts.choice import DispatcherChoice
 from workers.experts.rebalance import PlacedExperts
@@ -136,7 +145,8 @@ class ModelRunner:
         looking = (config.dispatch_rows, buckets, lambda: self._before_wait())
         choice = DispatcherChoice(self.model, config.spec, self._collectives, dtype, *looking)
         self.decoder = Decoder(self.model, config.spec, weights, self._collectives, choice)
-        self.num_blocks = parallel.world.minimum(self._affordable_blocks(kv_dtype), self.device)
+        held_bytes = held_by_steps(self.model, config, buckets, self.device)
+        self.num_blocks = parallel.world.minimum(self._affordable_blocks(kv_dtype, held_bytes), self.device)
         num_spare = 0 if buckets is None else 1
         pool_blocks = self.num_blocks + num_spare
         self.kv = KVPool(self.model, config.spec, pool_blocks, config.block_size, self.device, kv_dtype)
@@ -340,17 +350,23 @@ class ModelRunner:
             "decode steps of %d sizes recorded in %.1f s, %.2f GB", prepared.num_graphs, prepared.seconds, gigabytes
         )
 
-    def _affordable_blocks(self, dtype: torch.dtype) -> int:
-        """Blocks that fit the KV memory, and no more than all slots at full length can use."""
+    def _affordable_blocks(self, dtype: torch.dtype, held_bytes: int) -> int:
+        """Blocks that fit the KV memory beside what steps hold, and no more than all slots at full length can use."""
         config, num_free_bytes = self.config, free_bytes(self.device)
         bytes_per_block = block_bytes(self.model, config.spec, config.block_size, dtype)
-        kv_bytes = config.kv_memory_bytes or default_kv_bytes(num_free_bytes, self.device.type)
+        kv_bytes = config.kv_memory_bytes or default_kv_bytes(num_free_bytes, self.device.type, held_bytes)
+        for_steps = f", and steps take {held_bytes / 1e9:.3g}" if held_bytes else ""
+        if held_bytes and kv_bytes < bytes_per_block:
+            raise KVMemoryError(
+                f"rank {config.rank} has no room for KV: {num_free_bytes / 1e9:.3g} GB are free{for_steps}; lower "
+                "max_num_batched_tokens, max_num_seqs or max_model_len"
+            )
         affordable = num_blocks_in(kv_bytes, bytes_per_block)
         num_blocks = min(affordable, config.max_num_seqs * -(-config.max_model_len // config.block_size))
-        if num_blocks * bytes_per_block > num_free_bytes:
+        if num_blocks * bytes_per_block > num_free_bytes - held_bytes:
             raise KVMemoryError(
                 f"rank {config.rank} needs {num_blocks * bytes_per_block / 1e9:.3g} GB for {num_blocks} KV blocks, "
-                f"{num_free_bytes / 1e9:.3g} are free; lower kv_memory_bytes"
+                f"{num_free_bytes / 1e9:.3g} are free{for_steps}; lower kv_memory_bytes"
             )
         return num_blocks
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from workers.candidates import CandidateExchange, Candidates
-from workers.drawing import RowRules, draw, draw_of_top_k
+from workers.drawing import Drawn, RowRules, draw, draw_of_top_k, drawn_from
 from workers.errors import PlanError
 from workers.grammar import Grammars
 from workers.logprobs import Asked, LogprobTable
@@ -131,15 +131,16 @@ class Sampler:
     def _choose(self, candidates: Candidates, logits_Bv: Tensor, slots: Ints, positions: Ints) -> Sampled:
         if (self.top_ks[slots] == 1).all():
             chosen_B1 = torch.zeros((len(slots), 1), dtype=torch.int64, device=self.device)
+            drawn = Drawn(chosen_B1, candidates.token_ids_BC[:, 0])
         else:
             rules = self.rules_of(slots, positions)
             choose = draw if rules.cut_more_than_top_k else draw_of_top_k
-            chosen_B1 = choose(candidates, rules.on(self.device))
-        token_ids_B = candidates.token_ids_BC.gather(1, chosen_B1).squeeze(1)
+            drawn = drawn_from(candidates, self._tensor(rules.as_ints()), choose)
         asking = np.flatnonzero(self.wants_logprobs[slots])
         if not len(asking):
-            return Sampled(token_ids_B, [])
-        return Sampled(token_ids_B, [self._logprobs(candidates, logits_Bv, chosen_B1, slots, asking)])
+            return Sampled(drawn.token_ids_B, [])
+        table = self._logprobs(candidates, logits_Bv, drawn.chosen_B1, slots, asking)
+        return Sampled(drawn.token_ids_B, [table])
 
     def rules_of(self, slots: Ints, positions: Ints) -> RowRules:
         """How rows of these slots are drawn, for tokens at these positions."""

@@ -9,6 +9,7 @@ CUDASymmetricMemory-inl.h). Larger tensors go the way of any group: one shot mov
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from typing import Protocol
 
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from workers.host import is_on_one_host
+from workers.host import shares_temporary_files
 from workers.rank_group import RankGroup
 
 log = logging.getLogger(__name__)
@@ -25,6 +26,9 @@ MOST_BYTES = 256 * 2**10
 """Of a sum. 128 rows of the 235B's decode are 1 MiB: those are worth two rounds."""
 ALIGNMENT_BYTES = 16
 DTYPES = (torch.bfloat16, torch.float32)
+ALLOW_EQUAL_NUMBERS = ("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")
+"""Every rank sees its own GPU alone, which is number 0 to all of them: torch would take them for one GPU, and refuse.
+What this takes away in turn is multicast, which one shot does not use."""
 SIZES = (2, 4, 8)
 """Of groups, that have kernels of their own."""
 
@@ -96,9 +100,10 @@ def share_symmetric_memory(group: RankGroup, device: torch.device, offer: Offer 
 
 
 def offer_cuda_memory(group: RankGroup, device: torch.device) -> OneShotSum | None:
-    """Where all ranks run on one machine, and its GPUs reach each other."""
-    if not is_on_one_host(group, device):
+    """Where all ranks run on one machine and meet in one directory there, and its GPUs reach each other."""
+    if not shares_temporary_files(group, device):
         return None
+    os.environ.setdefault(*ALLOW_EQUAL_NUMBERS)
     assert group.process_group is not None, "a group of several ranks has one"
     try:
         return CudaOneShotSum(group.process_group, device)

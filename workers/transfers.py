@@ -25,7 +25,7 @@ def to_device(values: npt.NDArray[Any], device: torch.device) -> Tensor:
 def _reachable(values: npt.NDArray[Any], device: torch.device) -> Tensor:
     """In memory from which the device copies by itself; torch gives it to nobody else before the copy is made."""
     host = torch.from_numpy(values)
-    return host if device.type == "cpu" else host.pin_memory()
+    return host.pin_memory() if device.type == "cuda" else host
 
 
 class Arrival(Protocol):

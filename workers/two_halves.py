@@ -21,6 +21,7 @@ from workers.batch import BatchBuilder, ForwardBatch
 from workers.experts.dispatch import Dispatcher
 from workers.experts.layer import ExpertLayer
 from workers.experts.rows import RoutedRows
+from workers.kernels.sums import Sums
 from workers.kv_pool import KVPool
 from workers.model import Decoder, DecoderLayer
 from workers.slots import Ints
@@ -187,9 +188,9 @@ class _Half:
     def __init__(self, decoder: Decoder, batch: ForwardBatch | None, dispatcher: Dispatcher[Any]) -> None:
         self.batch, self.dispatcher = batch, dispatcher
         self.x_TH = decoder.no_rows if batch is None else decoder.embedding(batch.token_ids_T)
-        self.delta: Arriving[Tensor] | None = None
+        self.delta: Arriving[Sums] | None = None
 
-    def take_delta(self) -> Tensor | None:
+    def take_delta(self) -> Sums | None:
         """What the layer before is still to add."""
         delta, self.delta = self.delta, None
         return None if delta is None else delta.get()

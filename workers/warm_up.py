@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from workers.candidates import CandidateExchange
 from workers.config import RunnerConfig
+from workers.drawing import RowRules, drawn_from
 from workers.sampling import WIDTHS
 from workers.step import OpenSlot, Prefill, SamplingParams, StepPlan
+from workers.transfers import to_device
 
 FIRST_SIZE = 16
 """Rows of the smallest chunk on a GPU: fewer are a block of as many."""
@@ -43,8 +46,9 @@ def warm_up_sizes(longest: int) -> list[int]:
 
 
 def warm_up_draws(exchange: CandidateExchange, device: torch.device) -> None:
-    """Of every number of candidates: which of them a request wants is seen only when it comes."""
+    """From every number of candidates: which of them a request wants is seen only when it comes."""
     if device.type == "cuda":
         logits_1v = torch.zeros(1, exchange.vocab.size, device=device)
+        rules = RowRules(*(np.ones(1, dtype=kind) for kind in (np.int64, float, float, float, np.int64)))
         for width in (1, *WIDTHS):
-            exchange.likeliest(logits_1v, width)
+            drawn_from(exchange.likeliest(logits_1v, width), to_device(rules.as_ints(), device))

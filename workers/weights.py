@@ -7,7 +7,7 @@ of tp=1), and the layers (names and shapes of the fused parameters). Integers an
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from workers.config import ModelConfig, ParallelLayout, ShardSpec
@@ -87,7 +87,7 @@ def _attention(config: ModelConfig, spec: ShardSpec, layer: int) -> Iterator[Ten
 
 def _dense(config: ModelConfig, spec: ShardSpec, layer: int) -> Iterator[TensorSlice]:
     columns = _Columns(config.intermediate_size, spec.ffn(config))
-    yield from _feed_forward(f"model.layers.{layer}.mlp", f"layers.{layer}", config.hidden_size, columns)
+    yield from _feed_forward(f"model.layers.{layer}.mlp", f"layers.{layer}", config.hidden_size, columns, _UNSTACKED)
 
 
 def _experts(config: ModelConfig, spec: ShardSpec, layer: int) -> Iterator[TensorSlice]:
@@ -96,8 +96,18 @@ def _experts(config: ModelConfig, spec: ShardSpec, layer: int) -> Iterator[Tenso
     columns = _Columns(config.moe_intermediate_size, spec.expert_ffn(config))
     num_slots = spec.expert_slots(config).size
     for index, expert in enumerate(spec.experts(config)):
-        for part in _feed_forward(f"{stored}.experts.{expert}", f"{fused}.experts", config.hidden_size, columns):
-            yield replace(part, expert=index, num_slots=num_slots)
+        place = _Place(index, num_slots)
+        yield from _feed_forward(f"{stored}.experts.{expert}", f"{fused}.experts", config.hidden_size, columns, place)
+
+
+class _Place(NamedTuple):
+    """In a stacked parameter."""
+
+    expert: int | None
+    num_slots: int
+
+
+_UNSTACKED = _Place(None, 0)
 
 
 class _Columns(NamedTuple):
@@ -107,12 +117,13 @@ class _Columns(NamedTuple):
     here: Span
 
 
-def _feed_forward(stored: str, fused: str, hidden: int, columns: _Columns) -> Iterator[TensorSlice]:
+def _feed_forward(stored: str, fused: str, hidden: int, columns: _Columns, place: _Place) -> Iterator[TensorSlice]:
     """Gate above up in one parameter, and down."""
     total, here = columns
+    gate_up, down = f"{fused}.gate_up", f"{fused}.down"
     for row, name in ((0, "gate_proj"), (here.size, "up_proj")):
-        yield _linear(f"{stored}.{name}.weight", (total, hidden), f"{fused}.gate_up", rows=here, param_row=row)
-    yield _linear(f"{stored}.down_proj.weight", (hidden, total), f"{fused}.down", cols=here)
+        yield _linear(f"{stored}.{name}.weight", (total, hidden), gate_up, rows=here, param_row=row, place=place)
+    yield _linear(f"{stored}.down_proj.weight", (hidden, total), down, cols=here, place=place)
 
 
 def _vector(name: str, size: int, param: str) -> TensorSlice:
@@ -131,6 +142,7 @@ def _linear(
     rows: Span | None = None,
     cols: Span | None = None,
     param_row: int = 0,
+    place: _Place = _UNSTACKED,
 ) -> TensorSlice:
     rows, cols = rows or Span(0, shape[0]), cols or Span(0, shape[1])
-    return TensorSlice(name, shape, rows, cols, param, param_row, is_linear=True)
+    return TensorSlice(name, shape, rows, cols, param, param_row, *place, is_linear=True)

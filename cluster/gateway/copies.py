@@ -44,6 +44,8 @@ class CopiesState:
     """At least one of them takes work."""
     reason: str
     """Why none does; empty when one does."""
+    whole_reason: str
+    """The same with what connections said, for who runs the server."""
     descriptions: Mapping[str, pb.DescribeResponse]
     """What each that is in reach said of itself, by its address."""
     num_ready: int = 0
@@ -145,9 +147,11 @@ class Copies:
         descriptions = {name: state.description for name, state in states.items() if state.description is not None}
         num_ready = sum(state.ready for state in states.values())
         if num_ready:
-            return CopiesState(True, "", descriptions, num_ready)
-        reasons = dict.fromkeys(state.reason for state in states.values() if state.reason)
-        return CopiesState(False, "; ".join(reasons) or self._directory_error, descriptions, num_ready)
+            return CopiesState(True, "", "", descriptions, num_ready)
+        away = [state for state in states.values() if state.reason]
+        reason = "; ".join(dict.fromkeys(state.reason for state in away)) or self._directory_error
+        whole = "; ".join(dict.fromkeys(state.whole_reason for state in away)) or self._directory_error
+        return CopiesState(False, reason, whole, descriptions)
 
     @property
     def is_connected(self) -> bool:

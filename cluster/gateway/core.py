@@ -189,7 +189,7 @@ class GenerationCore:
         return pb.GetServerInfoResponse(
             version=version("mull"),
             ready=state.ready and not self.is_draining,
-            reason=DRAINING if self.is_draining else state.reason,
+            reason=DRAINING if self.is_draining else state.whole_reason,
             uptime_seconds=time.monotonic() - self._start_s,
             num_streams=self.num_streams,
             http_port=self.http_port,

@@ -57,6 +57,12 @@ class RouterState:
     reason: str
     """Why it is not ready; empty when it is."""
     description: pb.DescribeResponse | None
+    detail: str = ""
+    """What the connection said of that, addresses too: for who runs the server, not for its clients."""
+
+    @property
+    def whole_reason(self) -> str:
+        return f"{self.reason} ({self.detail})" if self.detail else self.reason
 
 
 class LinkOwner(Protocol):
@@ -107,7 +113,7 @@ class RouterLink:
         if self.task is not None:
             self.task.cancel()
             await asyncio.gather(self.task, return_exceptions=True)
-        self._on_lost("this server is shutting down")
+        self._on_lost(RouterState(False, "this server is shutting down", None))
 
     def send(self, message: pb.GatewayMessage) -> None:
         """Raises Overloaded when the Router has stopped reading, NotReady when there is no session."""
@@ -136,7 +142,7 @@ class RouterLink:
             ) as error:  # whatever broke it, the remedy is to connect again; the reason is logged and shown
                 if self._session is not None:
                     pause_s = self._times.first_pause_s
-                self._on_lost(f"the Router is out of reach ({_reason(error)})")
+                self._on_lost(RouterState(False, "the Router is out of reach", None, _reason(error)))
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, self._times.longest_pause_s)
 
@@ -181,7 +187,7 @@ class RouterLink:
             if not isinstance(error, grpc.aio.AioRpcError):
                 logger.exception("asking the Router failed")
             # The session itself may live on; it is what tells whether the Router is lost.
-            self.state = RouterState(False, f"the Router does not answer ({_reason(error)})", None)
+            self.state = RouterState(False, "the Router does not answer", None, _reason(error))
             if time.monotonic() - self._last_answer_s > self._times.longest_silence_s:
                 self.cut()
         else:
@@ -189,10 +195,10 @@ class RouterLink:
             self.state = _state_of(description)
         self._owner.on_described(self)
 
-    def _on_lost(self, reason: str) -> None:
-        if self._session is not None or self.state.reason != reason:
-            logger.warning("%s: %s", self.address, reason)
-        self.state = RouterState(False, reason, None)
+    def _on_lost(self, state: RouterState) -> None:
+        if self._session is not None or self.state != state:
+            logger.warning("%s: %s", self.address, state.whole_reason)
+        self.state = state
         session, self._session = self._session, None
         if session is not None:
             self._owner.on_lost(self)

@@ -7,17 +7,16 @@ from typing import Any
 
 from cluster.planner.devices import Device
 from cluster.planner.rank_work import RankWork, rank_work
-from workers.config import ModelConfig
+from workers.buckets import decode_sizes
+from workers.config import ModelConfig, RunnerConfig
 from workers.errors import LayoutError
 from workers.kv_memory import default_kv_bytes
 from workers.layout import ParallelLayout
+from workers.step_memory import step_bytes
 
 BLOCK_SIZE = 32
 MAX_RANKS = 64
 """Of a copy."""
-_WORKSPACE_FACTOR = 6
-"""Live rows of hidden size for each token of a step: residual, attention's parts, quantised input, collectives."""
-_LOGIT_BYTES = 4
 _GB = 1e9
 
 
@@ -106,11 +105,11 @@ def fit(model: ModelConfig, candidate: Candidate, device: Device, limits: Limits
     except LayoutError as error:
         return Fit(candidate=candidate, problem=_reason(error), limits=limits)
     work = rank_work(model, layout, redundant_experts=redundant_experts, kv_itemsize=device.kv_itemsize)
-    workspace = workspace_bytes(model, work, limits)
+    workspace = 0 if device.kind == "cpu" else workspace_bytes(model, layout, limits, redundant_experts)
     free = device.memory_bytes - work.weight_bytes
-    kv = max(0, default_kv_bytes(free, device.kind))
+    kv = max(0, default_kv_bytes(free, device.kind, workspace))
     num_blocks = min(kv // (work.kv_token_bytes * BLOCK_SIZE), limits.max_num_seqs * -(-limits.context // BLOCK_SIZE))
-    problem = _problem(work, workspace, free, kv, num_blocks, limits, device)
+    problem = _problem(work, workspace, free, num_blocks, limits, device)
     return Fit(
         candidate=candidate,
         problem=problem,
@@ -122,27 +121,27 @@ def fit(model: ModelConfig, candidate: Candidate, device: Device, limits: Limits
     )
 
 
-def workspace_bytes(model: ModelConfig, work: RankWork, limits: Limits) -> int:
-    """Activations of the largest step, an estimate: live rows, the inside of the widest layer, logits."""
-    moe_width = 2 * model.num_experts_per_token * (model.moe_intermediate_size + model.hidden_size)
-    width = max(_WORKSPACE_FACTOR * model.hidden_size, 3 * model.intermediate_size, moe_width)
-    rows = limits.max_num_batched_tokens * (width + _WORKSPACE_FACTOR * model.hidden_size)
-    logits = limits.max_num_seqs * work.head_params // model.hidden_size * _LOGIT_BYTES
-    return 2 * rows + 2 * logits
+def workspace_bytes(model: ModelConfig, layout: ParallelLayout, limits: Limits, redundant_experts: int) -> int:
+    """What a GPU's steps hold beside weights and KV, by the runner's own count."""
+    config = RunnerConfig(
+        model_dir="",
+        layout=layout,
+        redundant_experts=redundant_experts,
+        max_model_len=limits.context,
+        max_num_seqs=limits.max_num_seqs,
+        max_num_batched_tokens=limits.max_num_batched_tokens,
+    )
+    return step_bytes(model, config, decode_sizes(model, layout, limits.max_num_seqs, limits.context))
 
 
-def _problem(
-    work: RankWork, workspace: int, free: int, kv: int, num_blocks: int, limits: Limits, device: Device
-) -> str | None:
+def _problem(work: RankWork, workspace: int, free: int, num_blocks: int, limits: Limits, device: Device) -> str | None:
     if free <= 0:
         return f"weights are {work.weight_bytes / _GB:.1f} GB a rank, a device has {device.memory_bytes / _GB:.1f}"
-    if workspace > free - kv:
-        return (
-            f"workspace is {workspace / _GB:.1f} GB a rank, {(free - kv) / _GB:.1f} are kept for it beside weights of "
-            f"{work.weight_bytes / _GB:.1f} and KV"
-        )
     if num_blocks * BLOCK_SIZE < limits.context:
-        return f"KV has room for {num_blocks * BLOCK_SIZE:,} tokens a group, a context is {limits.context:,}"
+        return (
+            f"KV has room for {num_blocks * BLOCK_SIZE:,} tokens a group, a context is {limits.context:,}; weights are "
+            f"{work.weight_bytes / _GB:.1f} GB a rank, steps take {workspace / _GB:.1f}"
+        )
     return None
 
 

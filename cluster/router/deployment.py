@@ -19,7 +19,7 @@ from cluster.config import ClusterConfig, SecurityConfig, is_loopback_host
 from cluster.errors import ConfigError, EngineError
 from cluster.router.assembly import make_router
 from cluster.router.autoscaling import KV_USED, SLOTS_USED, scale_copies
-from cluster.router.launchers import NORMAL_PRIORITY, RayLauncher, ranks_per_bundle
+from cluster.router.launchers import RayLauncher, ranks_per_bundle, worker_environment
 from cluster.router.router import RouterStats
 from cluster.router.sequence_spans import SequenceSpans
 from cluster.serve_ports import listen_on_node_address
@@ -133,7 +133,7 @@ def router_deployment(config: ClusterConfig) -> serve.Application:
     deployment: Any = serve.deployment(
         name=NAME,
         **autoscaling_options(config),
-        ray_actor_options={"num_cpus": 1, "runtime_env": NORMAL_PRIORITY},
+        ray_actor_options={"num_cpus": 1, "runtime_env": worker_environment()},
         placement_group_bundles=[{"CPU": 1}, *[bundle] * (layout.world_size // size)],
         placement_group_strategy="PACK",
         health_check_period_s=HEALTH_PERIOD_S,

@@ -90,6 +90,14 @@ def lateness(rank: int, late_ranks: list[int], timeout_s: float) -> str:
     return f"rank {rank} was late: no result within {timeout_s:g} s{waiting}"
 
 
+def late_start(late_ranks: list[int], timeout_s: float) -> str:
+    """What became of a group that did not come up."""
+    return (
+        f"{ranks_were(late_ranks)} not ready within {timeout_s:g} s; "
+        "raise router.start_timeout_s if loading takes longer"
+    )
+
+
 def ranks_were(ranks: list[int]) -> str:
     """The beginning of a sentence."""
     names = ", ".join(str(rank) for rank in ranks)

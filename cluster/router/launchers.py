@@ -16,7 +16,9 @@ from typing import Any, Protocol
 
 import msgspec
 
+from cluster.config import is_loopback_host
 from cluster.errors import EngineError
+from cluster.orphan_guard import NODE_MARK
 from cluster.router.gather import RankEnd
 from workers.layout import ParallelLayout
 from workers.logs import LogFormat
@@ -24,8 +26,18 @@ from workers.shard import GROUP_LOST, ShardActor, ShardConfig
 
 log = logging.getLogger(__name__)
 
-NORMAL_PRIORITY = {"env_vars": {"RAY_worker_niceness": "0"}}
-"""Ray's runtime_env of a worker that is what the machine is for: by default Ray runs workers at nice 15."""
+
+def worker_environment() -> dict[str, Any]:
+    """Ray's runtime_env of a worker that is what the machine is for: by default Ray runs workers at nice 15.
+
+    Ray of ours, where all run so, needs none: workers that it has started before they are asked for will do.
+    """
+    import ray
+
+    is_ours = NODE_MARK in os.environ
+    # One at another address may be joined by nodes that others start.
+    is_alone = is_loopback_host(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]  # Ray has no types there
+    return {} if is_ours and is_alone else {"env_vars": {"RAY_worker_niceness": "0"}}
 
 
 class RankHandle(Protocol):
@@ -161,7 +173,7 @@ class RayLauncher:
                 num_gpus=1 if config.runner.device == "cuda" else 0,
                 max_restarts=0,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
-                runtime_env=NORMAL_PRIORITY,
+                runtime_env=worker_environment(),
             )
             .remote(self._log_format)
         )

@@ -11,11 +11,12 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from cluster.errors import EngineError, RankLossCause, RankLost
 from cluster.router.gather import Casualties, StepGather
-from cluster.router.late import Pulses, RollCall, lateness, ranks_were
+from cluster.router.late import Pulses, RollCall, late_start, lateness, ranks_were
 from cluster.router.launchers import Launcher, RankHandle
 from cluster.router.rank_socket import RankSocket
 from cluster.router.rendezvous import Rendezvous
@@ -192,12 +193,7 @@ class RankGroup:
 
     def _late_start(self) -> RankLost:
         late = [runner.rank for runner in self._runners if runner.rank not in self._ready]
-        return RankLost(
-            f"{ranks_were(late)} not ready within {self._bounds.start_timeout_s:g} s; "
-            "raise router.start_timeout_s if loading takes longer",
-            rank=late[0],
-            cause=RankLossCause.LATE,
-        )
+        return RankLost(late_start(late, self._bounds.start_timeout_s), rank=late[0], cause=RankLossCause.LATE)
 
     @property
     def silence_s(self) -> float:
@@ -249,10 +245,16 @@ class RankGroup:
         """The oldest step's time runs from when it became the oldest."""
         if self._deadline is not None:
             self._deadline.cancel()
-            self._deadline = None
+        self._deadline = None
         if self._gather.has_open_steps:
-            loop = asyncio.get_running_loop()
-            self._deadline = loop.call_later(self._bounds.step_timeout_s, self._on_deadline)
+            self._set_timer(self._bounds.step_timeout_s, self._on_deadline)
+
+    def _set_timer(self, timeout_s: float, then: Callable[[], None]) -> None:
+        """After so long and a moment: where this process was stopped itself, what ranks have sent is still unread."""
+        self._deadline = asyncio.get_running_loop().call_later(timeout_s, self._wait_a_moment, then)
+
+    def _wait_a_moment(self, then: Callable[[], None]) -> None:
+        self._deadline = asyncio.get_running_loop().call_later(self._launcher.settle_s, then)
 
     # Events
 
@@ -298,7 +300,7 @@ class RankGroup:
         self._roll_call = RollCall(late, suspects)
         for rank in late:
             self._socket.send_to_pulse(rank, encode(WakeUp()))
-        self._deadline = loop.call_later(self._bounds.wake_timeout_s, self._end_roll_call, self._roll_call, late)
+        self._set_timer(self._bounds.wake_timeout_s, partial(self._end_roll_call, self._roll_call, late))
 
     def _end_roll_call(self, roll_call: RollCall, late: list[int]) -> None:
         self._hanging = roll_call.hanging

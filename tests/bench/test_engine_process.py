@@ -12,7 +12,7 @@ import pytest
 from bench.peers.engine_process import EngineProcess
 from bench.peers.protocol import EngineFailed, LoadJob, RunJob
 
-TIMEOUT_S = 30.0
+TIMEOUT_S = 60.0
 
 
 @pytest.fixture

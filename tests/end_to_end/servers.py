@@ -12,12 +12,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import psutil
 
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 60.0
+COMMAND_TIMEOUT_S = 120.0
+WAIT_S = 60.0
 
 MULL = (sys.executable, "-m", "cluster.cli")
 FREE_PORTS = ("--grpc-port", "0", "--http-port", "0", "--metrics-port", "0", "--router-metrics-port", "0")
@@ -32,19 +34,35 @@ class Server:
     http_url: str
     metrics_url: str
     router_metrics_url: str
-    lines: list[str] = field(default_factory=list)
+    lines: list[str]
+    """What it has written so far."""
+    reader: threading.Thread
+    """Reads them, to the end."""
 
     def interrupt(self, number: signal.Signals = signal.SIGINT) -> None:
         """Signal its whole process group, as a terminal does on Ctrl-C."""
         os.killpg(self.process.pid, number)
 
     def wait(self) -> int:
-        return self.process.wait(STOP_TIMEOUT_S)
+        """Its exit status, once all that it wrote is in `lines`."""
+        status = self.process.wait(STOP_TIMEOUT_S)
+        self.reader.join(STOP_TIMEOUT_S)
+        assert not self.reader.is_alive(), f"{STOP_TIMEOUT_S:g} s after its end somebody still holds its output"
+        return status
 
 
-def mull(*args: str, stdin: str | None = None, timeout_s: float = 60.0) -> subprocess.CompletedProcess[str]:
+def mull(*args: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
     """Run one `mull` command to its end."""
-    return subprocess.run([*MULL, *args], input=stdin, capture_output=True, text=True, timeout=timeout_s, check=False)
+    return subprocess.run(
+        [*MULL, *args], input=stdin, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=False
+    )
+
+
+def told(*args: str) -> str:
+    """What a `mull` command that succeeds prints."""
+    done = mull(*args)
+    assert done.returncode == 0, f"mull {' '.join(args)} gave {done.returncode}:\n{done.stdout}\n{done.stderr}"
+    return done.stdout
 
 
 @contextmanager
@@ -84,11 +102,13 @@ def when_ready(process: subprocess.Popen[str]) -> Server:
         assert process.stdout is not None
         for line in process.stdout:
             lines.append(line.rstrip())
+            print("server:", line, end="")  # where a test fails, pytest shows it
             if line.startswith("ready"):
                 ready.put(line)
         ready.put(None)
 
-    threading.Thread(target=read, daemon=True).start()
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
     try:
         line = ready.get(timeout=START_TIMEOUT_S)
     except queue.Empty:
@@ -97,15 +117,28 @@ def when_ready(process: subprocess.Popen[str]) -> Server:
         raise AssertionError(f"mull serve ended with {process.wait(STOP_TIMEOUT_S)}:\n" + "\n".join(lines))
     found = re.search(r"grpc (\S+) · http (\S+) · metrics (\S+) (\S+)", line)
     assert found is not None, line
-    return Server(process, found[1], found[2], found[3], found[4], lines)
+    return Server(process, found[1], found[2], found[3], found[4], lines, reader)
 
 
 def descendants(process: subprocess.Popen[str]) -> list[psutil.Process]:
     return psutil.Process(process.pid).children(recursive=True)
 
 
-def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 20.0) -> None:
-    deadline_s = time.monotonic() + timeout_s
+def command_of(process: psutil.Process) -> str:
+    """Its name and its words; empty where it has ended, as some of Ray's do at any time."""
+    try:
+        return " ".join([process.name(), *process.cmdline()])
+    except psutil.NoSuchProcess:
+        return ""
+
+
+def named(server: Server, *words: str) -> list[psutil.Process]:
+    """Of a server's processes those with all of these words in their commands."""
+    return [process for process in descendants(server.process) if all(word in command_of(process) for word in words)]
+
+
+def wait_until(condition: Callable[[], object], what: str) -> None:
+    deadline_s = time.monotonic() + WAIT_S
     while not condition():
-        assert time.monotonic() < deadline_s, f"waited {timeout_s:g} s for {what}"
-        time.sleep(0.05)
+        assert time.monotonic() < deadline_s, f"waited {WAIT_S:g} s for {what}"
+        time.sleep(0.02)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.end_to_end.hosts import RAY_PORT, Host, ray_hosts, why_impossible
-from tests.end_to_end.servers import MULL
+from tests.end_to_end.servers import MULL, wait_until
 
 IMPOSSIBLE = why_impossible()
 
@@ -41,7 +41,8 @@ def test_two_groups_on_two_hosts_answer_the_demo_question_and_leave_no_rank_behi
         [{"node-a"}, {"node-b"}],
         [{"node-b"}, {"node-a"}],
     )
-    assert "ShardActor" not in other.processes()
+    # Ray kills on other hosts without waiting for them.
+    wait_until(lambda: "ShardActor" not in other.processes(), "the ranks of the other host to end")
     assert "raylet" in head.processes(), "the Ray cluster was not ours to stop"
 
 

@@ -20,11 +20,11 @@ from cluster.text.tokenizer import Tokenizer
 from tests.processes import ForkLauncher
 from workers.step import Grammar, SamplingParams, TokenLogprobs
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(300)
 
 POCKET = Path(__file__).parents[2] / "deploy" / "models" / "pocket"
 CONTEXT = 1024
-WAIT_S = 60.0
+WAIT_S = 120.0
 SCHEMA = '{"type": "object", "properties": {"n": {"type": "integer"}, "s": {"type": "string"}}, "required": ["n", "s"]}'
 ASK = "What is 347 + 285?"
 

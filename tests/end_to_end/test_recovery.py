@@ -17,20 +17,28 @@ import pytest
 
 from mull.client import CallFailed, Choice, Client, Result, RetryPolicy, Started
 from mull.v1 import generation_pb2 as pb
-from tests.end_to_end.servers import MULL, Server, serving
+from tests.end_to_end.servers import MULL, Server, named, serving, told
 from tests.scraping import scrape
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(400)
 
-WAIT_S = 60.0
+WAIT_S = 120.0
 NUM_TOKENS = 500
 DRAIN_S = 0.5
 NUMBERS = '{"type": "array", "items": {"type": "integer"}, "minItems": 200}'
 STOP = ": 3"
 """What the model says again and again after the prompt that it stops."""
-RETRY = RetryPolicy(attempts=30, resumptions=60, first_pause_s=0.1, longest_pause_s=0.5)
+RETRY = RetryPolicy(attempts=100, resumptions=300, first_pause_s=0.1, longest_pause_s=0.5)
 # So hot that it does not come to an end by itself.
 HOT = ("--temperature", "8", "--top-p", "1", "--top-k", "0", "--seed", "3")
+LONG = pb.GenerateRequest(
+    raw_prompt="1 2 3 4",
+    sampling=pb.SamplingOptions(temperature=8, top_p=1, top_k=0, seed=9),  # nothing of it can be drafted
+    max_tokens=7 * NUM_TOKENS,
+    ignore_eos=True,
+)
+"""Nearly the context: it is under way for as long as a test needs it."""
+NUM_MORE = 50
 CHAT = ("chat", "Count slowly.", "--json", *HOT, "--max-tokens", str(3 * NUM_TOKENS))
 
 
@@ -64,13 +72,37 @@ def server() -> Iterator[Server]:
         yield running
 
 
+class LongStream:
+    """A client of `LONG`, which leaves it when the other streams have ended and some more of it has come."""
+
+    def __init__(self, client: Client) -> None:
+        self.token_ids: list[int] = []
+        self._client = client
+        self._has_enough = threading.Event()
+
+    def read(self) -> None:
+        with self._client.stream(LONG) as reply:
+            for event in reply:
+                self.token_ids += getattr(event, "token_ids", ())
+                if self._has_enough.is_set():
+                    return
+        raise AssertionError("it came to its end, and cannot have been cut anywhere")
+
+    def leave(self) -> None:
+        wanted = len(self.token_ids) + NUM_MORE
+        until(lambda: len(self.token_ids) >= wanted, "more of the long stream")
+        self._has_enough.set()
+
+
 class Streams:
     """Clients that read one request each, in threads."""
 
     def __init__(self, address: str) -> None:
         self.num_tokens = [0] * len(requests())
         self._client = Client(address, retry=RETRY, timeout_s=WAIT_S)
-        self._threads = ThreadPoolExecutor(len(requests()))
+        self._threads = ThreadPoolExecutor(len(requests()) + 1)
+        self.long = LongStream(self._client)
+        self._long_read = self._threads.submit(self.long.read)
         self._results: list[Future[Result]] = [
             self._threads.submit(self._read, index, request) for index, request in enumerate(requests())
         ]
@@ -84,23 +116,25 @@ class Streams:
         assert all(found == list(range(len(found))) for found in numbers.values())
         return reply.result()
 
-    @property
-    def num_running(self) -> int:
-        return sum(not result.done() for result in self._results)
-
     def wait_for_tokens(self, count: int) -> None:
         """Until each has so many more than now, or is over."""
         wanted = [number + count for number in self.num_tokens]
 
+        wanted_of_long = len(self.long.token_ids) + count
+
         def have_come() -> bool:
             states = zip(self.num_tokens, wanted, self._results, strict=True)
-            return all(number >= limit or result.done() for number, limit, result in states)
+            is_long_there = len(self.long.token_ids) >= wanted_of_long
+            return is_long_there and all(number >= limit or result.done() for number, limit, result in states)
 
         until(have_come, f"{count} tokens of each stream")
 
     def results(self) -> list[Result]:
         try:
-            return [result.result(timeout=WAIT_S) for result in self._results]
+            found = [result.result(timeout=WAIT_S) for result in self._results]
+            self.long.leave()
+            self._long_read.result(timeout=WAIT_S)
+            return found
         finally:
             self._threads.shutdown(wait=False, cancel_futures=True)
             self._client.close()
@@ -108,21 +142,42 @@ class Streams:
 
 @pytest.fixture(scope="module")
 def undisturbed(server: Server) -> list[Result]:
+    until(lambda: num_ready_copies(server) == 2, "both copies")
     results = Streams(server.address).results()
     assert [result.choices[0].stop for result in results].count(STOP) == 1
     return results
+
+
+class LongUndisturbed:
+    """The tokens of `LONG` where nothing happens, as many as are asked for."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._token_ids: list[int] = []
+
+    def first(self, count: int) -> list[int]:
+        if count > len(self._token_ids):
+            request = pb.GenerateRequest()
+            request.CopyFrom(LONG)
+            request.max_tokens = count
+            with Client(self._server.address, retry=RETRY, timeout_s=WAIT_S) as client:
+                self._token_ids = list(client.stream(request).result().choices[0].token_ids)
+        return self._token_ids[:count]
+
+
+@pytest.fixture(scope="module")
+def long_undisturbed(server: Server) -> LongUndisturbed:
+    return LongUndisturbed(server)
 
 
 @pytest.fixture(scope="module")
 def undisturbed_chat(server: Server) -> str:
     # Unlike the streams, a chat does not try again where no copy is ready, as after another test.
     until(lambda: num_ready_copies(server) == 2, "both copies")
-    done = subprocess.run([*MULL, *CHAT, "--address", server.address], capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()
-    return text_of(done.stdout.splitlines())
+    return text_of(told(*CHAT, "--address", server.address).splitlines())
 
 
-def text_of(lines: Iterable[bytes]) -> str:
+def text_of(lines: Iterable[str]) -> str:
     """What `mull chat --json` printed, without how it was cut."""
     events = [json.loads(line) for line in lines]
     assert [event["sequence"] for event in events] == list(range(len(events)))
@@ -138,11 +193,7 @@ def until(condition: Callable[[], bool], what: str) -> None:
 
 
 def replicas(server: Server, name: str) -> list[psutil.Process]:
-    return [
-        process
-        for process in psutil.Process(server.process.pid).children(recursive=True)
-        if "ServeReplica" in process.name() + "".join(process.cmdline()) and name in "".join(process.cmdline())
-    ]
+    return named(server, "ServeReplica", name)
 
 
 def num_ready_copies(server: Server) -> int:
@@ -172,7 +223,9 @@ def logprobs_of(choice: Choice) -> list[float]:
     return [entry.logprob for entry in choice.logprobs]
 
 
-def test_streams_outlive_their_routers(server: Server, undisturbed: list[Result]) -> None:
+def test_streams_outlive_their_routers(
+    server: Server, undisturbed: list[Result], long_undisturbed: LongUndisturbed
+) -> None:
     until(lambda: num_ready_copies(server) == 2, "both copies")
     routers = replicas(server, "Router")
     assert len(routers) == 2
@@ -182,56 +235,58 @@ def test_streams_outlive_their_routers(server: Server, undisturbed: list[Result]
     streams.wait_for_tokens(20)
     routers[0].kill()
     streams.wait_for_tokens(20)
-    num_cut = streams.num_running
     routers[1].kill()
     # then
     assert_same(streams.results(), undisturbed)
-    assert num_cut > 0
+    assert_long_is_same(streams, long_undisturbed)
     assert num_pauses(server) > before
     assert scrape(server.metrics_url).one("mull_replayed_tokens_total", cause="router_lost") > 20
 
 
+def assert_long_is_same(streams: Streams, undisturbed: LongUndisturbed) -> None:
+    """It was under way all the time, so that it was cut each time."""
+    token_ids = streams.long.token_ids
+    assert token_ids == undisturbed.first(len(token_ids))
+
+
 def test_streams_and_a_chat_outlive_their_gateway(
-    server: Server, undisturbed: list[Result], undisturbed_chat: str
+    server: Server, undisturbed: list[Result], long_undisturbed: LongUndisturbed, undisturbed_chat: str
 ) -> None:
     until(lambda: num_ready_copies(server) == 2, "both copies")
     (gateway,) = replicas(server, "Gateway")
-    chat = subprocess.Popen([*MULL, *CHAT, "--address", server.address], stdout=subprocess.PIPE)
-    assert chat.stdout is not None
-    lines = [chat.stdout.readline() for _ in range(5)]
-    streams = Streams(server.address)
-    streams.wait_for_tokens(20)
-    num_cut, is_chatting = streams.num_running, chat.poll() is None
-    gateway.kill()
-    assert_same(streams.results(), undisturbed)
-    lines += chat.stdout.readlines()
-    assert chat.wait(WAIT_S) == 0
+    with subprocess.Popen([*MULL, *CHAT, "--address", server.address], stdout=subprocess.PIPE, text=True) as chat:
+        assert chat.stdout is not None
+        lines = [chat.stdout.readline() for _ in range(5)]
+        streams = Streams(server.address)
+        streams.wait_for_tokens(20)
+        # It prints more than a pipe takes, of which the rest is read below.
+        assert chat.poll() is None
+        gateway.kill()
+        assert_same(streams.results(), undisturbed)
+        lines += chat.stdout.readlines()
+    assert chat.returncode == 0
+    assert_long_is_same(streams, long_undisturbed)
     assert text_of(lines) == undisturbed_chat
-    assert num_cut > 0
-    assert is_chatting
 
 
-def test_streams_outlive_their_connection(server: Server, undisturbed: list[Result]) -> None:
+def test_streams_outlive_their_connection(
+    server: Server, undisturbed: list[Result], long_undisturbed: LongUndisturbed
+) -> None:
+    until(lambda: num_ready_copies(server) == 2, "both copies")
     with proxy(server.address) as (address, cut):
         streams = Streams(address)
         for _ in range(3):
             streams.wait_for_tokens(20)
-            num_cut = streams.num_running
-            cut()
+            assert cut() > 0
         assert_same(streams.results(), undisturbed)
-        assert num_cut > 0
+    assert_long_is_same(streams, long_undisturbed)
 
 
 def test_streams_longer_than_the_drain_are_cut_off_and_the_exit_code_tells(server: Server) -> None:
     """The last test of this server."""
-    hot = pb.SamplingOptions(temperature=8, top_p=1, top_k=0)  # nothing of it can be drafted
-    # Nearly the context.
-    long = [
-        pb.GenerateRequest(raw_prompt=prompt, sampling=hot, max_tokens=7 * NUM_TOKENS, ignore_eos=True)
-        for prompt in ("1 2 3 4", "Once upon a time")
-    ]
+    until(lambda: num_ready_copies(server) == 2, "both copies")
     with Client(server.address, retry=RetryPolicy(resumptions=0)) as client:
-        replies = [iter(client.stream(request)) for request in long]
+        replies = [iter(client.stream(LONG)) for _ in range(2)]
         assert all(isinstance(next(reply), Started) for reply in replies)
         server.process.send_signal(signal.SIGTERM)
         for reply in replies:
@@ -243,11 +298,12 @@ def test_streams_longer_than_the_drain_are_cut_off_and_the_exit_code_tells(serve
 
 
 @contextmanager
-def proxy(target: str) -> Iterator[tuple[str, Callable[[], None]]]:
-    """A port that leads to the target, and what cuts all its connections."""
+def proxy(target: str) -> Iterator[tuple[str, Callable[[], int]]]:
+    """A port that leads to the target, and what cuts all its connections and says how many ends they had."""
     host, _, port = target.rpartition(":")
     listener = socket.create_server(("127.0.0.1", 0))
     sockets: list[socket.socket] = []
+    lock = threading.Lock()
 
     def pump(source: socket.socket, sink: socket.socket) -> None:
         # Cut, by the test or by an end.
@@ -263,16 +319,19 @@ def proxy(target: str) -> Iterator[tuple[str, Callable[[], None]]]:
             except OSError:
                 return
             upstream = socket.create_connection((host, int(port)))
-            sockets.extend((client, upstream))
+            with lock:
+                sockets.extend((client, upstream))
             for pair in ((client, upstream), (upstream, client)):
                 threading.Thread(target=pump, args=pair, daemon=True).start()
 
-    def cut() -> None:
-        taken, sockets[:] = sockets[:], []
+    def cut() -> int:
+        with lock:
+            taken, sockets[:] = sockets[:], []
         for one in taken:
             # Its other end may have been first.
             with suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)
+        return len(taken)
 
     threading.Thread(target=accept, daemon=True).start()
     try:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ from cluster.config import ClusterConfig, EngineConfig, ModelSource, RouterConfi
 from cluster.router.deployment import RouterDeployment, router_deployment
 from mull.v1 import router_pb2 as pb
 from mull.v1.router_pb2_grpc import RouterServiceStub
+from tests.end_to_end.servers import command_of
 from tests.own_ray import own_ray
 
 pytestmark = pytest.mark.timeout(300)
@@ -28,6 +30,10 @@ pytestmark = pytest.mark.timeout(300)
 POCKET = Path(__file__).parents[2] / "deploy" / "models" / "pocket"
 APP = "router-test"
 START_S = 120.0
+WAIT_S = 60.0
+LONGEST = 3500
+"""Tokens: nearly the context."""
+NUM_MORE = 50
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +61,12 @@ def stub(handle: DeploymentHandle) -> Iterator[RouterServiceStub]:
 
 
 def describe(stub: RouterServiceStub) -> pb.DescribeResponse:
-    described = stub.Describe(pb.DescribeRequest(), timeout=10, wait_for_ready=True)
+    described = stub.Describe(pb.DescribeRequest(), timeout=WAIT_S, wait_for_ready=True)
     assert not described.failed, described.reason
     return described
 
 
-def until(condition: Callable[[], bool], what: str, timeout_s: float = 30.0) -> None:
+def until(condition: Callable[[], bool], what: str, timeout_s: float = WAIT_S) -> None:
     deadline_s = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline_s, f"waited {timeout_s:g} s for {what}"
@@ -68,8 +74,18 @@ def until(condition: Callable[[], bool], what: str, timeout_s: float = 30.0) -> 
 
 
 def submit(max_tokens: int) -> pb.GatewayMessage:
-    sampling = pb.RouterSampling(top_p=1, repetition_penalty=1)
+    # So hot that nothing of it can be drafted: it takes as many steps as it has tokens.
+    sampling = pb.RouterSampling(temperature=8, top_p=1, repetition_penalty=1, seed=5)
     return pb.GatewayMessage(submit=pb.Submit(key=1, prompt_ids=[5, 6, 7], max_tokens=max_tokens, sampling=sampling))
+
+
+def tokens_of(session: Iterable[pb.RouterMessage]) -> Iterator[int]:
+    """Of its one request, to its end."""
+    for message in session:
+        for update in message.updates:
+            yield from update.token_ids
+            if update.HasField("end"):
+                return
 
 
 def test_ranks_are_processes_of_their_own_at_normal_priority(stub: RouterServiceStub) -> None:
@@ -80,31 +96,25 @@ def test_ranks_are_processes_of_their_own_at_normal_priority(stub: RouterService
 
 
 def test_a_request_runs_on_two_actors(stub: RouterServiceStub) -> None:
-    tokens: list[int] = []
-    for message in stub.Session(iter_open([submit(16)])):
-        tokens += message.updates[0].token_ids
-        if message.updates[0].HasField("end"):
-            break
-
-    assert len(tokens) == 16
+    assert len(list(tokens_of(stub.Session(iter_open([submit(16)]))))) == 16
 
 
 def test_a_request_outlives_a_rank_that_is_killed(stub: RouterServiceStub) -> None:
-    def stream() -> Iterator[pb.SequenceUpdate]:
-        for message in stub.Session(iter_open([submit(600)])):
-            yield from message.updates
-            if message.updates[-1].HasField("end"):
-                return
-
-    undisturbed = [token_id for update in stream() for token_id in update.token_ids]
+    # given: one that is under way for as long as this takes
     before = [rank.pid for rank in describe(stub).ranks]
-    updates = stream()
-    token_ids = [*next(updates).token_ids, *next(updates).token_ids]
-
+    session = stub.Session(iter_open([submit(LONGEST)]))
+    tokens = tokens_of(session)
+    token_ids = [next(tokens)]
+    # when
     os.kill(before[1], signal.SIGKILL)
-    token_ids += [token_id for update in updates for token_id in update.token_ids]
-
-    assert token_ids == undisturbed
+    until(lambda: describe(stub).num_restarts_total == 1, "the loss")
+    until(lambda: describe(stub).ready, "another rank")
+    # then: it goes on behind what the others had computed
+    num_before = describe(stub).num_replayed_tokens_total
+    token_ids += islice(tokens, num_before + NUM_MORE)
+    session.cancel()
+    assert num_before > 0
+    assert token_ids == list(tokens_of(stub.Session(iter_open([submit(len(token_ids))]))))
     after = [rank.pid for rank in describe(stub).ranks]
     assert (after[0], after[1] != before[1]) == (before[0], True), "who survived keeps its process and its weights"
     assert describe(stub).num_restarts_total == 1
@@ -116,7 +126,7 @@ def test_a_router_that_is_killed_takes_its_ranks_with_it_and_comes_back(
     ranks = [psutil.Process(rank.pid) for rank in describe(stub).ranks]
     address = handle.address.remote().result(timeout_s=START_S)
 
-    [replica] = [p for p in psutil.Process().children(recursive=True) if "ServeReplica" in p.name()]
+    [replica] = [p for p in psutil.Process().children(recursive=True) if "ServeReplica" in command_of(p)]
     replica.kill()
 
     until(lambda: not any(rank.is_running() for rank in ranks), "the ranks of a killed Router to end")

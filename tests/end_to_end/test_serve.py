@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +17,18 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from mull.client import CallFailed, Client, RetryPolicy, Started
 from mull.v1 import generation_pb2 as pb
 from mull.v1.generation_pb2_grpc import GenerationServiceStub
-from tests.end_to_end.servers import FREE_PORTS, MULL, Server, descendants, mull, serving, starting, wait_until
+from tests.end_to_end.servers import (
+    FREE_PORTS,
+    STOP_TIMEOUT_S,
+    Server,
+    descendants,
+    mull,
+    named,
+    serving,
+    starting,
+    told,
+    wait_until,
+)
 from tests.scraping import scrape
 
 pytestmark = pytest.mark.timeout(300)
@@ -77,10 +87,9 @@ def test_many_streams_at_once_give_the_tokens_of_each_alone(stub: GenerationServ
 
 
 def test_chat_prints_one_json_event_a_line(server: Server) -> None:
-    done = mull("chat", "What is 12 + 30?", "--address", server.address, "--json", "--temperature", "0", "--seed", "7")
+    said = told("chat", "What is 12 + 30?", "--address", server.address, "--json", "--temperature", "0", "--seed", "7")
 
-    assert done.returncode == 0, done.stderr
-    events = [json.loads(line) for line in done.stdout.splitlines()]
+    events = [json.loads(line) for line in said.splitlines()]
     assert [e["sequence"] for e in events] == list(range(len(events)))
     assert {"event", "sequence", "text", "token_ids"} <= events[1].keys()
     assert events[0]["event"] == "started"
@@ -98,28 +107,26 @@ def test_chat_converses_over_several_turns(server: Server) -> None:
 
 
 def test_output_cut_in_the_thoughts_says_so(server: Server) -> None:
-    done = mull("chat", "What is 347 + 285?", "--address", server.address, "--max-tokens", "5", "--json")
+    said = told("chat", "What is 347 + 285?", "--address", server.address, "--max-tokens", "5", "--json")
 
-    last = json.loads(done.stdout.splitlines()[-1])
+    last = json.loads(said.splitlines()[-1])
     assert (last["reason"], last["phase"], last["usage"]["answer_tokens"]) == ("length", "thinking", 0)
 
 
 def test_status_names_each_rank_and_its_process(server: Server) -> None:
-    done = mull("status", "--address", server.address, "--json")
+    state = json.loads(told("status", "--address", server.address, "--json"))
 
-    state = json.loads(done.stdout)
     assert state["ready"] is True
     assert [rank["rank"] for rank in state["ranks"]] == [0, 1]
     assert len({rank["pid"] for rank in state["ranks"]}) == 2
     assert all(psutil.pid_exists(rank["pid"]) for rank in state["ranks"])
-    assert mull("status", "--address", server.address).returncode == 0
+    assert "ready" in told("status", "--address", server.address)
 
 
 def test_no_process_of_ray_runs_that_nothing_asks(server: Server) -> None:
-    programs = {Path(argument).name for process in descendants(server.process) for argument in process.cmdline()}
-
-    assert "raylet" in programs
-    assert not programs & {"monitor.py", "log_monitor.py", "dashboard.py"}
+    assert named(server, "raylet/raylet ")
+    for program in ("monitor.py", "log_monitor.py", "dashboard.py"):
+        assert not named(server, f"/{program}")
 
 
 def test_a_client_that_vanishes_frees_its_blocks(server: Server, stub: GenerationServiceStub) -> None:
@@ -127,6 +134,7 @@ def test_a_client_that_vanishes_frees_its_blocks(server: Server, stub: Generatio
         info = stub.GetServerInfo(pb.GetServerInfoRequest()).routers[0]
         return info.num_running + info.num_waiting, info.num_free_blocks
 
+    wait_until(lambda: router()[0] == 0, "the end of what other tests have asked")
     _, free_before = router()
     endless = pb.GenerateRequest(raw_prompt="1 2 3 4 5 6 7 8", max_tokens=900, sampling=pb.SamplingOptions(seed=1))
     with grpc.insecure_channel(server.address) as channel:
@@ -134,8 +142,8 @@ def test_a_client_that_vanishes_frees_its_blocks(server: Server, stub: Generatio
         next(call)
         next(call)
 
-    wait_until(lambda: router()[0] == 0, "the Router to drop the request of a client that is gone")
-    assert router()[1] == free_before
+    # The step that is under way holds its blocks for a moment more.
+    wait_until(lambda: router() == (0, free_before), "the Router to drop the request of a client that is gone")
 
 
 def test_health_and_metrics_answer(server: Server) -> None:
@@ -234,10 +242,10 @@ def test_attention_groups_answer_side_by_side_and_status_shows_the_layout(groups
     with ThreadPoolExecutor(4) as threads:
         asked = [("What is 347 + 285?", "632"), ("What is 12 + 30?", "42"), ("What is 99 + 11?", "110")]
         flags = ("--address", server.address, "--temperature", "0")
-        answers = threads.map(lambda pair: mull("chat", pair[0], *flags).stdout, asked)
+        answers = threads.map(lambda pair: told("chat", pair[0], *flags), asked)
         assert all(right in answer for answer, (_, right) in zip(answers, asked, strict=True))
-    state = json.loads(mull("status", "--address", server.address, "--json").stdout)
-    shown = mull("status", "--address", server.address).stdout
+    state = json.loads(told("status", "--address", server.address, "--json"))
+    shown = told("status", "--address", server.address)
 
     assert [rank["group"] for rank in state["ranks"]] == [0, 0, 1, 1]
     assert {rank["num_experts"] for rank in state["ranks"]} == {3}
@@ -253,15 +261,20 @@ def test_attention_groups_answer_side_by_side_and_status_shows_the_layout(groups
 
 def test_a_second_ctrl_c_cuts_streams_off_and_tells_their_clients_why(groups_server: Server) -> None:
     """The last test of this server."""
-    state = json.loads(mull("status", "--address", groups_server.address, "--json").stdout)
+    state = json.loads(told("status", "--address", groups_server.address, "--json"))
     with Client(groups_server.address, retry=RetryPolicy(resumptions=0)) as client:
-        reply = iter(client.chat("What is 347 + 285?"))
+        # Nearly the context, and so hot that nothing of it can be drafted.
+        reply = iter(
+            client.chat("What is 347 + 285?", temperature=8, top_p=1, top_k=0, ignore_eos=True, max_tokens=3500)
+        )
         assert isinstance(next(reply), Started)
         for rank in state["ranks"]:
             psutil.Process(rank["pid"]).suspend()  # the stream stays open for as long as this test needs
 
         groups_server.process.send_signal(signal.SIGINT)
-        wait_until(lambda: groups_server.lines[-1].startswith("draining"), "the first Ctrl-C to be taken")
+        wait_until(
+            lambda: any(line.startswith("draining") for line in groups_server.lines), "the first Ctrl-C to be taken"
+        )
         groups_server.process.send_signal(signal.SIGINT)
         with pytest.raises(CallFailed, match="shutting down") as cut:
             list(reply)
@@ -282,34 +295,34 @@ def test_chat_without_a_server_says_so_in_one_line() -> None:
 def test_a_server_that_is_stopped_while_it_starts_leaves_no_process(number: signal.Signals) -> None:
     with starting("--tp", "1") as process:
         wait_until(lambda: len(descendants(process)) > 4, "Ray's processes")
-        process.send_signal(number)
         seen = descendants(process)
-        assert process.wait(60) != 0
+        process.send_signal(number)
+        # Until it takes the signal it may start more; of one that is dead nobody is a child any more.
+        seen += descendants(process)
+        assert process.wait(STOP_TIMEOUT_S) != 0
 
         wait_until(lambda: not any(p.is_running() for p in seen), "all processes of a half-started server to end")
 
 
 def test_a_gateway_that_dies_comes_back_at_its_address_and_the_server_stays(server: Server) -> None:
-    (gateway,) = [p for p in descendants(server.process) if "Gateway" in p.name() + "".join(p.cmdline())]
+    (gateway,) = named(server, "Gateway")
     gateway.kill()
 
     def answers() -> bool:
         return mull("status", "--address", server.address).returncode == 0
 
     wait_until(lambda: not gateway.is_running(), "the gateway to die")
-    wait_until(answers, "the gateway to come back", timeout_s=60.0)
-    done = mull("chat", "hello", "--address", server.address, "--max-tokens", "60")
-    assert done.returncode == 0, done.stderr
+    wait_until(answers, "the gateway to come back, and to have found its Router")
+    assert told("chat", "hello", "--address", server.address, "--max-tokens", "60")
 
 
 def test_kill_9_leaves_no_process(server: Server) -> None:
     """The last test of this server."""
     started = descendants(server.process)
     os.kill(server.process.pid, signal.SIGKILL)
-    server.wait()
+    server.process.wait(STOP_TIMEOUT_S)
 
-    _, alive = psutil.wait_procs(started, timeout=20.0)
-    assert not alive, "they outlive a killed server by 20 s"
+    wait_until(lambda: not any(p.is_running() for p in started), "all processes of a killed server to end")
 
 
 def test_a_checkpoint_that_is_cut_short_is_refused_naming_the_file(tmp_path: Path) -> None:
@@ -319,15 +332,12 @@ def test_a_checkpoint_that_is_cut_short_is_refused_naming_the_file(tmp_path: Pat
         is_last_shard = file.name.startswith("model-00002")
         (tmp_path / file.name).write_bytes(data[: len(data) // 2] if is_last_shard else data)
 
-    done = mull("serve", "--model", str(tmp_path))
+    done = mull("serve", *FREE_PORTS, "--model", str(tmp_path))
 
-    assert done.returncode == 1
+    assert done.returncode == 1, done.stderr
     assert "model-00002" in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 
 def test_demo_command_is_the_same_program() -> None:
-    done = subprocess.run([*MULL, "demo", "--tp", "2"], capture_output=True, text=True, timeout=180, check=False)
-
-    assert done.returncode == 0, done.stderr
-    assert "632" in done.stdout
+    assert "632" in told("demo", "--tp", "2")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 from cluster.config import GatewayConfig, ModelSource
 from cluster.gateway.copies import static_addresses
@@ -18,6 +19,7 @@ from mull.v1 import router_pb2 as pb
 from tests.gateway.conftest import POCKET, until
 from tests.gateway.scripted_router import WAIT_S, ScriptedRouter
 
+_T = TypeVar("_T")
 ECHO_TOKENS = 24
 """At most: the last ones of the prompt come back."""
 
@@ -31,19 +33,28 @@ class EchoSite:
     router: ScriptedRouter
     loop: asyncio.AbstractEventLoop
 
-    def leftovers(self) -> dict[str, int]:
-        """What no request may leave behind, once all have ended."""
-        return asyncio.run_coroutine_threadsafe(self._count(), self.loop).result(WAIT_S)
+    def num_tasks(self) -> int:
+        """As many as there are now."""
+        return self._run(_num_tasks())
 
-    async def _count(self) -> dict[str, int]:
-        for _ in range(int(WAIT_S / 0.01)):
-            if self.server.num_streams == 0:
-                break
-            await asyncio.sleep(0.01)
-        # Calls that have ended leave their tasks within a turn of the loop or two.
-        await asyncio.sleep(0.1)
+    def wait_for_streams(self) -> None:
+        """Until all have ended. Raises AssertionError."""
+        self._run(until(lambda: self.server.num_streams == 0, "the end of all streams"))
+
+    def wait_for_tasks(self, at_most: int) -> None:
+        """Until no more are left. Raises AssertionError.
+
+        Calls that have ended leave theirs a moment later, and the Router is asked how it is now and then.
+        """
         gc.collect()
-        return {"streams": self.server.num_streams, "tasks": len(asyncio.all_tasks())}
+        self._run(until(lambda: len(asyncio.all_tasks()) <= at_most, f"all tasks but {at_most} to end"))
+
+    def _run(self, job: Coroutine[object, object, _T]) -> _T:
+        return asyncio.run_coroutine_threadsafe(job, self.loop).result(2 * WAIT_S)
+
+
+async def _num_tasks() -> int:
+    return len(asyncio.all_tasks())
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from cluster.gateway.http.openapi import openapi_document
 SCHEMA = schemathesis.openapi.from_dict(openapi_document())
 OPERATIONS = {result.ok().path: result.ok() for result in SCHEMA.get_all_operations() if result.ok().method == "post"}
 POST_OPERATIONS = sorted(OPERATIONS)
-TIMEOUT_S = 20.0
+TIMEOUT_S = 60.0
 
 
 ODD_VALUES = (

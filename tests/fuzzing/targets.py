@@ -37,7 +37,7 @@ SERVICES = (
 )
 METHODS = {f"/{service.full_name}/{method.name}": method for service in SERVICES for method in service.methods}
 OURS = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.UNIMPLEMENTED)
-CALL_TIMEOUT_S = 20.0
+CALL_TIMEOUT_S = 60.0
 VOCABULARY = 1024
 CALL_PARTS = (
     *(

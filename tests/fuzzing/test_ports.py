@@ -35,7 +35,7 @@ def channel(site: EchoSite) -> Iterator[grpc.Channel]:
 
 
 def test_no_message_ends_in_a_fault_of_ours_and_nothing_is_left_of_it(site: EchoSite, channel: grpc.Channel) -> None:
-    before = site.leftovers()
+    before = site.num_tasks()
 
     @settings(max_examples=NUM_EXAMPLES, **SETTINGS)
     @given(call=grpc_calls())
@@ -43,9 +43,8 @@ def test_no_message_ends_in_a_fault_of_ours_and_nothing_is_left_of_it(site: Echo
         assert end_of(channel, *call) not in OURS
 
     shoot()
-    after = site.leftovers()
-    assert after["streams"] == 0
-    assert after["tasks"] <= before["tasks"]
+    site.wait_for_streams()
+    site.wait_for_tasks(at_most=before)
 
 
 def test_bytes_that_are_no_message_are_the_callers_fault(channel: grpc.Channel) -> None:
@@ -61,7 +60,7 @@ def test_no_http_request_ends_in_a_fault_of_ours(site: EchoSite, path: str) -> N
         assert fault_of(call, f"http://127.0.0.1:{site.ports.http}") is None
 
     shoot()
-    assert site.leftovers()["streams"] == 0
+    site.wait_for_streams()
 
 
 def test_the_document_has_every_route_that_is_served() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import random
-import socket
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ from cluster.gateway.copies import static_addresses
 from cluster.gateway.router_link import LinkTimes
 from cluster.gateway.served_model import ServedModel
 from cluster.gateway.server import GatewayPorts, GatewayServer
+from cluster.ports import HeldPorts
 from mull.v1 import generation_pb2 as pb
 from mull.v1.generation_pb2_grpc import GenerationServiceStub
 from tests.gateway.scripted_router import WAIT_S, ScriptedRouter
@@ -52,17 +51,18 @@ class RunningGateway:
 
 async def until(condition: Callable[[], bool], what: str) -> None:
     """Bounded wait for something that has no event of its own."""
-    for _ in range(int(WAIT_S / 0.005)):
-        if condition():
-            return
-        await asyncio.sleep(0.005)
-    raise AssertionError(f"waited {WAIT_S:g} s for {what}")
+    try:
+        async with asyncio.timeout(WAIT_S):
+            while not condition():  # noqa: ASYNC110  # there is no event to wait for
+                await asyncio.sleep(0.005)
+    except TimeoutError:
+        raise AssertionError(f"waited {WAIT_S:g} s for {what}") from None
 
 
 @pytest.fixture
-async def router() -> AsyncIterator[ScriptedRouter]:
+async def router(held_ports: HeldPorts) -> AsyncIterator[ScriptedRouter]:
     scripted = ScriptedRouter()
-    await scripted.start(fixed_port())
+    await scripted.start(held_ports.hold("127.0.0.1"))
     yield scripted
     await scripted.stop()
 
@@ -82,21 +82,6 @@ async def gateway(
     async with grpc.aio.insecure_channel(f"127.0.0.1:{ports.grpc}") as channel:
         yield RunningGateway(server, ports, router, GenerationServiceStub(channel), channel)
         await server.drain(0)
-
-
-def fixed_port() -> int:
-    """A free port for a test that closes it and opens it again.
-
-    It lies below those that the kernel gives to others meanwhile (ip_local_port_range starts at 32768).
-    """
-    for port in random.sample(range(20_000, 32_000), 100):
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
-    raise AssertionError("none of 100 ports is free")
 
 
 def ask(text: str = "What is 2+2?", **more: object) -> pb.GenerateRequest:

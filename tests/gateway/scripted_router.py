@@ -14,7 +14,7 @@ import grpc.aio
 from mull.v1 import router_pb2 as pb
 from mull.v1.router_pb2_grpc import RouterServiceServicer, add_RouterServiceServicer_to_server
 
-WAIT_S = 10.0
+WAIT_S = 60.0
 
 
 @dataclass

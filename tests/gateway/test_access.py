@@ -91,7 +91,7 @@ async def guarded(
     url = f"http://127.0.0.1:{ports.http}"
     async with (
         grpc.aio.insecure_channel(f"127.0.0.1:{ports.grpc}") as channel,
-        httpx.AsyncClient(base_url=url, timeout=10) as client,
+        httpx.AsyncClient(base_url=url, timeout=60) as client,
     ):
         stubs = GenerationServiceStub(channel), AdminServiceStub(channel)
         yield Guarded(file, router, *stubs, channel, client, server, acme, other, operator, registry)
@@ -110,7 +110,7 @@ async def refusal(call: Any) -> grpc.aio.AioRpcError:
 
 async def code_of(guarded: Guarded, service: Any, name: str, metadata: Metadata) -> grpc.StatusCode:
     """How a call with an empty message ends."""
-    call = guarded.channel.unary_stream(f"/{service.full_name}/{name}")(b"", metadata=metadata, timeout=5)
+    call = guarded.channel.unary_stream(f"/{service.full_name}/{name}")(b"", metadata=metadata, timeout=60)
     try:
         async for _ in call:
             pass
@@ -189,7 +189,7 @@ async def test_tenants_have_salts_of_their_own_and_keys_of_one_tenant_share_it(g
     )
 
     for key in (guarded.acme, second, guarded.other):
-        await guarded.stub.Complete(ask(), metadata=bearer(key), timeout=10)
+        await guarded.stub.Complete(ask(), metadata=bearer(key), timeout=60)
 
     salts = [submit.cache_salt for submit in guarded.router.submits]
     assert salts[0] == salts[1] != salts[2]
@@ -265,16 +265,16 @@ async def test_a_stream_counts_until_it_ends_whoever_ends_it(guarded: Guarded) -
     )
 
     assert over.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert (await guarded.stub.Complete(ask(), metadata=bearer(guarded.acme), timeout=10)).completions
+    assert (await guarded.stub.Complete(ask(), metadata=bearer(guarded.acme), timeout=60)).completions
 
 
 @pytest.mark.parametrize("limit", ["max_prompt_tokens_per_min", "max_output_tokens_per_min"])
 async def test_tokens_are_counted_where_they_are_used(guarded: Guarded, limit: str) -> None:
     guarded.change_limits("acme", **{limit: 3})
     guarded.answer(41, 42, 43, 44, 151645)
-    await guarded.stub.Complete(ask(), metadata=bearer(guarded.acme), timeout=10)
+    await guarded.stub.Complete(ask(), metadata=bearer(guarded.acme), timeout=60)
 
-    refused = await refusal(guarded.stub.Complete(ask(), metadata=bearer(guarded.acme), timeout=10))
+    refused = await refusal(guarded.stub.Complete(ask(), metadata=bearer(guarded.acme), timeout=60))
 
     assert refused.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert limit.split("_")[1] in (refused.details() or "")
@@ -299,7 +299,7 @@ async def test_budget_and_priority_stay_within_the_tenants(
         update(submit.key, [41, 151645], admitted=0, end=STOP)
     )
 
-    await guarded.stub.Complete(ask(**asked), metadata=bearer(guarded.acme), timeout=10)
+    await guarded.stub.Complete(ask(**asked), metadata=bearer(guarded.acme), timeout=60)
 
     submit = guarded.router.submits[-1]
     assert (submit.thinking_budget if submit.HasField("thinking_budget") else None) == budget

@@ -176,6 +176,7 @@ async def test_a_stream_whose_router_dies_goes_on_behind_its_tokens_once_it_is_b
     # when: the Router goes away and comes back at the same address
     port = int(gateway.router.address.rsplit(":")[-1])
     await gateway.router.stop()
+    await until(lambda: not gateway.server.copies.is_connected, "the Router to be lost")
     refused, _ = await status_of(gateway.stub.Generate(ask()))
     await gateway.router.start(port)
     # then: it gets the same request with the output so far, and the client sees one stream
@@ -209,11 +210,16 @@ async def test_a_router_that_gives_a_request_back_is_asked_again(gateway: Runnin
 
 
 async def test_a_request_that_no_copy_can_go_on_with_fails_in_the_end(gateway: RunningGateway) -> None:
-    call = gateway.stub.Generate(ask(timeout_seconds=0.2))
-    submit = await gateway.router.submitted()
-    gateway.router.send(update(submit.key, [40], admitted=0))
-    await gateway.router.stop()
-    code, _ = await status_of(call)
+    stopping: list[asyncio.Task[None]] = []
+
+    def answer(submit: router_pb2.Submit) -> None:
+        gateway.router.send(update(submit.key, [40], admitted=0))
+        stopping.append(asyncio.create_task(gateway.router.stop()))
+
+    # At once: the deadline does not wait for this test.
+    gateway.router.on_submit = answer
+    code, _ = await status_of(gateway.stub.Generate(ask(timeout_seconds=0.2)))
+    await asyncio.gather(*stopping)
     assert code is grpc.StatusCode.DEADLINE_EXCEEDED
     assert gateway.server.num_streams == 0
 

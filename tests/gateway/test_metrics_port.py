@@ -12,14 +12,15 @@ import pytest
 
 from cluster.drain import drain
 from cluster.errors import EngineError
+from cluster.ports import HeldPorts
 from mull.v1 import router_pb2
-from tests.gateway.conftest import RunningGateway, ask, fixed_port, kinds, until
-from tests.gateway.scripted_router import update
+from tests.gateway.conftest import RunningGateway, ask, kinds, until
+from tests.gateway.scripted_router import WAIT_S, update
 
 
 async def call(gateway: RunningGateway, method: str, path: str) -> tuple[int, dict[str, Any]]:
     def ask_port() -> tuple[int, dict[str, Any]]:
-        connection = HTTPConnection("127.0.0.1", gateway.ports.metrics, timeout=5)
+        connection = HTTPConnection("127.0.0.1", gateway.ports.metrics, timeout=WAIT_S)
         connection.request(method, path)
         response = connection.getresponse()
         body = json.loads(response.read())
@@ -53,7 +54,7 @@ async def test_mull_drain_returns_when_the_last_stream_has_ended(gateway: Runnin
     gateway.router.send(update(submit.key, [40], admitted=0))
     await stream.read()
     # when: a pod's end is asked for
-    draining = asyncio.create_task(asyncio.to_thread(drain, gateway.ports.metrics, delay_s=0, wait_s=20))
+    draining = asyncio.create_task(asyncio.to_thread(drain, gateway.ports.metrics, delay_s=0, wait_s=WAIT_S))
     await until(lambda: gateway.server.is_draining, "the gateway to drain")
     # then: new work is refused, the stream goes on, and the command waits for it
     status, body = await call(gateway, "GET", "/ready")
@@ -70,12 +71,12 @@ async def test_mull_drain_returns_when_the_last_stream_has_ended(gateway: Runnin
     assert await draining == "drained"
 
 
-def test_mull_drain_finds_nothing_to_drain_where_nobody_listens() -> None:
-    port = fixed_port()
+def test_mull_drain_finds_nothing_to_drain_where_nobody_listens(held_ports: HeldPorts) -> None:
+    port = held_ports.hold("127.0.0.1")
 
-    assert drain(port, delay_s=0, wait_s=1) == f"nothing listens on port {port}, so there is nothing to drain"
+    assert drain(port, delay_s=0, wait_s=WAIT_S) == f"nothing listens on port {port}, so there is nothing to drain"
 
 
 async def test_mull_drain_names_a_port_that_is_not_for_metrics(gateway: RunningGateway) -> None:
     with pytest.raises(EngineError, match=r"answered 40\d to /drain; is it the metrics port"):
-        await asyncio.to_thread(drain, gateway.ports.http, delay_s=0, wait_s=1)
+        await asyncio.to_thread(drain, gateway.ports.http, delay_s=0, wait_s=WAIT_S)

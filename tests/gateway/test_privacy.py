@@ -34,7 +34,7 @@ async def test_neither_keys_nor_texts_are_logged(
     chat = {"messages": [{"role": "user", "content": PROMPT}], "max_tokens": 100}
 
     # given: exchanges that go well, that are refused, and that fail for a fault of ours
-    await guarded.stub.Complete(ask(PROMPT, max_tokens=100), metadata=key, timeout=10)
+    await guarded.stub.Complete(ask(PROMPT, max_tokens=100), metadata=key, timeout=60)
     for stream in (False, True):
         answer = await guarded.http.post("/v1/chat/completions", json=chat | {"stream": stream}, headers=headers)
         assert ANSWER in answer.text or stream
@@ -50,7 +50,7 @@ async def test_neither_keys_nor_texts_are_logged(
     monkeypatch.setattr(guarded.server.copies, "submit", fail)
     monkeypatch.setattr(Routes, "_body", fail)
     with pytest.raises(grpc.aio.AioRpcError):
-        await guarded.stub.Complete(ask(PROMPT, request_id="grpc-17"), metadata=key, timeout=10)
+        await guarded.stub.Complete(ask(PROMPT, request_id="grpc-17"), metadata=key, timeout=60)
     failed = await guarded.http.post("/tokenize", json=chat, headers=headers | {"x-request-id": "http-17"})
 
     # then

@@ -14,17 +14,18 @@ from cluster.config import GatewayConfig
 from cluster.gateway.copies import static_addresses
 from cluster.gateway.served_model import ServedModel
 from cluster.gateway.server import GatewayServer
+from cluster.ports import HeldPorts
 from mull.client import AsyncClient, CallFailed, Client, Event, RetryPolicy, Tool
 from mull.client.held import HeldStream
 from mull.v1 import generation_pb2 as pb
 from mull.v1 import router_pb2
-from tests.gateway.conftest import FAST, RunningGateway, ask, fixed_port, kinds, until
-from tests.gateway.scripted_router import ScriptedRouter, update
+from tests.gateway.conftest import FAST, RunningGateway, ask, kinds, until
+from tests.gateway.scripted_router import WAIT_S, ScriptedRouter, update
 
 STOP = router_pb2.End.REASON_STOP
 TEXT = 'hm 🙂</think>Sure: <tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call><|im_end|>'
 TOOLS = [Tool("f", "does it", {"type": "object"})]
-RETRY = RetryPolicy(attempts=1, resumptions=200, first_pause_s=0.01, longest_pause_s=0.05)
+RETRY = RetryPolicy(attempts=1, resumptions=10_000, first_pause_s=0.01, longest_pause_s=0.05)
 
 
 class Model:
@@ -65,12 +66,12 @@ async def gateway_at(port: int, router: ScriptedRouter, model: ServedModel) -> A
 
 
 async def test_a_client_whose_gateway_goes_away_gets_the_rest_from_the_next_one(
-    router: ScriptedRouter, model: ServedModel
+    router: ScriptedRouter, model: ServedModel, held_ports: HeldPorts
 ) -> None:
     # given: a client that has some of two generations, in several events
     said = Model(router, model.tokenizer.encode(TEXT), num_now=4)
-    port, events = fixed_port(), list[Event]()
-    async with AsyncClient(f"127.0.0.1:{port}", retry=RETRY, timeout_s=20) as client:
+    port, events = held_ports.hold("127.0.0.1"), list[Event]()
+    async with AsyncClient(f"127.0.0.1:{port}", retry=RETRY, timeout_s=WAIT_S) as client:
         async with gateway_at(port, router, model):
             reply = client.chat("hi", tools=TOOLS, n=2, seed=7, logprobs=0)
             reading = asyncio.create_task(read_into(events, aiter(reply)))
@@ -98,14 +99,14 @@ async def read_into(events: list[Event], stream: AsyncIterator[Event]) -> None:
         events.append(event)  # noqa: PERF401  # others look at the list meanwhile
 
 
-async def test_the_sync_client_resumes_too(router: ScriptedRouter, model: ServedModel) -> None:
+async def test_the_sync_client_resumes_too(router: ScriptedRouter, model: ServedModel, held_ports: HeldPorts) -> None:
     said = Model(router, model.tokenizer.encode(TEXT), num_now=4)
-    port = fixed_port()
+    port = held_ports.hold("127.0.0.1")
 
     begun = threading.Event()
 
     def use() -> str:
-        with Client(f"127.0.0.1:{port}", retry=RETRY, timeout_s=20) as client:
+        with Client(f"127.0.0.1:{port}", retry=RETRY, timeout_s=WAIT_S) as client:
             reply = client.chat("hi", tools=TOOLS)
             next(iter(reply))
             begun.set()
@@ -120,12 +121,12 @@ async def test_the_sync_client_resumes_too(router: ScriptedRouter, model: Served
 
 
 async def test_a_client_gives_up_after_so_many_tries_without_an_event(
-    router: ScriptedRouter, model: ServedModel
+    router: ScriptedRouter, model: ServedModel, held_ports: HeldPorts
 ) -> None:
     Model(router, model.tokenizer.encode(TEXT), num_now=4)
-    port = fixed_port()
+    port = held_ports.hold("127.0.0.1")
     few = RetryPolicy(resumptions=3, first_pause_s=0.01, longest_pause_s=0.02)
-    async with AsyncClient(f"127.0.0.1:{port}", retry=few, timeout_s=20) as client:
+    async with AsyncClient(f"127.0.0.1:{port}", retry=few, timeout_s=WAIT_S) as client:
         async with gateway_at(port, router, model):
             stream = aiter(client.chat("hi"))
             await anext(stream)
@@ -205,14 +206,16 @@ async def test_a_contradiction_names_the_field(gateway: RunningGateway) -> None:
         await gateway.stub.Complete(request)
 
 
-async def test_a_draining_gateway_hands_its_streams_to_another_one(router: ScriptedRouter, model: ServedModel) -> None:
+async def test_a_draining_gateway_hands_its_streams_to_another_one(
+    router: ScriptedRouter, model: ServedModel, held_ports: HeldPorts
+) -> None:
     # given: two gateways at one address, as behind a Service
     said = Model(router, model.tokenizer.encode(TEXT), num_now=4)
-    ports = [fixed_port(), fixed_port()]
+    ports = [held_ports.hold("127.0.0.1") for _ in range(2)]
     address = "ipv4:" + ",".join(f"127.0.0.1:{port}" for port in ports)
     async with (
         gateway_at(ports[0], router, model) as one,
-        AsyncClient(address, retry=RETRY, timeout_s=20) as client,
+        AsyncClient(address, retry=RETRY, timeout_s=WAIT_S) as client,
     ):
         reply = client.chat("hi", tools=TOOLS, seed=7)
         stream = aiter(reply)

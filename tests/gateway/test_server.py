@@ -14,10 +14,11 @@ from cluster.errors import ConfigError
 from cluster.gateway.copies import static_addresses
 from cluster.gateway.served_model import ServedModel
 from cluster.gateway.server import SERVICE_NAME, GatewayPorts, GatewayServer
+from cluster.ports import HeldPorts
 from mull.v1 import generation_pb2 as pb
 from mull.v1 import router_pb2
 from mull.v1.generation_pb2_grpc import GenerationServiceStub
-from tests.gateway.conftest import FAST, RunningGateway, ask, fixed_port, kinds, until
+from tests.gateway.conftest import FAST, RunningGateway, ask, kinds, until
 from tests.gateway.scripted_router import update
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -45,6 +46,7 @@ async def test_health_follows_the_router(gateway: RunningGateway) -> None:
 async def test_a_gateway_without_a_router_is_up_but_not_serving(model: ServedModel) -> None:
     server = GatewayServer(GatewayConfig(grpc_port=0, http_port=0, metrics_port=0), model, NOWHERE, link_times=FAST)
     ports = await server.start()
+    await until(lambda: "out of reach" in server.copies.state.reason, "the first try to connect")
     async with grpc.aio.insecure_channel(f"127.0.0.1:{ports.grpc}") as channel:
         stub = GenerationServiceStub(channel)
         info = await stub.GetServerInfo(pb.GetServerInfoRequest())
@@ -55,6 +57,9 @@ async def test_a_gateway_without_a_router_is_up_but_not_serving(model: ServedMod
     assert info.reason
     assert list(info.routers) == []
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    # Who runs the server is told what the connection said, clients are not told of addresses.
+    assert "127.0.0.1" in info.reason
+    assert caught.value.details() == "the Router is out of reach; try again soon"
 
 
 async def test_reflection_lists_the_services(gateway: RunningGateway) -> None:
@@ -105,7 +110,7 @@ async def test_a_fault_in_asking_the_router_does_not_end_the_asking(
     copies = gateway.server.copies
     answer = gateway.router.description
     monkeypatch.setattr("cluster.gateway.router_link.pb.DescribeRequest", lambda: 1 / 0)
-    await until(lambda: "ZeroDivisionError" in copies.state.reason, "the fault to be told")
+    await until(lambda: "ZeroDivisionError" in copies.state.whole_reason, "the fault to be told")
     # when
     monkeypatch.undo()
     # then
@@ -160,8 +165,9 @@ async def test_draining_cuts_what_does_not_end_in_time(gateway: RunningGateway) 
     assert gateway.server.num_streams == 0
 
 
-async def test_ports_are_free_again_after_draining(model: ServedModel) -> None:
-    config = GatewayConfig(grpc_port=fixed_port(), http_port=fixed_port(), metrics_port=fixed_port())
+async def test_ports_are_free_again_after_draining(model: ServedModel, held_ports: HeldPorts) -> None:
+    grpc_port, http_port, metrics_port = (held_ports.hold("127.0.0.1") for _ in range(3))
+    config = GatewayConfig(grpc_port=grpc_port, http_port=http_port, metrics_port=metrics_port)
     for _ in range(2):
         server = GatewayServer(config, model, NOWHERE, link_times=FAST)
         assert await server.start() == GatewayPorts(config.grpc_port, config.metrics_port, config.http_port)

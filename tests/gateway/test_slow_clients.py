@@ -20,9 +20,20 @@ HEAD = b"POST /tokenize HTTP/1.1\r\nhost: x\r\n"
 
 
 @pytest.fixture
-def gateway_config() -> GatewayConfig:
-    times = {"head_timeout_s": SHORT_S, "body_timeout_s": SHORT_S, "idle_timeout_s": 1.0}
-    return GatewayConfig(grpc_port=0, http_port=0, metrics_port=0, drain_s=5, **times)
+def times() -> dict[str, float]:
+    """Those that a test waits for; the others are longer than any machine stands still."""
+    return {}
+
+
+@pytest.fixture
+def gateway_config(times: dict[str, float]) -> GatewayConfig:
+    patient = {"head_timeout_s": WAIT_S, "body_timeout_s": WAIT_S, "idle_timeout_s": WAIT_S}
+    return GatewayConfig(grpc_port=0, http_port=0, metrics_port=0, drain_s=5, **(patient | times))
+
+
+short_head = pytest.mark.parametrize("times", [{"head_timeout_s": SHORT_S}], ids=["short head"])
+short_body = pytest.mark.parametrize("times", [{"body_timeout_s": SHORT_S}], ids=["short body"])
+short_idle = pytest.mark.parametrize("times", [{"idle_timeout_s": 1.0}], ids=["short idle"])
 
 
 @pytest.fixture
@@ -45,10 +56,12 @@ async def rest(reader: asyncio.StreamReader) -> bytes:
     return received
 
 
+@short_head
 async def test_a_connection_that_says_nothing_is_closed(connection: Connection) -> None:
     assert await rest(connection[0]) == b""
 
 
+@short_head
 @pytest.mark.parametrize("before", [b"", b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"])
 async def test_a_head_that_comes_byte_by_byte_is_cut_off(connection: Connection, before: bytes) -> None:
     reader, writer = connection
@@ -66,6 +79,7 @@ async def test_a_head_that_comes_byte_by_byte_is_cut_off(connection: Connection,
     assert answered.count(b"200 OK") == (1 if before else 0)
 
 
+@short_body
 async def test_a_body_that_does_not_come_is_408(connection: Connection) -> None:
     reader, writer = connection
     writer.write(HEAD + b"content-length: 100\r\n\r\n{")
@@ -83,6 +97,7 @@ async def test_a_head_without_end_is_refused(connection: Connection) -> None:
     assert (await rest(reader)).startswith(b"HTTP/1.1 400")
 
 
+@short_idle
 async def test_an_idle_connection_is_closed_and_a_busy_one_is_not(
     gateway: RunningGateway, connection: Connection
 ) -> None:
@@ -97,6 +112,7 @@ async def test_an_idle_connection_is_closed_and_a_busy_one_is_not(
     assert late.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
+@short_body
 async def test_a_call_whose_message_does_not_come_is_ended(gateway: RunningGateway) -> None:
     call = gateway.channel.stream_stream(GENERATE)()
 
@@ -116,6 +132,7 @@ async def test_a_call_without_a_message_is_refused(gateway: RunningGateway) -> N
     assert ended.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
+@short_idle
 async def test_an_idle_grpc_connection_is_closed(gateway: RunningGateway) -> None:
     address = f"127.0.0.1:{gateway.ports.grpc}"
     async with grpc.aio.insecure_channel(address, [("grpc.use_local_subchannel_pool", 1)]) as channel:

@@ -23,7 +23,7 @@ from mull.v1 import generation_pb2 as pb
 from mull.v1.generation_pb2_grpc import GenerationServiceStub
 from tests.certificates import Authority
 from tests.gateway.conftest import FAST, until
-from tests.gateway.scripted_router import ScriptedRouter
+from tests.gateway.scripted_router import WAIT_S, ScriptedRouter
 from tests.scraping import scraped
 
 
@@ -58,20 +58,20 @@ async def ask_by_grpc(ports: GatewayPorts, ca: Path, own: TlsFiles | None = None
     options = [("grpc.use_local_subchannel_pool", 1)]
     credentials = channel_credentials(ca, own)
     async with grpc.aio.secure_channel(f"localhost:{ports.grpc}", credentials, options) as channel:
-        return await GenerationServiceStub(channel).ListModels(pb.ListModelsRequest(), timeout=5)
+        return await GenerationServiceStub(channel).ListModels(pb.ListModelsRequest(), timeout=WAIT_S)
 
 
 async def ask_by_http(ports: GatewayPorts, ca: Path, own: TlsFiles | None = None) -> httpx.Response:
     context = ssl.create_default_context(cafile=str(ca))
     if own is not None:
         context.load_cert_chain(own.cert, own.key)
-    async with httpx.AsyncClient(verify=context) as client:
+    async with httpx.AsyncClient(verify=context, timeout=WAIT_S) as client:
         return await client.get(f"https://localhost:{ports.http}/v1/models")
 
 
 async def serial_number(port: int) -> int:
     """Of the certificate that a new connection is shown."""
-    pem = await asyncio.to_thread(ssl.get_server_certificate, ("127.0.0.1", port), timeout=5)
+    pem = await asyncio.to_thread(ssl.get_server_certificate, ("127.0.0.1", port), timeout=WAIT_S)
     return x509.load_pem_x509_certificate(pem.encode()).serial_number
 
 
@@ -88,7 +88,7 @@ async def test_both_ports_are_read_with_the_authoritys_certificate_alone(
                 await plain.get(f"http://localhost:{ports.http}/health")
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             async with grpc.aio.insecure_channel(f"localhost:{ports.grpc}") as channel:
-                await GenerationServiceStub(channel).ListModels(pb.ListModelsRequest(), timeout=5)
+                await GenerationServiceStub(channel).ListModels(pb.ListModelsRequest(), timeout=WAIT_S)
         assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
 
 

@@ -19,7 +19,7 @@ from cluster.gateway.served_model import ServedModel
 from mull.v1 import generation_pb2 as pb
 from tests.gateway.conftest import POCKET
 
-WAIT_S = 10.0
+WAIT_S = 60.0
 
 
 @pytest.fixture(scope="session")

@@ -11,9 +11,11 @@ pytest.importorskip("triton", reason="the GPU kernels need triton: pip install t
 
 from tests.kernels_triton.values import DEVICE, accurate, normal
 from workers.kernels.prefill_attention import Chunks
+from workers.kernels.triton import prefill_attention as paged
 from workers.kernels.triton import reference
-from workers.kernels.triton.decode_attention import decode_attention
+from workers.kernels.triton.decode_attention import decode_attention, decode_attention_quantize
 from workers.kernels.triton.prefill_attention import prefill_attention
+from workers.kernels.triton.quantize import quantize
 
 CASES = pytest.mark.parametrize(
     ("num_kv_heads", "group", "block_size", "head_dim", "kv_dtype"),
@@ -53,6 +55,16 @@ def test_a_sequence_has_the_same_bits_whatever_stands_beside_it() -> None:
         assert torch.equal(alone[0], together[row])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_attention_that_leaves_fp8_rows_gives_the_bits_of_quantising_its_own(dtype: torch.dtype) -> None:
+    pool, q = pool_of(2, 16, 128, dtype), normal(1, 3, 8, 128, dtype=dtype)
+    tables, num_keys = torch.arange(90, device=DEVICE).expand(3, -1), torch.tensor([400, 1, 1300], device=DEVICE)
+    got = decode_attention_quantize(q, pool, tables, num_keys, 1300)
+    want = quantize(decode_attention(q, pool, tables, num_keys, 1300).flatten(1))
+    assert torch.equal(got.codes_RI.view(torch.uint8), want.codes_RI.view(torch.uint8))
+    assert torch.equal(got.scale_Rk, want.scale_Rk)
+
+
 @CASES
 def test_prefill_attention_equals_its_reference(
     num_kv_heads: int, group: int, block_size: int, head_dim: int, kv_dtype: torch.dtype
@@ -65,6 +77,15 @@ def test_prefill_attention_equals_its_reference(
         for q_CND, table_M, start in zip(q.split(sizes), chunks.tables_CM, starts, strict=True)
     ]
     accurate(got, torch.cat(want), 1e-5)
+
+
+def test_chunks_are_found_among_more_than_are_looked_through_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paged, "BLOCK_CHUNKS", 2)
+    pool, starts, sizes = pool_of(1, 16, 64, torch.float32), [3, 0, 20, 7, 0], [1, 70, 2, 33, 40]
+    q, chunks = normal(1, sum(sizes), 4, 64), chunks_of(starts, sizes, 16)
+    got = prefill_attention(q, pool, chunks.tables_CM, chunks.bounds_3C, sizes)
+    monkeypatch.undo()
+    assert torch.equal(got, prefill_attention(q, pool, chunks.tables_CM, chunks.bounds_3C, sizes))
 
 
 def chunks_of(starts: list[int], sizes: list[int], block_size: int) -> Chunks:

@@ -11,11 +11,14 @@ pytest.importorskip("triton", reason="the GPU kernels need triton: pip install t
 
 from tests.kernels_triton.values import DEVICE, accurate, normal, same_rows
 from workers.kernels.gate import Replicas, slots_of_chosen
+from workers.kernels.sums import PartialSums
 from workers.kernels.triton import reference
 from workers.kernels.triton.gate import choose_experts, choose_slots
+from workers.kernels.triton.gemm import sum_splits
 from workers.kernels.triton.norm import add_rms_norm, add_rms_norm_quantize, rms_norm, rms_norm_quantize
-from workers.kernels.triton.qk_norm_rope import qk_norm_rope_store
+from workers.kernels.triton.qk_norm_rope import qk_norm_rope_store, sum_norm_rope_store
 from workers.kernels.triton.quantize import quantize
+from workers.kernels.triton.rows import QuantizedRows
 from workers.kernels.triton.swiglu import swiglu, swiglu_quantize
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -61,6 +64,27 @@ def test_quantised_norms_equal_their_reference(dtype: torch.dtype) -> None:
     got = add_rms_norm_quantize(x, delta, weight, EPS)
     same_rows(got, reference.quantize(plain.rms_norm(total.float(), weight.float(), EPS)))
     assert torch.equal(x, total)
+
+
+@DTYPES
+def test_what_comes_in_parts_gives_the_bits_of_its_sum(dtype: torch.dtype) -> None:
+    # Of magnitudes so different that every order of adding gives another sum.
+    parts = torch.stack([normal(seed, 3, 384) * 8.0**seed for seed in range(7)])
+    x, weight, total = normal(7, 3, 384, dtype=dtype), normal(8, 384, dtype=dtype), sum_splits(parts, dtype)
+    for add in (add_rms_norm, add_rms_norm_quantize):
+        got_x, want_x = x.clone(), x.clone()
+        got, want = add(got_x, PartialSums(parts, dtype), weight, EPS), add(want_x, total, weight, EPS)
+        assert torch.equal(got_x, want_x)
+        if isinstance(got, QuantizedRows) and isinstance(want, QuantizedRows):
+            got, want = got.dense(), want.dense()
+        assert torch.equal(got, want)
+    heads, norms = total.view(3, 6, 64), normal(9, 5, 64, dtype=dtype)
+    pool, cells = torch.zeros(2, 5, 4, 64, dtype=dtype, device=DEVICE), torch.tensor([7, 0, 19], device=DEVICE)
+    rotations, got_pool = normal(10, 3, 2, 64, dtype=dtype), pool.clone()
+    got_heads = sum_norm_rope_store(parts, dtype, norms, EPS, rotations, got_pool, cells)
+    qk_norm_rope_store(heads, norms, EPS, rotations, pool, cells)
+    assert torch.equal(got_heads, heads)
+    assert torch.equal(got_pool, pool)
 
 
 @pytest.mark.parametrize("num_splits", [1, 3])

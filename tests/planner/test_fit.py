@@ -8,16 +8,20 @@ from pathlib import Path
 import pytest
 
 from cluster.planner.devices import find_device, known_devices, published_kernels, sources
-from cluster.planner.layouts import Candidate, Limits, candidates, fit
+from cluster.planner.layouts import BLOCK_SIZE, Candidate, Limits, candidates, fit
 from cluster.planner.models import find_model
 from cluster.planner.rank_work import rank_work
 from cluster.planner.roofline import FLOOR, Roofline
 from cluster.planner.setting import Setting
 from cluster.planner.survey import Row, decode_shape, survey, without_lesser
 from tests.real_models import QWEN3_4B, QWEN3_235B
+from workers.buckets import decode_sizes
 from workers.checkpoint import Checkpoint
+from workers.config import RunnerConfig
 from workers.errors import MullError
+from workers.kv_memory import MEMORY_SHARE
 from workers.layout import ParallelLayout, ShardSpec
+from workers.step_memory import step_bytes
 
 POCKET = Path(__file__).parents[2] / "deploy" / "models" / "pocket"
 H200 = find_device("h200")
@@ -136,3 +140,20 @@ def test_layouts_that_split_experts_are_shown_where_they_are_clearly_faster() ->
 def place_of(row: Row) -> tuple[int, int, int]:
     candidate = row.fit.candidate
     return candidate.copies, candidate.layout.tp, candidate.layout.dp
+
+
+def test_kv_is_what_a_rank_takes_for_it_beside_its_steps() -> None:
+    device, layout = find_device("h100"), ParallelLayout(tp=4)
+    config = RunnerConfig(
+        model_dir="", layout=layout, max_model_len=65536, max_num_seqs=256, max_num_batched_tokens=4096
+    )
+    buckets = decode_sizes(QWEN3_235B, layout, config.max_num_seqs, config.max_model_len)
+    limits = Limits(max_num_seqs=256, max_num_batched_tokens=4096, context=65536)
+
+    planned = fit(QWEN3_235B, Candidate(layout=layout, copies=1), device, limits)
+
+    assert planned.work is not None
+    free = device.memory_bytes - planned.work.weight_bytes
+    held = step_bytes(QWEN3_235B, config, buckets)
+    assert free * (1 - MEMORY_SHARE) < held == planned.workspace_bytes  # more than the share that is always left
+    assert 0 <= free - held - planned.kv_bytes < planned.work.kv_token_bytes * BLOCK_SIZE

@@ -55,7 +55,10 @@ class FakeExperts:
 
 
 class FakeShardGroup:
-    """Executes a plan when its result is asked for; `hold` keeps results back until `release`."""
+    """Executes a plan when its result is asked for; `hold` keeps results back until `release`.
+
+    It is as fast as the machine: what a test wants to meet in the middle is let go by so many steps.
+    """
 
     def __init__(
         self,
@@ -80,11 +83,15 @@ class FakeShardGroup:
         self._changed = asyncio.Event()
         self._flowing = asyncio.Event()
         self._flowing.set()
+        self._num_let_go: int | None = None
+        """Steps until it holds again; None: it does not."""
 
     def hold(self) -> None:
         self._flowing.clear()
 
-    def release(self) -> None:
+    def release(self, num_steps: int | None = None) -> None:
+        """All that comes, or the results of so many steps."""
+        self._num_let_go = num_steps
         self._flowing.set()
 
     def lose_rank(self, message: str = "rank 1 was killed by SIGKILL") -> None:
@@ -125,6 +132,10 @@ class FakeShardGroup:
             await self._changed.wait()
 
     def _execute(self, plans: list[StepPlan]) -> list[StepResult]:
+        if self._num_let_go is not None:
+            self._num_let_go -= 1
+            if not self._num_let_go:
+                self.hold()
         if any(self.deadly_token in prefill.token_ids for plan in plans for prefill in plan.prefills):
             raise RankLost("rank 1 failed: RuntimeError: a token that no kernel can bear", rank=1)
         results = []

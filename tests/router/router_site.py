@@ -23,8 +23,9 @@ MODEL = ModelInfo(name="fake", vocab_size=50, max_model_len=CONFIG.max_model_len
 NUM_BLOCKS = 300
 THINK_END = 3
 REGEX = pb.Grammar(kind=pb.Grammar.KIND_REGEX, text="[0-9]")
-WAIT_S = 10.0
+WAIT_S = 60.0
 MAX_UNREAD = 20_000
+KEY_OF_NOBODY = 2**31
 
 
 @dataclass
@@ -70,6 +71,18 @@ class Gateway:
         self.call = self.stub.Session()
         self.num_messages = 0
         self.updates: dict[int, list[pb.SequenceUpdate]] = defaultdict(list)
+
+    async def begin(self, group: FakeShardGroup, *keys: int, num_steps: int = 30, **fields: object) -> list[pb.Submit]:
+        """Submit requests that have begun after so many steps, and stand still in the middle of their outputs."""
+        group.hold()
+        messages = [await self.submit(key, **fields) for key in keys]
+        # Messages are taken in order: once this is refused, all the others are in the queue.
+        await self.submit(KEY_OF_NOBODY, prompt_ids=[])
+        await self.end_of(KEY_OF_NOBODY)
+        group.release(num_steps)
+        while not all(self.tokens(key) for key in keys):
+            await self.read()
+        return messages
 
     async def submit(self, key: int, **fields: object) -> pb.Submit:
         message = submit(key, **fields)

@@ -15,11 +15,11 @@ import pytest
 
 from cluster.errors import EngineError, RankLossCause
 from cluster.metrics.router import SPECS
+from cluster.ports import HeldPorts
 from cluster.router.router import Router
 from mull.v1 import router_pb2 as pb
 from tests.certificates import Authority
-from tests.gateway.conftest import fixed_port
-from tests.router.router_site import CONFIG, MODEL, Connect, Groups, until
+from tests.router.router_site import CONFIG, MODEL, THINK_END, Connect, Groups, until
 from tests.scraping import Scrape, check_against_table, check_as_prometheus_does, scraped
 
 HOST = "127.0.0.1"
@@ -67,11 +67,9 @@ async def test_the_copy_and_each_of_its_ranks_is_described(router: Router, conne
 async def test_running_requests_hold_slots_and_blocks(router: Router, groups: Groups, connect: Connect) -> None:
     router.open_metrics(HOST, [0])
     gateway = await connect()
-    groups.made[0].step_s = 0.01  # seconds, until they are held
-    await gateway.submit(1, starts_thinking=True, max_tokens=390)
-    await gateway.submit(2, max_tokens=390)
-    await until(lambda: router.describe().num_running == 2, "both to run")
-    groups.made[0].hold()
+    no_end = [pb.TokenSequence(ids=[THINK_END])]
+    await gateway.begin(groups.made[0], 1, starts_thinking=True, bad_words=no_end, max_tokens=390)
+    await gateway.begin(groups.made[0], 2, max_tokens=390)
 
     said = await scrape_of(router)
 
@@ -88,11 +86,9 @@ async def test_a_lost_rank_is_counted_by_its_cause_with_what_it_cost(
 ) -> None:
     router.open_metrics(HOST, [0])
     gateway = await connect()
-    groups.made[0].step_s = 0.01  # seconds, until they are held
-    await gateway.submit(1, max_tokens=390)
+    await gateway.begin(groups.made[0], 1, max_tokens=390)
     while len(gateway.tokens(1)) < 10:
         await gateway.read()
-    groups.made[0].hold()
     assert router.describe().num_running == 1
 
     groups.made[0].lose_rank()
@@ -123,16 +119,15 @@ async def test_before_its_first_start_it_is_not_ready_and_says_why(groups: Group
     assert (status, body) == (503, {"ready": False, "reason": "the ranks are loading"})
 
 
-async def test_further_routers_take_the_next_ports(groups: Groups) -> None:
+async def test_further_routers_take_the_next_ports(groups: Groups, held_ports: HeldPorts) -> None:
     routers = [Router(MODEL, CONFIG, groups) for _ in range(2)]
-    first = fixed_port()
+    ports = [held_ports.hold(HOST) for _ in routers]
     for router in routers:
         await router.start()
-        router.open_metrics(HOST, range(first, first + 20))
+        router.open_metrics(HOST, ports)
     addresses = [router.describe().metrics_address for router in routers]
     try:
-        assert addresses[0] == f"{HOST}:{first}"
-        assert addresses[1] != addresses[0]
+        assert addresses == [f"{HOST}:{port}" for port in ports]
         assert (await scraped(addresses[1])).one("mull_ranks_lost_total", cause="late") == 0
     finally:
         for router in routers:
@@ -157,10 +152,10 @@ async def test_a_host_that_is_not_here_is_one_line(router: Router) -> None:
 
 
 async def test_a_router_works_while_its_port_is_taken_and_gets_it_when_it_is_free(
-    router: Router, connect: Connect, monkeypatch: pytest.MonkeyPatch
+    router: Router, connect: Connect, held_ports: HeldPorts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cluster.router.metrics_port.RETRY_S", 0.01)
-    with socket.create_server((HOST, fixed_port())) as taken:
+    with socket.create_server((HOST, held_ports.hold(HOST))) as taken:
         port = taken.getsockname()[1]
         router.open_metrics(HOST, [port])
         gateway = await connect()
@@ -182,7 +177,7 @@ async def test_a_loop_that_is_busy_for_too_long_is_a_scrape_that_fails_in_one_li
     # A thread of its own: `to_thread` would need the loop to hand the answer on.
     with ThreadPoolExecutor(1) as threads:
         asked = [threads.submit(get, f"http://{address}/{path}") for path in ("metrics", "ready")]
-        answers = [it.result(10) for it in asked]
+        answers = [it.result(60) for it in asked]
 
     assert answers == [(503, {"error": "busy: no answer in time"})] * 2
     assert capfd.readouterr().err == ""
@@ -198,7 +193,7 @@ async def test_connections_beyond_a_bound_are_closed_and_the_others_answered(
     host, _, port = router.describe().metrics_address.rpartition(":")
 
     def connect() -> socket.socket:
-        return socket.create_connection((host, int(port)), timeout=10)
+        return socket.create_connection((host, int(port)), timeout=60)
 
     with connect(), connect(), connect() as third:
         assert await asyncio.to_thread(third.recv, 1) == b""
@@ -209,7 +204,7 @@ async def test_connections_beyond_a_bound_are_closed_and_the_others_answered(
         except OSError:
             return False
 
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not await is_answered():  # noqa: ASYNC110  # there is no event for threads that end
             await asyncio.sleep(0.01)
 
@@ -247,7 +242,7 @@ async def test_prometheus_has_no_complaint(router: Router, connect: Connect) -> 
 
 def get(url: str) -> tuple[int, dict[str, object]]:
     try:
-        with urllib.request.urlopen(url, timeout=10) as reply:
+        with urllib.request.urlopen(url, timeout=60) as reply:
             return reply.status, json.loads(reply.read())
     except urllib.error.HTTPError as error:
         return error.code, json.loads(error.read())

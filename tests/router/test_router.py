@@ -107,9 +107,7 @@ async def test_a_thinking_budget_closes_the_thoughts(connect: Connect) -> None:
 async def test_a_gateway_lowers_the_budget_of_a_running_request(groups: Groups, connect: Connect) -> None:
     gateway = await connect()
     fields: dict[str, object] = {"starts_thinking": True, "bad_words": [pb.TokenSequence(ids=[THINK_END])]}
-    await gateway.submit(1, max_tokens=390, **fields)
-    await gateway.read()
-    groups.made[0].hold()
+    await gateway.begin(groups.made[0], 1, max_tokens=390, **fields)
 
     await gateway.call.write(pb.GatewayMessage(set_budget=pb.SetBudget(key=1, thinking_budget=1)))
     await gateway.call.write(pb.GatewayMessage(set_budget=pb.SetBudget(key=77, thinking_budget=1)))
@@ -160,9 +158,7 @@ async def test_logprobs_reach_the_gateway_that_asked(connect: Connect) -> None:
 
 async def test_a_cancelled_request_ends_and_frees_its_blocks(router: Router, groups: Groups, connect: Connect) -> None:
     gateway = await connect()
-    await gateway.submit(1, max_tokens=390)
-    await gateway.read()
-    groups.made[0].hold()
+    await gateway.begin(groups.made[0], 1, max_tokens=390)
 
     await gateway.cancel(1)
     end = await gateway.end_of(1)
@@ -175,10 +171,7 @@ async def test_a_cancelled_request_ends_and_frees_its_blocks(router: Router, gro
 
 async def test_a_gateway_that_vanishes_frees_its_blocks(router: Router, groups: Groups, connect: Connect) -> None:
     gateway = await connect()
-    for key in range(1, 5):
-        await gateway.submit(key, max_tokens=390)
-    await gateway.read()
-    groups.made[0].hold()
+    await gateway.begin(groups.made[0], *range(1, 5), max_tokens=390)
 
     gateway.call.cancel()
 
@@ -248,14 +241,13 @@ async def test_a_key_that_is_used_twice_breaks_the_session(connect: Connect, gro
     assert "key 1" in await gateway.call.details()
 
 
-async def test_describe_tells_phases_and_totals(router: Router, connect: Connect) -> None:
+async def test_describe_tells_phases_and_totals(router: Router, groups: Groups, connect: Connect) -> None:
     gateway = await connect()
     await gateway.submit(1, prompt_ids=[1] * 9)
     await gateway.end_of(1)
     thinks: dict[str, object] = {"starts_thinking": True, "bad_words": [pb.TokenSequence(ids=[THINK_END])]}
-    await gateway.submit(2, prompt_ids=[1] * 9, max_tokens=390, **thinks)
-    await gateway.submit(3, max_tokens=390)
-    await until(lambda: router.describe().num_running == 2, "both to run")
+    await gateway.begin(groups.made[0], 2, prompt_ids=[1] * 9, max_tokens=390, **thinks)
+    await gateway.begin(groups.made[0], 3, max_tokens=390)
 
     described = router.describe()
 
@@ -286,8 +278,7 @@ async def test_a_port_that_is_taken_is_refused(router: Router) -> None:
 
 async def test_stop_ends_open_sessions_and_stops_the_ranks(router: Router, groups: Groups, connect: Connect) -> None:
     gateway = await connect()
-    await gateway.submit(1, max_tokens=390)
-    await gateway.read()
+    await gateway.begin(groups.made[0], 1, max_tokens=390)
 
     await router.stop()
 
@@ -298,11 +289,10 @@ async def test_stop_ends_open_sessions_and_stops_the_ranks(router: Router, group
 
 
 async def test_what_still_runs_at_the_end_is_given_back_with_all_of_its_output(
-    router: Router, connect: Connect
+    router: Router, groups: Groups, connect: Connect
 ) -> None:
     gateway = await connect()
-    message = await gateway.submit(1, max_tokens=390)
-    await gateway.read()
+    [message] = await gateway.begin(groups.made[0], 1, max_tokens=390)
 
     assert router.describe().ready
     stopping = asyncio.create_task(router.stop(grace_s=0.02))
@@ -317,16 +307,18 @@ async def test_what_still_runs_at_the_end_is_given_back_with_all_of_its_output(
     assert gateway.tokens(1) == alone(message)[: len(gateway.tokens(1))]
 
 
-async def test_stop_with_grace_lets_live_requests_end_and_refuses_new_ones(router: Router, connect: Connect) -> None:
+async def test_stop_with_grace_lets_live_requests_end_and_refuses_new_ones(
+    router: Router, groups: Groups, connect: Connect
+) -> None:
     gateway = await connect()
-    message = await gateway.submit(1, max_tokens=300)
-    await gateway.read()
+    [message] = await gateway.begin(groups.made[0], 1, max_tokens=300)
 
     stopping = asyncio.create_task(router.stop(grace_s=WAIT_S))
     await asyncio.sleep(0)
     await gateway.submit(2)
 
     assert (await gateway.end_of(2)).reason == pb.End.REASON_UNAVAILABLE
+    groups.made[0].release()
     assert (await gateway.end_of(1)).reason == pb.End.REASON_LENGTH
     assert gateway.tokens(1) == alone(message)
     await asyncio.wait_for(stopping, WAIT_S)

@@ -13,7 +13,7 @@ from cluster.router.layout_table import RankRole
 from cluster.router.router import Router
 from mull.v1 import router_pb2 as pb
 from tests.router.fake_group import FakeExperts
-from tests.router.router_site import CONFIG, MODEL, NUM_BLOCKS, WAIT_S, Gateway, Groups, alone, until
+from tests.router.router_site import CONFIG, MODEL, NUM_BLOCKS, WAIT_S, Gateway, Groups, alone
 from workers.placement_map import initial_placement
 
 NUM_GROUPS = 2
@@ -64,11 +64,10 @@ async def test_requests_of_all_groups_get_the_tokens_that_they_get_alone(router:
     assert described.num_free_blocks == described.num_blocks == NUM_GROUPS * NUM_BLOCKS
 
 
-async def test_both_groups_run_at_once(router: Router, gateway: Gateway) -> None:
-    for key in range(1, 2 * CONFIG.max_num_seqs + 1):
-        await gateway.submit(key, max_tokens=390)
+async def test_both_groups_run_at_once(router: Router, groups: Groups, gateway: Gateway) -> None:
+    await gateway.begin(groups.made[0], *range(1, 2 * CONFIG.max_num_seqs + 1), max_tokens=390)
 
-    await until(lambda: router.describe().num_running == 2 * CONFIG.max_num_seqs, "all slots to be in use")
+    assert router.describe().num_running == 2 * CONFIG.max_num_seqs
 
 
 async def test_experts_are_placed_anew_while_streams_go_on(router: Router, groups: Groups, gateway: Gateway) -> None:
@@ -102,14 +101,13 @@ async def test_describe_tells_the_layout(gateway: Gateway) -> None:
 
 
 async def test_losing_a_rank_starts_all_groups_again(groups: Groups, gateway: Gateway) -> None:
-    messages = {key: await gateway.submit(key, max_tokens=80) for key in range(10, 16)}
-    await gateway.read()
+    messages = await gateway.begin(groups.made[0], *range(10, 16), max_tokens=80)
 
     groups.made[0].lose_rank("rank 3 was killed by SIGKILL")
 
-    for key, message in messages.items():
-        await gateway.end_of(key)
-        assert gateway.tokens(key) == alone(message)
+    for message in messages:
+        await gateway.end_of(message.key)
+        assert gateway.tokens(message.key) == alone(message)
     assert len(groups.made) == 2
     message = await gateway.submit(2)
     await gateway.end_of(2)

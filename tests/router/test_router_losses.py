@@ -16,13 +16,13 @@ from tests.router.router_site import CONFIG, MODEL, WAIT_S, Connect, Groups, alo
 
 async def test_live_requests_outlive_the_ranks_that_computed_them(groups: Groups, connect: Connect) -> None:
     gateway = await connect()
-    messages = {key: await gateway.submit(key, max_tokens=100 * key) for key in (1, 2, 3)}
+    messages = await gateway.begin(groups.made[0], 1, 2, 3, max_tokens=100)
     while len(gateway.tokens(3)) < 20:
         await gateway.read()
 
     groups.made[0].lose_rank()
 
-    for key, message in messages.items():
+    for key, message in zip((1, 2, 3), messages, strict=True):
         assert (await gateway.end_of(key)).reason == pb.End.REASON_LENGTH
         assert gateway.tokens(key) == alone(message)
         assert sum(update.HasField("admitted") for update in gateway.updates[key]) == 1
@@ -146,8 +146,7 @@ async def test_a_group_that_cannot_be_cleared_away_fails_the_router(
         raise OSError("no such process")
 
     gateway = await connect()
-    await gateway.submit(1, max_tokens=390)
-    await gateway.read()
+    await gateway.begin(groups.made[0], 1, max_tokens=390)
     monkeypatch.setattr(groups.made[0], "stop", stop)
 
     groups.made[0].lose_rank()

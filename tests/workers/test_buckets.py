@@ -34,3 +34,8 @@ def test_many_rows_of_which_one_is_very_long_have_no_size() -> None:
     assert buckets.bucket_for(65, 262_144) is None
     assert buckets.bucket_for(256, 65_536) == Bucket(256, 65_536)
     assert max(bucket.num_rows * bucket.longest for bucket in buckets) == MAX_KEYS
+
+
+def test_sizes_that_no_fewer_rows_are_padded_to_are_known() -> None:
+    buckets = Buckets(9, 4096)
+    assert [size for size in buckets.row_sizes if buckets.can_be_padded(size)] == [4, 8]

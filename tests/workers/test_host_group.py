@@ -87,7 +87,7 @@ def wait_alone(parallel: ParallelState) -> str:
     start_s = time.monotonic()
     with pytest.raises(PeerLate) as caught:
         group.all_reduce(torch.ones(3))
-    assert 0.2 <= time.monotonic() - start_s < 5
+    assert time.monotonic() - start_s >= 0.2
     return str(caught.value)
 
 

@@ -226,6 +226,21 @@ def test_a_kv_pool_beyond_memory_is_refused_with_what_it_needs_and_what_is_free(
         load(dense_fp8, kv_memory_bytes=2**50, max_num_seqs=2**20, max_model_len=2**20)
 
 
+def test_a_kv_pool_leaves_to_steps_what_they_hold(dense_fp8: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free_bytes, a_block = 10 * 2**20, 65536
+    monkeypatch.setattr("workers.runner.free_bytes", lambda _device: free_bytes)
+    monkeypatch.setattr("workers.runner.held_by_steps", lambda *_: free_bytes - 5 * a_block)
+    assert load(dense_fp8, kv_memory_bytes=None).num_blocks == 5
+    load(dense_fp8, kv_memory_bytes=5 * a_block)
+    with pytest.raises(KVMemoryError, match=r"6 KV blocks, 0.0105 are free, and steps take 0.0102; lower kv_memory"):
+        load(dense_fp8, kv_memory_bytes=6 * a_block)
+    monkeypatch.setattr("workers.runner.held_by_steps", lambda *_: free_bytes)
+    with pytest.raises(
+        KVMemoryError, match=r"no room for KV: 0.0105 GB are free, and steps take 0.0105; lower max_num"
+    ):
+        load(dense_fp8, kv_memory_bytes=None)
+
+
 def test_the_pool_is_no_larger_than_all_slots_can_use(dense_fp8: Path) -> None:
     runner = load(dense_fp8, max_num_seqs=3, kv_memory_bytes=2**30)
     assert runner.num_blocks == 3 * BLOCKS_PER_SLOT

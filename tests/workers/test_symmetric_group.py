@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
 from tests.workers.ranks import RankProcesses
+from workers import symmetric_group
+from workers.host import shares_temporary_files
 from workers.kernels.ordered_sum import sum_in_order
 from workers.parallel import ParallelState
 from workers.rank_group import RankGroup
 from workers.symmetric_group import (
+    ALLOW_EQUAL_NUMBERS,
     DTYPES,
     MOST_BYTES,
     OneShotSum,
     SymmetricGroup,
     is_small_sum,
+    offer_cuda_memory,
     share_symmetric_memory,
 )
 
@@ -99,3 +107,38 @@ def test_a_tensor_that_the_kernel_cannot_take_goes_another_way() -> None:
     assert not is_small_sum(x.view(8, 8)[:, :4]), "not contiguous"
     assert not is_small_sum(x.double())
     assert not is_small_sum(x[:0])
+
+
+def meets_in(parallel: ParallelState, directories: list[str]) -> bool:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", directories[parallel.rank])
+        return shares_temporary_files(over_sockets(parallel), CPU)
+
+
+def test_ranks_that_see_no_directory_together_do_not_wait_for_one_another_there(
+    four_ranks: RankProcesses, tmp_path: Path
+) -> None:
+    here, there = (str(tmp_path / name) for name in ("here", "there"))
+    for directory in (here, there):
+        Path(directory).mkdir()
+    assert four_ranks.run(meets_in, [here] * 4) == [True] * 4
+    assert four_ranks.run(meets_in, [here, here, there, there]) == [False] * 4
+
+
+def offered_settings(parallel: ParallelState) -> list[str | None]:
+    """What torch finds in the environment when it is asked for the memory."""
+    found: list[str | None] = []
+
+    class Asked:
+        def __init__(self, *_: object) -> None:
+            found.append(os.environ.get(ALLOW_EQUAL_NUMBERS[0]))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv(ALLOW_EQUAL_NUMBERS[0], raising=False)
+        patch.setattr(symmetric_group, "CudaOneShotSum", Asked)
+        offer_cuda_memory(over_sockets(parallel), CPU)
+    return found
+
+
+def test_ranks_that_all_call_their_gpu_number_0_may_share_memory(four_ranks: RankProcesses) -> None:
+    assert four_ranks.run(offered_settings) == [["1"]] * 4

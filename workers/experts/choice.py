@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from workers.buckets import Buckets
+from workers.buckets import MAX_GATHERED_ROWS, Buckets
 from workers.config import ModelConfig, ShardSpec
 from workers.experts.dispatch import (
     AllToAllDispatcher,
@@ -20,13 +20,6 @@ from workers.experts.dispatch import (
 from workers.experts.rows import ExactRows, Fp8Rows, RowPacker
 from workers.launched import BeforeWait, owe_nothing
 from workers.parallel import ParallelState
-
-MAX_GATHERED_ROWS = 64
-"""Rows of the fullest rank up to which all are gathered: a decode's size.
-
-Over gloo on one machine gathering is faster up to 32 rows where groups are even, and sending from 64 where they are
-not (bench/dispatch.py).
-"""
 
 RowFormat = Literal["exact", "fp8"]
 

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from workers.kernels.cpu.library import VALUE_KINDS, native
+from workers.kernels.linear import Rows, Weight
+from workers.kernels.tiles import TILE, TileWeight
 from workers.kernels.triton.choice import has_triton
 
 
@@ -51,6 +53,15 @@ def decode_attention(q_BND: Tensor, pool: Tensor, keys: PagedKeys) -> Tensor:
         *(keys.tables_BM.data_ptr(), keys.tables_BM.stride(0), keys.num_keys_B.data_ptr(), out_BND.data_ptr()),
     )
     return out_BND
+
+
+def decode_attention_for(q_BND: Tensor, pool: Tensor, keys: PagedKeys, consumer: Weight) -> Rows:
+    """`decode_attention` as the product with `consumer` reads it, [B, N * D]."""
+    if isinstance(consumer, TileWeight) and q_BND.shape[2] == TILE:
+        from workers.kernels.triton import decode_attention as paged
+
+        return paged.decode_attention_quantize(q_BND, pool, keys.tables_BM, keys.num_keys_B, keys.longest)
+    return decode_attention(q_BND, pool, keys).flatten(1)
 
 
 def _gathered_attention(q_BND: Tensor, pool: Tensor, keys: PagedKeys) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 from workers.kernels.cpu.library import native
 from workers.kernels.cpu.panels import PanelWeight
 from workers.kernels.invariance import is_invariant
+from workers.kernels.sums import Sums, summed
 from workers.kernels.swiglu import swiglu
 from workers.kernels.tiles import TileWeight
 from workers.kernels.triton.choice import has_triton
@@ -20,6 +21,11 @@ Rows = Tensor | QuantizedRows
 
 def linear(x_TI: Rows, weight_OI: Weight) -> Tensor:
     """x_TI @ weight_OI.T, in fp32 on a CPU, in bf16 on a GPU, where rows are quantised for a weight in tiles."""
+    return summed(unsummed_linear(x_TI, weight_OI))
+
+
+def unsummed_linear(x_TI: Rows, weight_OI: Weight) -> Sums:
+    """The same for a reader that adds up."""
     if isinstance(weight_OI, TileWeight):
         from workers.kernels.triton import feed_forward
 
@@ -41,7 +47,7 @@ def swiglu_linear(x_TI: Tensor, gate_up_XI: Weight) -> Tensor:
     return swiglu(linear(x_TI, gate_up_XI))
 
 
-def feed_forward(x_TH: Rows, gate_up_XH: Weight, down_HF: Weight) -> Tensor:
+def feed_forward(x_TH: Rows, gate_up_XH: Weight, down_HF: Weight) -> Sums:
     """down(silu(gate(x)) * up(x)), [T, H]."""
     if isinstance(gate_up_XH, TileWeight) and isinstance(down_HF, TileWeight):
         from workers.kernels.triton import feed_forward as in_tiles

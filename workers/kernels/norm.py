@@ -7,6 +7,7 @@ from torch import Tensor
 
 from workers.kernels.cpu.library import native
 from workers.kernels.linear import Rows, Weight
+from workers.kernels.sums import Sums
 from workers.kernels.tiles import TileWeight
 from workers.kernels.triton.choice import has_triton
 
@@ -26,13 +27,14 @@ def rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
     return out_TH
 
 
-def add_rms_norm(x_TH: Tensor, delta_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+def add_rms_norm(x_TH: Tensor, delta_TH: Sums, weight_H: Tensor, eps: float) -> Tensor:
     """Add `delta_TH` to `x_TH` in place and return the sum's norm."""
     library = native() if x_TH.device.type == "cpu" else None
     if library is None and has_triton(x_TH.device.type):
         from workers.kernels.triton import norm
 
         return norm.add_rms_norm(x_TH, delta_TH, weight_H, eps)
+    assert isinstance(delta_TH, Tensor), "parts come from Triton's kernels alone"
     if library is None:
         x_TH += delta_TH
         return rms_norm(x_TH, weight_H, eps)
@@ -55,7 +57,7 @@ def rms_norm_for(x_TH: Tensor, weight_H: Tensor, eps: float, consumer: Weight) -
     return rms_norm(x_TH, weight_H, eps)
 
 
-def add_rms_norm_for(x_TH: Tensor, delta_TH: Tensor, weight_H: Tensor, eps: float, consumer: Weight) -> Rows:
+def add_rms_norm_for(x_TH: Tensor, delta_TH: Sums, weight_H: Tensor, eps: float, consumer: Weight) -> Rows:
     """`add_rms_norm` as the product with `consumer` reads it."""
     if isinstance(consumer, TileWeight):
         from workers.kernels.triton import norm

@@ -10,7 +10,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from workers.kernels.cpu.library import VALUE_KINDS, native
+from workers.kernels.sums import PartialSums, Sums
 from workers.kernels.triton.choice import has_triton
+
+
+def heads_of(
+    product: Sums,
+    norms_YD: Tensor,
+    eps: float,
+    rotations_T2D: Tensor,
+    pool: Tensor | None,
+    cells_T: Tensor | None,
+) -> Tensor:
+    """A product [T, X * D] as heads [T, X, D] behind `qk_norm_rope_store`, which adds up what comes in parts."""
+    if isinstance(product, PartialSums):
+        from workers.kernels.triton import qk_norm_rope
+
+        parts_SRO, dtype = product.parts_SRO, product.dtype
+        return qk_norm_rope.sum_norm_rope_store(parts_SRO, dtype, norms_YD, eps, rotations_T2D, pool, cells_T)
+    heads_TXD = product.view(len(product), -1, norms_YD.shape[1])
+    qk_norm_rope_store(heads_TXD, norms_YD, eps, rotations_T2D, pool, cells_T)
+    return heads_TXD
 
 
 def qk_norm_rope_store(

@@ -9,13 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from workers.batch import BatchPart, ForwardBatch, Prefills, SequenceEnds
+from workers.batch import BatchPart, Decodes, ForwardBatch, Prefills, SequenceEnds
 from workers.config import ModelConfig, ShardSpec
 from workers.kernels.cpu.halves import AttentionHalf, panels
-from workers.kernels.decode_attention import decode_attention
-from workers.kernels.linear import Rows, Weight, linear, rows_of, vector
+from workers.kernels.decode_attention import decode_attention, decode_attention_for
+from workers.kernels.linear import Rows, Weight, rows_of, unsummed_linear, vector
 from workers.kernels.prefill_attention import prefill_attention
-from workers.kernels.qk_norm_rope import qk_norm_rope_store
+from workers.kernels.qk_norm_rope import heads_of
+from workers.kernels.sums import Sums
 from workers.kv_pool import KVPool
 
 
@@ -25,9 +26,9 @@ class Attention:
     def __init__(self, config: ModelConfig, spec: ShardSpec, layer: int, weights: dict[str, Weight]) -> None:
         self.layer = layer
         self.num_heads, num_kv_heads = spec.heads(config).size, spec.kv_heads(config).size
-        self.head_dim, self.eps = config.head_dim, config.rms_norm_eps
+        self.eps = config.rms_norm_eps
         self.qkv, self.o = weights[f"layers.{layer}.qkv"], weights[f"layers.{layer}.o"]
-        num_q_rows, num_rows = self.num_heads * self.head_dim, (self.num_heads + 2 * num_kv_heads) * self.head_dim
+        num_q_rows, num_rows = self.num_heads * config.head_dim, (self.num_heads + 2 * num_kv_heads) * config.head_dim
         self.q, self.kv = rows_of(self.qkv, 0, num_q_rows), rows_of(self.qkv, num_q_rows, num_rows)
         q_norm, k_norm = vector(weights, f"layers.{layer}.q_norm"), vector(weights, f"layers.{layer}.k_norm")
         # Each head of Q and K has its row of weights, so that one kernel takes all of them.
@@ -42,32 +43,29 @@ class Attention:
             else AttentionHalf(norm_H, found[0], self.norms_YD, found[1], self.num_heads, self.eps)
         )
 
-    def __call__(self, x_TH: Rows, batch: ForwardBatch, kv: KVPool) -> Tensor:
+    def __call__(self, x_TH: Rows, batch: ForwardBatch, kv: KVPool) -> Sums:
         """Attend the batch's tokens to their sequences, and store their K and V."""
-        heads_TXD, pool = self._heads(x_TH, self.qkv), kv.layers[self.layer]
-        qk_norm_rope_store(heads_TXD, self.norms_YD, self.eps, batch.rotations_T2D, pool, batch.cells_T)
+        product, pool = unsummed_linear(x_TH, self.qkv), kv.layers[self.layer]
+        heads_TXD = heads_of(product, self.norms_YD, self.eps, batch.rotations_T2D, pool, batch.cells_T)
         q_TND, kv_TXD = heads_TXD[:, : self.num_heads], heads_TXD[:, self.num_heads :]
-        return linear(_attend(batch.parts, q_TND, kv_TXD, pool), self.o)
+        return unsummed_linear(_attend(batch.parts, q_TND, kv_TXD, pool, self.o), self.o)
 
     def store(self, x_TH: Tensor, batch: ForwardBatch, kv: KVPool) -> None:
         """Store the K and V of the batch's tokens, and no more."""
         norms_GD, pool = self.norms_YD[self.num_heads :], kv.layers[self.layer]
-        heads_TXD = self._heads(x_TH, self.kv)
-        qk_norm_rope_store(heads_TXD, norms_GD, self.eps, batch.rotations_T2D, pool, batch.cells_T)
+        heads_of(unsummed_linear(x_TH, self.kv), norms_GD, self.eps, batch.rotations_T2D, pool, batch.cells_T)
 
-    def attend_ends(self, x_BH: Tensor, ends: SequenceEnds, kv: KVPool) -> Tensor:
+    def attend_ends(self, x_BH: Tensor, ends: SequenceEnds, kv: KVPool) -> Sums:
         """Attend the last token of each sequence; everything up to it is stored."""
-        q_BND = self._heads(x_BH, self.q)
-        qk_norm_rope_store(q_BND, self.norms_YD[: self.num_heads], self.eps, ends.rotations_B2D, None, None)
-        return linear(decode_attention(q_BND, kv.layers[self.layer], ends.keys).flatten(1), self.o)
-
-    def _heads(self, x_TH: Rows, weight: Weight) -> Tensor:
-        heads_TX = linear(x_TH, weight)
-        return heads_TX.view(len(heads_TX), -1, self.head_dim)
+        product, norms_ND = unsummed_linear(x_BH, self.q), self.norms_YD[: self.num_heads]
+        q_BND = heads_of(product, norms_ND, self.eps, ends.rotations_B2D, None, None)
+        return unsummed_linear(decode_attention_for(q_BND, kv.layers[self.layer], ends.keys, self.o), self.o)
 
 
-def _attend(parts: list[BatchPart], q_TND: Tensor, kv_TXD: Tensor, pool: Tensor) -> Tensor:
-    """[T, N * D]"""
+def _attend(parts: list[BatchPart], q_TND: Tensor, kv_TXD: Tensor, pool: Tensor, consumer: Weight) -> Rows:
+    """[T, N * D], as the product with `consumer` reads it."""
+    if len(parts) == 1 and isinstance(parts[0], Decodes):
+        return decode_attention_for(q_TND[parts[0].rows], pool, parts[0].keys, consumer)
     outs = []
     for part in parts:
         if isinstance(part, Prefills):

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from workers.kernels.cpu.halves import FeedForwardHalf, panels
 from workers.kernels.linear import Rows, Weight, feed_forward
+from workers.kernels.sums import Sums
 
 
 class DenseMLP:
@@ -24,5 +25,5 @@ class DenseMLP:
         """There are no experts to be out of it."""
         return True
 
-    def __call__(self, x_TH: Rows) -> Tensor:
+    def __call__(self, x_TH: Rows) -> Sums:
         return feed_forward(x_TH, self.gate_up, self.down)

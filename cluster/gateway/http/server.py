@@ -6,7 +6,7 @@ import asyncio
 import math
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import uvicorn
 
@@ -22,8 +22,12 @@ from cluster.gateway.http.routes import WhyNotReady, build_http_app
 from cluster.tls import ServerCertificates
 
 START_TIMEOUT_S = 10.0
-CLOSE_S = 1
-"""Seconds for last bytes on their way, once all exchanges have ended or were cut."""
+CLOSE_S = 1.0
+"""For last bytes on their way, once all exchanges have ended or were cut."""
+CLOSE_POLL_S = 0.005
+"""Between two looks whether they have left."""
+DATE_S = 1.0
+"""How old the date in the heads of answers may be."""
 BACKLOG = 1024
 
 
@@ -57,7 +61,6 @@ class HttpServer:
             access_log=False,
             server_header=False,
             backlog=BACKLOG,
-            timeout_graceful_shutdown=CLOSE_S,
             ssl_context_factory=None if certificates is None else lambda *_: certificates.ssl_context(),
         )
         self._server = _Uvicorn(settings)
@@ -82,21 +85,47 @@ class HttpServer:
         self._exchanges.cut()
         await self._kept.close()
         if self._task is not None:
-            self._server.should_exit = True
+            self._server.leave()
             await asyncio.gather(self._task, return_exceptions=True)
             self._task = None
 
 
 class _Uvicorn(uvicorn.Server):
-    """Leaves signals to the process that it runs in, and says when it listens."""
+    """Leaves signals to the process that it runs in, says when it listens, and stops at once.
+
+    uvicorn's own looks ten times a second whether it is to stop, and takes two such times to do it.
+    """
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
         self.listening = asyncio.Event()
+        self._leaving = asyncio.Event()
+
+    def leave(self) -> None:
+        """Begin to stop: `serve` returns after at most CLOSE_S."""
+        self.should_exit = True
+        self._leaving.set()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self.listening.set()
+
+    async def main_loop(self) -> None:
+        while not await self.on_tick(0):
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._leaving.wait(), DATE_S)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for listener in (*self.servers, *(sockets or ())):
+            listener.close()
+        for connection in list(self.server_state.connections):
+            connection.shutdown()
+        for _ in range(int(CLOSE_S / CLOSE_POLL_S)):
+            if not self.server_state.connections and not self.server_state.tasks:
+                return
+            await asyncio.sleep(CLOSE_POLL_S)
+        for task in self.server_state.tasks:
+            task.cancel("no time was left to send the rest")
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -1,20 +1,23 @@
 """Attention of one new token per sequence over its paged KV: keys split over programs, then merged in order.
 
 A split is a fixed number of keys, not a share of them, so that a sequence's bits depend on its own length alone. The
-queries of a group share a KV head and ride as rows of one product, padded to the tensor core's 16.
+queries of a group share a KV head and ride as rows of one product, padded to the tensor core's 16. Where the product
+behind it reads FP8 rows, merging leaves them so: a head of 128 is what shares a scale.
 B sequences, N query heads, G kv heads, g queries of a group, D head_dim, S keys of a block of them, P splits.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from workers.kernels.triton.numerics import cast, dot
+from workers.kernels.triton.numerics import TILE, TRITON_TYPES, cast, dot, quantized
+from workers.kernels.triton.rows import QuantizedRows
 
 SPLIT_KEYS = 256
 BLOCK_KEYS = 64
@@ -30,28 +33,56 @@ def decode_attention(q_BND: Tensor, pool: Tensor, tables_BM: Tensor, num_keys_B:
     `longest` bounds `num_keys_B`; a graph is captured with the bound of its bucket, and shorter ones cost little.
     """
     num_seqs, num_heads, head_dim = q_BND.shape
+    out_BND = torch.empty(num_seqs, num_heads, head_dim, dtype=q_BND.dtype, device=q_BND.device)
+    if num_seqs:
+        splits = _attend(q_BND, pool, tables_BM, num_keys_B, longest)
+        _merge[(num_seqs, num_heads)](
+            *(*splits, num_keys_B, splits.peak_BNP.shape[2], out_BND),
+            *(head_dim, triton.next_power_of_2(head_dim), SPLIT_KEYS, MERGED_SPLITS),
+            num_warps=4,
+        )
+    return out_BND
+
+
+def decode_attention_quantize(
+    q_BND: Tensor, pool: Tensor, tables_BM: Tensor, num_keys_B: Tensor, longest: int
+) -> QuantizedRows:
+    """The same as the FP8 products read it, [B, N * D]; D must be 128."""
+    num_seqs, num_heads, head_dim = q_BND.shape
+    out = QuantizedRows.empty(num_seqs, num_heads * head_dim, q_BND.dtype, q_BND.device)
+    if num_seqs:
+        splits = _attend(q_BND, pool, tables_BM, num_keys_B, longest)
+        _merge_quantize[(num_seqs, num_heads)](
+            *(*splits, num_keys_B, splits.peak_BNP.shape[2], out.codes_RI, out.scale_Rk, out.scale_Rk.stride(1)),
+            *(TRITON_TYPES[q_BND.dtype], SPLIT_KEYS, MERGED_SPLITS),
+            num_warps=4,
+        )
+    return out
+
+
+class _Splits(NamedTuple):
+    """Of every query; P behind a sequence's end are undefined."""
+
+    part_BNPD: Tensor
+    peak_BNP: Tensor
+    sum_BNP: Tensor
+
+
+def _attend(q_BND: Tensor, pool: Tensor, tables_BM: Tensor, num_keys_B: Tensor, longest: int) -> _Splits:
+    num_seqs, num_heads, head_dim = q_BND.shape
     num_kv_heads, block_size = pool.shape[0] // 2, pool.shape[2]
     group, num_splits = num_heads // num_kv_heads, triton.cdiv(longest, SPLIT_KEYS)
-    out_BND = torch.empty(num_seqs, num_heads, head_dim, dtype=q_BND.dtype, device=q_BND.device)
     part_BNPD = torch.empty(num_seqs, num_heads, num_splits, head_dim, dtype=torch.float32, device=q_BND.device)
-    peak_BNP = torch.empty(2, num_seqs, num_heads, num_splits, dtype=torch.float32, device=q_BND.device)
-    if not num_seqs:
-        return out_BND
-    padded_dim = triton.next_power_of_2(head_dim)
+    peak_BNP, sum_BNP = torch.empty(2, num_seqs, num_heads, num_splits, dtype=torch.float32, device=q_BND.device)
     _attend_split[(num_seqs, num_kv_heads, num_splits)](
         *(q_BND, q_BND.stride(0), pool, pool.stride(0), tables_BM, tables_BM.stride(0), num_keys_B),
-        *(part_BNPD, peak_BNP[0], peak_BNP[1], LOG2_E / math.sqrt(head_dim), num_kv_heads),
-        *(group, max(LEAST_ROWS, triton.next_power_of_2(group)), head_dim, padded_dim),
+        *(part_BNPD, peak_BNP, sum_BNP, LOG2_E / math.sqrt(head_dim), num_kv_heads),
+        *(group, max(LEAST_ROWS, triton.next_power_of_2(group)), head_dim, triton.next_power_of_2(head_dim)),
         *(block_size, SPLIT_KEYS, BLOCK_KEYS),
         num_warps=4,
         num_stages=3,
     )
-    _merge[(num_seqs, num_heads)](
-        *(part_BNPD, peak_BNP[0], peak_BNP[1], num_keys_B, out_BND, num_splits),
-        *(head_dim, padded_dim, SPLIT_KEYS, MERGED_SPLITS),
-        num_warps=4,
-    )
-    return out_BND
+    return _Splits(part_BNPD, peak_BNP, sum_BNP)
 
 
 @triton.jit(do_not_specialize=["tables_stride"])
@@ -119,13 +150,12 @@ def _attend_split(
     tl.store(part_ptr + at_g[:, None] * DIM + column_D[None, :], part_gD, mask=is_row_g[:, None] & is_column_D[None, :])
 
 
-@triton.jit(do_not_specialize=["num_splits"])
-def _merge(
+@triton.jit
+def _merged(
     part_ptr,
     peak_ptr,
     sum_ptr,
     num_keys_ptr,
-    out_ptr,
     num_splits,
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -150,4 +180,45 @@ def _merge(
         part_PD = tl.load(part_ptr_PD, mask=is_split_P[:, None] & is_column_D[None, :], other=0.0)
         out_D = out_D * fade + tl.sum(part_PD * weight_P[:, None], axis=0)
         peak = new_peak
-    tl.store(out_ptr + row * DIM + column_D, cast(out_D / total, out_ptr.dtype.element_ty), mask=is_column_D)
+    return out_D / total
+
+
+@triton.jit(do_not_specialize=["num_splits"])
+def _merge(
+    part_ptr,
+    peak_ptr,
+    sum_ptr,
+    num_keys_ptr,
+    num_splits,
+    out_ptr,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SPLIT_KEYS: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    out_D = _merged(part_ptr, peak_ptr, sum_ptr, num_keys_ptr, num_splits, DIM, BLOCK_D, SPLIT_KEYS, SPLITS)
+    row, column_D = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1), tl.arange(0, BLOCK_D)
+    tl.store(out_ptr + row * DIM + column_D, cast(out_D, out_ptr.dtype.element_ty), mask=column_D < DIM)
+
+
+@triton.jit(do_not_specialize=["num_splits", "scale_stride"])
+def _merge_quantize(
+    part_ptr,
+    peak_ptr,
+    sum_ptr,
+    num_keys_ptr,
+    num_splits,
+    codes_ptr,
+    scale_ptr,
+    scale_stride,
+    DTYPE: tl.constexpr,
+    SPLIT_KEYS: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    out_D = _merged(part_ptr, peak_ptr, sum_ptr, num_keys_ptr, num_splits, TILE, TILE, SPLIT_KEYS, SPLITS)
+    sequence, head, tile_k = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, 1)
+    # Rounded as where it is stored before it is quantised.
+    values_kD, scale_k = quantized(tl.reshape(cast(out_D, DTYPE).to(tl.float32), [1, TILE]))
+    column_kD = (head + tile_k)[:, None] * TILE + tl.arange(0, TILE)[None, :]
+    tl.store(codes_ptr + sequence * tl.num_programs(1) * TILE + column_kD, cast(values_kD, tl.float8e4nv))
+    tl.store(scale_ptr + sequence + (head + tile_k).to(tl.int64) * scale_stride, scale_k)

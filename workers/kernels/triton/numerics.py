@@ -6,10 +6,12 @@ to e4m3: here products are of fp32 and values are rounded before they are cast.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from triton import knobs
 
+TRITON_TYPES = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 INTERPRETED: tl.constexpr = tl.constexpr(knobs.runtime.interpret)
 E4M3_MAX: tl.constexpr = tl.constexpr(448.0)
 LEAST_LARGEST: tl.constexpr = tl.constexpr(1e-12)

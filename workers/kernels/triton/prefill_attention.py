@@ -18,8 +18,8 @@ from workers.kernels.triton.numerics import cast, dot
 
 BLOCK_ROWS = 128
 BLOCK_KEYS = 64
-LEAST_CHUNKS = 256
-"""Among which a program looks for its own: more than steps have, so that each number of them is no other kernel."""
+BLOCK_CHUNKS = 256
+"""Looked through at a time, for a program's own: about all that a step has."""
 
 
 def prefill_attention(q_TND: Tensor, pool: Tensor, tables_CM: Tensor, bounds_3C: Tensor, sizes: list[int]) -> Tensor:
@@ -38,12 +38,7 @@ def prefill_attention(q_TND: Tensor, pool: Tensor, tables_CM: Tensor, bounds_3C:
     if num_blocks:
         _attend_chunks[(num_blocks, num_kv_heads)](
             *(q_TND, q_TND.stride(0), pool, pool.stride(0), tables_CM, tables_CM.stride(0), bounds_3C, len(sizes)),
-            *(
-                out_TND,
-                LOG2_E / math.sqrt(head_dim),
-                num_kv_heads,
-                max(LEAST_CHUNKS, triton.next_power_of_2(len(sizes))),
-            ),
+            *(out_TND, LOG2_E / math.sqrt(head_dim), num_kv_heads, BLOCK_CHUNKS),
             *(group, rows_per_token, tokens, head_dim, triton.next_power_of_2(head_dim), pool.shape[2], BLOCK_KEYS),
             num_warps=8,
             num_stages=2,
@@ -75,11 +70,15 @@ def _attend_chunks(
 ):
     # The last tokens of a chunk see most keys: they begin first.
     block, kv_head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1).to(tl.int64)
-    chunk_C = tl.arange(0, CHUNKS)
-    size_C = tl.load(bounds_ptr + 2 * num_chunks + chunk_C, mask=chunk_C < num_chunks, other=0).to(tl.int32)
-    last_block_C = tl.cumsum(tl.cdiv(size_C, TOKENS), axis=0)
-    chunk = tl.sum((last_block_C <= block).to(tl.int32), axis=0)
-    block -= tl.max(tl.where(last_block_C <= block, last_block_C, 0), axis=0)
+    chunk, first_block, num_blocks = 0, 0, 0
+    for first in range(0, num_chunks, CHUNKS):
+        chunk_C = first + tl.arange(0, CHUNKS)
+        size_C = tl.load(bounds_ptr + 2 * num_chunks + chunk_C, mask=chunk_C < num_chunks, other=0).to(tl.int32)
+        last_block_C = num_blocks + tl.cumsum(tl.cdiv(size_C, TOKENS), axis=0)
+        chunk += tl.sum((last_block_C <= block).to(tl.int32), axis=0)
+        first_block = tl.maximum(first_block, tl.max(tl.where(last_block_C <= block, last_block_C, 0), axis=0))
+        num_blocks = tl.max(last_block_C, axis=0)
+    block -= first_block
     start, first_row = tl.load(bounds_ptr + chunk).to(tl.int32), tl.load(bounds_ptr + num_chunks + chunk)
     size = tl.load(bounds_ptr + 2 * num_chunks + chunk).to(tl.int32)
     table_ptr = tables_ptr + chunk * tables_stride

@@ -10,12 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from workers.kernels.triton.numerics import TILE, cast, quantized
+from workers.kernels.triton.numerics import TILE, TRITON_TYPES, cast, quantized
 from workers.kernels.triton.rows import QuantizedRows
 
 BLOCK = 1024
 TILES_PER_PROGRAM = 4
-TRITON_TYPES = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
 def swiglu(gate_up_SRX: Tensor, dtype: torch.dtype, num_rows: Tensor | None = None) -> Tensor:
