@@ -13,6 +13,8 @@ demo: .venv/installed
 	@$(BIN)/mull demo
 
 # Two processes, each with whole files in the order of tests/conftest.py: half of a test's time is a cluster that starts.
+# Where bytecode may be kept, a hundred processes that the tests start need not compile again.
+test: export PYTHONDONTWRITEBYTECODE =
 test: .venv/installed-test
 	@$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 

@@ -325,6 +325,11 @@ def _rows(sizes: Sizes, inputs: Inputs) -> Iterator[Case]:
                 rows * hidden * (3 * item + 1),
                 None,
             ),
+            "sum, norm and quantise for two readers": (
+                lambda x=x, d=delta: norm.add_rms_norm_both(x, d, weight, 1e-6),
+                rows * hidden * (4 * item + 1),
+                None,
+            ),
             "sum of 7 parts, norm and quantise": (
                 lambda x=x, p=parts: norm.add_rms_norm_quantize(x, p, weight, 1e-6),
                 rows * hidden * (7 * 4 + 2 * item + 1),

@@ -149,19 +149,21 @@ class FakeRanks:
 
     def _check(self, plan: StepPlan) -> None:
         expect(self.next_step in (None, plan.step), f"step {plan.step} came, {self.next_step} was due")
-        group_tokens = plan.group_tokens or [plan.num_tokens]
+        num_tokens = plan.num_tokens
+        group_tokens = plan.group_tokens or [num_tokens]
         expect(any(group_tokens), f"step {plan.step} computes nothing")
+        if group_tokens[self.group] != num_tokens:
+            raise ContractBroken(
+                f"group {self.group} computes {num_tokens} tokens in step {plan.step}, it says {group_tokens}"
+            )
         expect(
-            group_tokens[self.group] == plan.num_tokens,
-            f"group {self.group} computes {plan.num_tokens} tokens in step {plan.step}, it says {group_tokens}",
-        )
-        expect(
-            plan.num_tokens <= self.max_num_batched_tokens,
-            f"{plan.num_tokens} tokens in a step, the budget is {self.max_num_batched_tokens}",
+            num_tokens <= self.max_num_batched_tokens,
+            f"{num_tokens} tokens in a step, the budget is {self.max_num_batched_tokens}",
         )
         computed = [prefill.slot for prefill in plan.prefills] + plan.decodes
         drafted = [draft.slot for draft in plan.drafts]
-        expect(set(drafted) <= set(plan.decodes), f"slots {drafted} have drafts, but only {plan.decodes} decode")
+        if not set(plan.decodes).issuperset(drafted):
+            raise ContractBroken(f"slots {drafted} have drafts, but only {plan.decodes} decode")
         for name, slots in (
             ("computed", computed),
             ("drafted", drafted),
@@ -169,13 +171,15 @@ class FakeRanks:
             ("opened", [opened.slot for opened in plan.open]),
             ("extended", [extended.slot for extended in plan.extend]),
         ):
-            expect(len(set(slots)) == len(slots), f"a slot is {name} twice in step {plan.step}: {slots}")
+            if len(set(slots)) != len(slots):
+                raise ContractBroken(f"a slot is {name} twice in step {plan.step}: {slots}")
 
     def _copy_blocks(self, plan: StepPlan) -> None:
         """In any order within each list, as ranks may: a block is written once, and not also read."""
         targets = [host_id for _, host_id in plan.offload] + [block_id for _, block_id in plan.fetch]
         for name, blocks in (("offloaded to", targets[: len(plan.offload)]), ("fetched", targets[len(plan.offload) :])):
-            expect(len(set(blocks)) == len(blocks), f"a block is {name} twice in step {plan.step}: {blocks}")
+            if len(set(blocks)) != len(blocks):
+                raise ContractBroken(f"a block is {name} twice in step {plan.step}: {blocks}")
         for block_id, host_id in plan.offload:
             expect(None not in self.memory[block_id], f"block {block_id} is kept, but not full")
             self.host_memory[host_id] = self.memory[block_id].copy()
@@ -256,9 +260,9 @@ class FakeRanks:
         """The computed tokens of a slot, as attention sees them."""
         token_ids: list[int] = []
         for index in range(-(-state.num_computed // self.block_size)):
-            for token_id in self.memory[state.block_ids[index]][: state.num_computed - index * self.block_size]:
-                expect(token_id is not None, f"block {state.block_ids[index]} is read before it is written")
-                token_ids.append(token_id)
+            here = self.memory[state.block_ids[index]][: state.num_computed - index * self.block_size]
+            token_ids += [token_id for token_id in here if token_id is not None]
+            expect(None not in here, f"block {state.block_ids[index]} is read before it is written")
         return token_ids
 
     def _sample(self, slot: int) -> int:

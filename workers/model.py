@@ -19,7 +19,7 @@ from workers.experts.layer import ExpertLayer
 from workers.experts.traffic import DispatchTraffic
 from workers.kernels.cpu.halves import LayerStack
 from workers.kernels.linear import Weight, linear, vector
-from workers.kernels.norm import add_rms_norm, add_rms_norm_for, rms_norm, rms_norm_for
+from workers.kernels.norm import add_rms_norm, add_rms_norm_both, add_rms_norm_for, rms_norm, rms_norm_for
 from workers.kernels.sums import Sums, summed
 from workers.kv_pool import KVPool
 from workers.layers.attention import Attention
@@ -96,7 +96,7 @@ class DecoderLayer:
     def assist(self, x_0H: Tensor, dispatcher: Dispatcher[Any]) -> None:
         """Compute this rank's experts for the tokens of other groups: this one has none."""
         if isinstance(self.feed_forward, ExpertLayer):
-            self.feed_forward(x_0H, dispatcher)
+            self.feed_forward(x_0H, None, dispatcher)
 
     def _attend(self, x_TH: Tensor, delta_TH: Sums | None, batch: ForwardBatch, kv: KVPool) -> Sums:
         """This rank's part of a sum over ranks."""
@@ -115,7 +115,9 @@ class DecoderLayer:
         if self.feed_forward_half is not None and self.feed_forward.is_in_order:
             return self.tp.all_reduce(self.feed_forward_half(x_TH, summed(attended_TH)))
         if isinstance(self.feed_forward, ExpertLayer):
-            return self.feed_forward(add_rms_norm(x_TH, attended_TH, self.post_norm, self.eps), dispatcher)
+            experts = self.feed_forward
+            both = add_rms_norm_both(x_TH, attended_TH, self.post_norm, self.eps, experts.gate_up_eXH)
+            return experts(*both, dispatcher)
         rows = add_rms_norm_for(x_TH, attended_TH, self.post_norm, self.eps, self.feed_forward.gate_up)
         return self._over_ranks(self.feed_forward(rows))
 

@@ -79,7 +79,8 @@ def _series_table(course: Course) -> Table:
 def _effects_table(effects: list[Effect]) -> Table:
     table = Table(title="What happened", title_justify="left", caption_justify="left")
     table.caption = (
-        "Pauses: of streams that stood still; settled: all streams run, queue and first tokens are as before."
+        "Pauses are those of streams that stood still. "
+        "Settled: queue and first tokens are as before, and all streams go on."
     )
     table.add_column("at", justify="right")
     table.add_column("what")

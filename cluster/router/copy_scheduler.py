@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, fields
+from operator import attrgetter
 
 from msgspec.structs import replace
 
@@ -85,8 +86,8 @@ class CopyScheduler:
     @property
     def stats(self) -> SchedulerStats:
         """The groups' figures, summed; who has no group yet waits."""
-        stats = [group.scheduler.stats for group in self._groups]
-        summed = {name: sum(getattr(one, name) for one in stats) for name in _STATS}
+        figures = zip(*[_figures(group.scheduler.stats) for group in self._groups], strict=True)
+        summed = dict(zip(_STATS, map(sum, figures), strict=True))
         summed["num_waiting"] += len(self._queue)
         return SchedulerStats(**summed)
 
@@ -224,6 +225,7 @@ def _load(plans: Sequence[StepPlan]) -> StepLoad:
 
 
 _STATS = [field.name for field in fields(SchedulerStats)]
+_figures = attrgetter(*_STATS)
 
 
 class _Group:

@@ -20,6 +20,7 @@ from cluster.router.late import Pulses, RollCall, late_start, lateness, ranks_we
 from cluster.router.launchers import Launcher, RankHandle
 from cluster.router.rank_socket import RankSocket
 from cluster.router.rendezvous import Rendezvous
+from cluster.router.returning import Returning
 from workers.config import RunnerConfig
 from workers.layout import ParallelLayout
 from workers.shard import ShardConfig
@@ -131,6 +132,7 @@ class RankGroup:
         self._casualties = Casualties()
         self._pulses = Pulses(self._layout)
         self._handles: dict[int, RankHandle] = dict(survivors or {})
+        self._returning = Returning(self._handles)
         self._watches: dict[int, asyncio.Task[None]] = {}
         self._ready: dict[int, RankReady] = {}
         self._results: deque[list[StepResult]] = deque()
@@ -179,7 +181,7 @@ class RankGroup:
             await self._handles[rank].restart(config)
         else:
             self._handles[rank] = await self._launcher.launch(config)
-        watch = self._watch(self._handles[rank])
+        watch = self._watch(self._handles[rank], config)
         self._watches[rank] = asyncio.create_task(watch, name=f"watch rank {rank}")
 
     def _shard_config(self, runner: RunnerConfig, endpoint: str) -> ShardConfig:
@@ -259,6 +261,7 @@ class RankGroup:
     # Events
 
     def _on_message(self, message: FromRank) -> None:
+        self._returning.heard(message.rank)
         match message:
             case StepResult() | RankFailed() if self._roll_call is not None:
                 self._roll_call.heard(message.rank)
@@ -322,8 +325,8 @@ class RankGroup:
         message = f"rank {rank} was not heard of for {timeout_s:g} s: its process is stopped, or its machine is gone"
         self._lose(RankLost(message, rank=rank, was_killed=True, cause=RankLossCause.SILENT))
 
-    async def _watch(self, handle: RankHandle) -> None:
-        end = await handle.wait()
+    async def _watch(self, handle: RankHandle, config: ShardConfig) -> None:
+        end = await self._returning.end_of(handle, partial(self._launcher.launch, config), self._handles)
         if self._roll_call is not None:
             self._roll_call.heard(handle.rank)
         elif not self._stopping:
@@ -373,6 +376,7 @@ class RankGroup:
 
     def _begin_to_stop(self) -> None:
         self._stopping = True
+        self._returning.stop()
         for timer in (self._deadline, self._settling):
             if timer is not None:
                 timer.cancel()

@@ -54,6 +54,7 @@ def launch(num_rows: int) -> None:
     else:
         qk_norm_rope.sum_norm_rope_store(parts, x.dtype, *rotating)
     norm.add_rms_norm_quantize(x, x.clone(), INPUTS.normal(4096), 1e-6)
+    norm.add_rms_norm_both(x, x.clone(), INPUTS.normal(4096), 1e-6)
     swiglu.swiglu_quantize(INPUTS.normal(1, num_rows, 512), torch.bfloat16)
     experts.apply_experts(wide, INPUTS.integers(64, num_rows, 8), INPUTS.normal(num_rows, 8), GATE_UP, DOWN, 0)
     blocks = -(-num_rows // 64)

@@ -15,7 +15,13 @@ from workers.kernels.sums import PartialSums
 from workers.kernels.triton import reference
 from workers.kernels.triton.gate import choose_experts, choose_slots
 from workers.kernels.triton.gemm import sum_splits
-from workers.kernels.triton.norm import add_rms_norm, add_rms_norm_quantize, rms_norm, rms_norm_quantize
+from workers.kernels.triton.norm import (
+    add_rms_norm,
+    add_rms_norm_both,
+    add_rms_norm_quantize,
+    rms_norm,
+    rms_norm_quantize,
+)
 from workers.kernels.triton.qk_norm_rope import qk_norm_rope_store, sum_norm_rope_store
 from workers.kernels.triton.quantize import quantize
 from workers.kernels.triton.rows import QuantizedRows
@@ -64,6 +70,18 @@ def test_quantised_norms_equal_their_reference(dtype: torch.dtype) -> None:
     got = add_rms_norm_quantize(x, delta, weight, EPS)
     same_rows(got, reference.quantize(plain.rms_norm(total.float(), weight.float(), EPS)))
     assert torch.equal(x, total)
+
+
+@DTYPES
+def test_a_norm_for_two_readers_gives_the_bits_that_each_of_them_had_alone(dtype: torch.dtype) -> None:
+    x, delta, weight = normal(0, 3, 384, dtype=dtype), normal(1, 3, 384, dtype=dtype), normal(2, 384, dtype=dtype)
+    twin = x.clone()
+    normed, codes = add_rms_norm_both(x, delta, weight, EPS)
+    want = add_rms_norm(twin, delta, weight, EPS)
+    assert torch.equal(x, twin)
+    assert torch.equal(normed, want)
+    assert torch.equal(codes.codes_RI.view(torch.uint8), quantize(want).codes_RI.view(torch.uint8))
+    assert torch.equal(codes.scale_Rk, quantize(want).scale_Rk)
 
 
 @DTYPES

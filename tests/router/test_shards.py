@@ -288,6 +288,23 @@ async def test_a_survivor_whose_device_never_comes_to_rest_ends(make: Make) -> N
     assert end.how == "exited with status 5"
 
 
+async def test_a_survivor_that_cannot_leave_is_started_anew_and_nobody_else_with_it(make: Make) -> None:
+    started = await make("cannot-leave:0", tp=3)
+    assert started.info is not None
+    before = {rank.rank: rank.pid for rank in started.info.ranks}
+    os.kill(before[1], signal.SIGKILL)
+    with pytest.raises(RankLost, match="rank 1 was killed"):
+        await asyncio.wait_for(started.group.receive(), WAIT_S)
+    survivors = await asyncio.wait_for(started.group.dissolve(), WAIT_S)
+    assert set(survivors) == {0, 2}
+
+    again = await make("good", tp=3, survivors=survivors)
+
+    assert again.info is not None
+    assert [rank.rank for rank in again.info.ranks if rank.pid == before[rank.rank]] == [2]
+    assert (await again.step(7)).token_ids == [7, 7]
+
+
 async def test_a_stopped_rank_is_noticed_while_idle(make: Make) -> None:
     started = await make(bounds=replace(PATIENT, pulse_timeout_s=4))
     assert started.info is not None

@@ -19,6 +19,7 @@ from workers.kernels.cpu.halves import FeedForwardHalf, panels
 from workers.kernels.gate import choose_experts, choose_slots
 from workers.kernels.linear import Weight, linear, parts_of
 from workers.kernels.moe import apply_experts
+from workers.kernels.triton.rows import QuantizedRows
 from workers.placement_map import initial_placement
 
 
@@ -57,10 +58,13 @@ class ExpertLayer:
         """Each expert lies in the slot of its own number."""
         return self.table.is_identity
 
-    def __call__(self, x_TH: Tensor, dispatcher: Dispatcher[Any]) -> Tensor:
-        """[T, H]: each token's experts, summed over all ranks. Every rank takes part, with tokens or without."""
+    def __call__(self, x_TH: Tensor, quantized: QuantizedRows | None, dispatcher: Dispatcher[Any]) -> Tensor:
+        """[T, H]: each token's experts, summed over all ranks. Every rank takes part, with tokens or without.
+
+        `quantized`: x_TH as the experts' products read it, of use where tokens stay where they are.
+        """
         rows, handle = dispatcher.dispatch(self.route(x_TH))
-        return dispatcher.combine(self.apply(rows), handle)
+        return dispatcher.combine(self.apply(rows, quantized if rows.x_RH is x_TH else None), handle)
 
     def route(self, x_TH: Tensor) -> RoutedRows:
         """Each token's experts, as slots of ranks."""
@@ -74,10 +78,10 @@ class ExpertLayer:
             slots_TK, weights_TK = choose_slots(logits_TE, self.num_chosen, replicas, is_normalized=is_normalized)
         return RoutedRows(x_TH, slots_TK, weights_TK)
 
-    def apply(self, rows: RoutedRows) -> Tensor:
-        """This rank's partial sums, [R, H]."""
+    def apply(self, rows: RoutedRows, quantized: QuantizedRows | None = None) -> Tensor:
+        """This rank's partial sums, [R, H]. `quantized`: the same rows."""
         if not len(rows.x_RH):
             return torch.zeros_like(rows.x_RH)
         first, loads_e = self.local_slots.start, None if self.is_alone else self.loads.counts_e
         weights = self.gate_up_eXH, self.down_eHF
-        return apply_experts(rows.x_RH, rows.slots_RK, rows.weights_RK, *weights, first, loads_e)
+        return apply_experts(rows.x_RH, rows.slots_RK, rows.weights_RK, *weights, first, loads_e, quantized)

@@ -64,13 +64,14 @@ def apply_experts(
     down_eHF: TileWeight,
     first_slot: int,
     loads_e: Tensor | None,
+    quantized: QuantizedRows | None = None,
 ) -> Tensor:
     """As `workers.kernels.triton.experts.apply_experts`."""
     num_local = gate_up_eXH.shape[0]
     routes = route(slots_TK, first_slot, num_local, loads_e)
     is_long = slots_TK.numel() > CONTIGUOUS_FROM_PAIRS * num_local
     product = (Contiguous if is_long else Masked)(library, routes, *slots_TK.shape)
-    rows = spread(quantize(x_TH), slots_TK, first_slot, routes, product.layout)
+    rows = spread(quantize(x_TH) if quantized is None else quantized, slots_TK, first_slot, routes, product.layout)
     gate_up_RX = product(rows.rows, gate_up_eXH)
     hidden = swiglu_quantize(gate_up_RX.unsqueeze(0), x_TH.dtype, product.counts, product.layout.group_rows)
     y_RH = product(hidden, down_eHF)

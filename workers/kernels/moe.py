@@ -15,6 +15,7 @@ from workers.kernels.linear import Weight, linear
 from workers.kernels.swiglu import swiglu
 from workers.kernels.tiles import TileWeight
 from workers.kernels.triton.choice import has_triton
+from workers.kernels.triton.rows import QuantizedRows
 
 
 def apply_experts(
@@ -25,10 +26,12 @@ def apply_experts(
     down_eHF: Weight,
     first_expert: int,
     loads_e: Tensor | None = None,
+    quantized: QuantizedRows | None = None,
 ) -> Tensor:
     """Sum over each token's local experts of weight * expert(x); in the order of its choices; zeros where it has none.
 
     `loads_e`, int64: the number of tokens of each local expert is added to it, on a GPU by the kernel that sorts them.
+    `quantized`: x_TH as tiles are multiplied with, where somebody has made it already.
     In torch a lone token walks its experts: sorting would cost as much as computing.
     """
     is_triton = has_triton(x_TH.device.type) and not isinstance(gate_up_eXH, PanelWeight)
@@ -41,7 +44,9 @@ def apply_experts(
     if is_triton:
         from workers.kernels.triton import experts
 
-        return experts.apply_experts(x_TH, topk_ids_TK, weights_TK, gate_up_eXH, down_eHF, first_expert, loads_e)
+        return experts.apply_experts(
+            x_TH, topk_ids_TK, weights_TK, gate_up_eXH, down_eHF, first_expert, loads_e, quantized
+        )
     assert not isinstance(gate_up_eXH, TileWeight), "tiles exist only where there are kernels to read them"
     assert not isinstance(down_eHF, TileWeight), "tiles exist only where there are kernels to read them"
     if x_TH.shape[0] == 1:

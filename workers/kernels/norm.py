@@ -10,6 +10,7 @@ from workers.kernels.linear import Rows, Weight
 from workers.kernels.sums import Sums
 from workers.kernels.tiles import TileWeight
 from workers.kernels.triton.choice import has_triton
+from workers.kernels.triton.rows import QuantizedRows
 
 
 def rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
@@ -64,3 +65,14 @@ def add_rms_norm_for(x_TH: Tensor, delta_TH: Sums, weight_H: Tensor, eps: float,
 
         return norm.add_rms_norm_quantize(x_TH, delta_TH, weight_H, eps)
     return add_rms_norm(x_TH, delta_TH, weight_H, eps)
+
+
+def add_rms_norm_both(
+    x_TH: Tensor, delta_TH: Sums, weight_H: Tensor, eps: float, consumer: Weight
+) -> tuple[Tensor, QuantizedRows | None]:
+    """`add_rms_norm`, and the same as products with `consumer` read it, where they read something else."""
+    if isinstance(consumer, TileWeight):
+        from workers.kernels.triton import norm
+
+        return norm.add_rms_norm_both(x_TH, delta_TH, weight_H, eps)
+    return add_rms_norm(x_TH, delta_TH, weight_H, eps), None

@@ -43,17 +43,19 @@ def apply_experts(
     down_eHF: Tensor | TileWeight,
     first_slot: int,
     loads_e: Tensor | None = None,
+    quantized: QuantizedRows | None = None,
 ) -> Tensor:
     """Sum over each token's local experts of weight * expert(x), in the order of its choices; zeros without any.
 
-    `loads_e`, int64: the number of tokens of each local expert is added to it.
+    `loads_e`, int64: the number of tokens of each local expert is added to it. `quantized`: x_TH for tiles, where it is
+    there already.
     """
     library = deep_gemm_experts.library_for(x_TH, gate_up_eXH, down_eHF)
     if library is not None and isinstance(gate_up_eXH, TileWeight) and isinstance(down_eHF, TileWeight):
         return deep_gemm_experts.apply_experts(
-            library, x_TH, slots_TK, weights_TK, gate_up_eXH, down_eHF, first_slot, loads_e
+            library, x_TH, slots_TK, weights_TK, gate_up_eXH, down_eHF, first_slot, loads_e, quantized
         )
-    return own_experts(x_TH, slots_TK, weights_TK, gate_up_eXH, down_eHF, first_slot, loads_e)
+    return own_experts(x_TH, slots_TK, weights_TK, gate_up_eXH, down_eHF, first_slot, loads_e, quantized)
 
 
 def own_experts(
@@ -64,12 +66,14 @@ def own_experts(
     down_eHF: Tensor | TileWeight,
     first_slot: int,
     loads_e: Tensor | None = None,
+    quantized: QuantizedRows | None = None,
 ) -> Tensor:
     """The same by this file's kernel, whatever is installed."""
     num_local, top_k = gate_up_eXH.shape[0], slots_TK.shape[1]
     routes = route(slots_TK, first_slot, num_local, loads_e)
     if isinstance(gate_up_eXH, TileWeight):
-        gate_up_SRX = grouped_linear(quantize(x_TH), gate_up_eXH, routes, top_k)
+        rows = quantize(x_TH) if quantized is None else quantized
+        gate_up_SRX = grouped_linear(rows, gate_up_eXH, routes, top_k)
         hidden: Tensor | QuantizedRows = swiglu_quantize(gate_up_SRX, x_TH.dtype, routes.starts_e[-1:])
     else:
         gate_up_SRX = grouped_linear(x_TH, gate_up_eXH, routes, top_k)

@@ -49,7 +49,7 @@ def rms_norm_quantize(x_RH: Tensor, weight_H: Tensor, eps: float) -> QuantizedRo
     if num_rows:
         _norm_quantize[(num_rows,)](
             *(x_RH, x_RH.stride(0), None, 0, 0, weight_H, out.codes_RI, out.scale_Rk, out.scale_Rk.stride(1)),
-            *(size, eps, triton.next_power_of_2(size), 0),
+            *(None, size, eps, triton.next_power_of_2(size), 0),
             num_warps=_warps(0),
         )
     return out
@@ -62,10 +62,24 @@ def add_rms_norm_quantize(x_RH: Tensor, delta_RH: Sums, weight_H: Tensor, eps: f
     if num_rows:
         _norm_quantize[(num_rows,)](
             *(x_RH, x_RH.stride(0), *delta[:3], weight_H, out.codes_RI, out.scale_Rk, out.scale_Rk.stride(1)),
-            *(size, eps, triton.next_power_of_2(size), delta.num),
+            *(None, size, eps, triton.next_power_of_2(size), delta.num),
             num_warps=_warps(delta.num),
         )
     return out
+
+
+def add_rms_norm_both(x_RH: Tensor, delta_RH: Sums, weight_H: Tensor, eps: float) -> tuple[Tensor, QuantizedRows]:
+    """`add_rms_norm`, and its rows quantised. H must be a multiple of 128."""
+    (num_rows, size), delta = x_RH.shape, _parts(delta_RH)
+    normed_RH = torch.empty(num_rows, size, dtype=x_RH.dtype, device=x_RH.device)
+    out = QuantizedRows.empty(num_rows, size, x_RH.dtype, x_RH.device)
+    if num_rows:
+        _norm_quantize[(num_rows,)](
+            *(x_RH, x_RH.stride(0), *delta[:3], weight_H, out.codes_RI, out.scale_Rk, out.scale_Rk.stride(1)),
+            *(normed_RH, size, eps, triton.next_power_of_2(size), delta.num),
+            num_warps=_warps(delta.num),
+        )
+    return normed_RH, out
 
 
 class _Parts(NamedTuple):
@@ -149,6 +163,7 @@ def _norm_quantize(
     codes_ptr,
     scale_ptr,
     scale_stride,
+    normed_ptr,
     size,
     eps,
     BLOCK: tl.constexpr,
@@ -156,6 +171,11 @@ def _norm_quantize(
 ):
     normed_H = _normed(x_ptr, x_stride, delta_ptr, delta_stride, part_stride, weight_ptr, size, eps, BLOCK, PARTS)
     row, tile_k = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK // TILE)
+    if normed_ptr is not None:
+        column_H = tl.arange(0, BLOCK)
+        rounded_H = cast(normed_H, normed_ptr.dtype.element_ty)
+        tl.store(normed_ptr + row * size + column_H, rounded_H, mask=column_H < size)
+        normed_H = rounded_H.to(tl.float32)
     values_kC, scale_k = quantized(tl.reshape(normed_H, [BLOCK // TILE, TILE]))
     column_kC = tile_k[:, None] * TILE + tl.arange(0, TILE)[None, :]
     tl.store(codes_ptr + row * size + column_kC, cast(values_kC, tl.float8e4nv), mask=column_kC < size)

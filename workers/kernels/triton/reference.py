@@ -40,8 +40,9 @@ def apply_experts(
     down_eHF: Tensor | TileWeight,
     first_slot: int,
     loads_e: Tensor | None = None,
+    _quantized: QuantizedRows | None = None,
 ) -> Tensor:
-    """Expert by expert; of e4m3 weights on quantised rows."""
+    """Expert by expert; of e4m3 weights on rows that are quantised here."""
     out_TH = torch.zeros(x_TH.shape, dtype=torch.float32, device=x_TH.device)
     for local in range(gate_up_eXH.shape[0]):
         token_R, choice_R = (slots_TK == first_slot + local).nonzero(as_tuple=True)
