@@ -29,6 +29,10 @@ class Settled:
     fits: bool
     """Slots and KV hold them, and steps keep up."""
 
+    def answer_s(self, lengths: Lengths) -> float:
+        """Until its answer begins."""
+        return self.prefill_s + (lengths.thinking + 1) * self.token_s
+
     def life_s(self, lengths: Lengths) -> float:
         """Of a request that waits for nobody; a second, at the least."""
         return max(1.0, self.prefill_s + (lengths.thinking + lengths.answer) * self.token_s)

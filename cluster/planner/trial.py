@@ -58,17 +58,22 @@ class Trial:
 
 
 def shortlist(setting: Setting, fits: Sequence[Fit], load: Load, most: int) -> list[tuple[Fit, Settled]]:
-    """Those that a quick estimate finds fastest; of those that cannot take the load, last, those that give most.
+    """Those that a quick estimate finds to answer soonest; of those too slow for the load, last, those that give most.
 
     Of layouts that differ in `expert_tp` alone the fastest stands for all: they differ by little.
     """
     guesses = [(fit, settle(fit, setting.cost(fit), load.rate_per_s, load.lengths)) for fit in fits]
-    guesses.sort(key=lambda guess: (0, guess[1].token_s) if guess[1].fits else (1, -guess[1].tokens_per_s))
+    guesses.sort(key=lambda guess: _promise(guess[1], load.lengths))
     best: dict[tuple[int, int, int], tuple[Fit, Settled]] = {}
     for fit, guess in guesses:
         candidate = fit.candidate
         best.setdefault((candidate.copies, candidate.layout.tp, candidate.layout.dp), (fit, guess))
     return list(best.values())[:most]
+
+
+def _promise(guess: Settled, lengths: Lengths) -> tuple[bool, float]:
+    """The least promises most, as `merit` has it."""
+    return not guess.fits, guess.answer_s(lengths) if guess.fits else -guess.tokens_per_s
 
 
 def try_out(setting: Setting, chosen: Sequence[tuple[Fit, Settled]], load: Load) -> list[Trial]:

@@ -184,14 +184,24 @@ class CopyScheduler:
         if not self._pace.is_limiting:
             return None
         schedulers = self._schedulers
-        # Not those in the queue: for them there is no room, so that they are no prompts of the next step.
-        num_waiting = sum([scheduler.num_waiting for scheduler in schedulers])
+        num_waiting = self._num_held_up() + sum([scheduler.num_waiting for scheduler in schedulers])
         num_prefilling = sum([scheduler.num_prefilling for scheduler in schedulers])
         if not num_waiting and not num_prefilling:
             return None
         num_decoding = sum([scheduler.num_running for scheduler in schedulers]) - num_prefilling
         num_free_slots = self.num_groups * self._config.max_num_seqs - num_decoding - num_prefilling
         return self._pace.limit(num_decoding, num_prefilling + min(num_waiting, num_free_slots))
+
+    def _num_held_up(self) -> int:
+        """Of the queue, those that free blocks would hold if all were like its head, and as far as there are slots.
+
+        They wait for the prompts before them: were these held back for the few who decode, all would stand in line.
+        """
+        if not self._queue:
+            return 0
+        blocks = [group.blocks for group in self._schedulers]
+        num_wanted = blocks[0].num_blocks_for(len(self._queue.head.prompt_ids)) + 1
+        return min(len(self._queue), sum([one.num_free // num_wanted for one in blocks]))
 
     def _assign(self) -> None:
         """Give the queue's head to a group as long as one can admit it now."""

@@ -49,6 +49,12 @@ class WaitingQueue(Generic[Item]):
         """The first in order who may; None where nobody may."""
         return next(filter(may_go, self), None)
 
+    @property
+    def head(self) -> Item:
+        """There is one."""
+        _, key = self._order[0]
+        return self._items[key][1]
+
     def pop(self) -> tuple[Hashable, Item]:
         """Take the head."""
         _, key = self._order.pop(0)

@@ -161,3 +161,19 @@ def test_of_layouts_that_are_all_too_slow_those_that_give_most_are_simulated() -
         (trial,) = try_out(setting, [one], load)
         assert not trial.keeps_up
         assert trial.settled.tokens_per_s == pytest.approx(trial.outcome.output_tokens_per_s, rel=0.15)
+
+
+def test_without_thoughts_the_layout_is_simulated_first_that_is_quickest_with_prompts() -> None:
+    setting = replace(SETTING, model=QWEN3_235B, device=find_device("h100"))
+    layouts = [
+        Candidate(layout=ParallelLayout(tp=4, expert_tp=4), copies=2),
+        Candidate(layout=ParallelLayout(tp=8), copies=1),
+    ]
+    fits = [fit(QWEN3_235B, layout, setting.device, LIMITS) for layout in layouts]
+
+    first = {
+        thinking: shortlist(setting, fits, drawn(0.1, (6000, thinking, 100)), 1)[0][0].candidate
+        for thinking in (0, 2000)
+    }
+
+    assert first == {0: layouts[1], 2000: layouts[0]}

@@ -7,16 +7,18 @@ from dataclasses import replace
 import pytest
 
 from cluster.planner.devices import find_device, published_kernels
+from cluster.planner.fleet import Fleet
 from cluster.planner.flights import Flight, Gaps
 from cluster.planner.layouts import Candidate, Limits, fit
 from cluster.planner.load import DrawnLoad
 from cluster.planner.outcome import Window, judge
 from cluster.planner.roofline import StepTime
 from cluster.planner.setting import Setting
+from cluster.planner.simulate import copy_maker
 from cluster.planner.tables import gpus_for, verdict
 from cluster.planner.trial import Trial, shortlist, try_out
 from cluster.planner.workload import Arrival, Lengths
-from tests.real_models import QWEN3_4B
+from tests.real_models import QWEN3_4B, QWEN3_235B
 from workers.layout import ParallelLayout
 
 SETTING = Setting(model=QWEN3_4B, device=find_device("h20"), kernels=published_kernels())
@@ -75,3 +77,18 @@ def test_as_many_devices_as_are_named_keep_up() -> None:
     assert f"--gpus {needed}" in verdict([too_few], LOAD)
     assert not tried(needed - 1).keeps_up
     assert tried(needed).keeps_up
+
+
+def test_prompts_in_line_are_not_held_back_for_the_few_who_decode() -> None:
+    """Experts make a few tokens of a prompt as dear as many: at so few a step, the line would hardly move."""
+    candidate = Candidate(layout=ParallelLayout(tp=4, expert_tp=4), copies=1)
+    setting = replace(SETTING, model=QWEN3_235B, device=find_device("h100"))
+    found = fit(QWEN3_235B, candidate, setting.device, replace(LIMITS, max_num_seqs=32, context=8192))
+    begun_s = []
+    for slowdown in (None, 2.5):
+        fleet = Fleet(copy_maker(found, setting.cost(found), max_prefill_slowdown=slowdown), 1)
+        fleet.run([Arrival(index * 0.3, 6000, 0, 200) for index in range(12)])
+        begun_s.append(max(flight.first_token_s or 0.0 for flight in fleet.flights))
+
+    at_once_s, paced_s = begun_s
+    assert paced_s < 4 * at_once_s
