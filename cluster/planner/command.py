@@ -62,7 +62,7 @@ def add_plan_command(parser: argparse.ArgumentParser) -> None:
     load.add_argument(
         "--compile",
         action="store_true",
-        help="simulate with machine code, 1.5 times as fast: compiles for a minute, once",
+        help="simulate with machine code, up to three times as fast: compiles for a minute, once",
     )
     add_scenario_flags(parser)
     parser.set_defaults(command=_plan)
