@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -31,7 +32,6 @@ _CALL_TIMEOUT_S = 10.0
 _STOP_MARGIN_S = 10.0
 _SILENCE_S = 60.0
 _CUT_S = 10.0
-_RAY_LOGS = "/tmp/ray/session_latest/logs/serve"
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class LocalCluster:
         check_nodes(self._config)
         self._interrupts.check()
         self._app_was_started = True
-        self._gateway = _run_app(self._config)
+        self._gateway = _run_app(self._config, self._ray.serve_logs)
         self._interrupts.check()
         gateway = self._config.gateway
         address = f"{gateway.host}:{gateway.grpc_port}"
@@ -133,7 +133,10 @@ class LocalCluster:
         except (RayError, TimeoutError) as error:
             silent_s = time.monotonic() - self._last_answer_s
             if silent_s > _SILENCE_S:
-                raise EngineError(f"the gateway has not answered for {silent_s:.0f} s; see {_RAY_LOGS}") from error
+                assert self._ray is not None, "start() comes first"
+                raise EngineError(
+                    f"the gateway has not answered for {silent_s:.0f} s; see {self._ray.serve_logs}"
+                ) from error
             return
         self._last_answer_s = time.monotonic()
         if info.routers and all(router.failed for router in info.routers):
@@ -265,7 +268,7 @@ def _hold(ports: HeldPorts, flag: str, host: str, port: int) -> int:
         raise ConfigError(f"{flag} {port}: {reason} on {host}; choose another, or 0 for a free one") from error
 
 
-def _run_app(config: ClusterConfig) -> Any:
+def _run_app(config: ClusterConfig, logs: Path) -> Any:
     from ray import serve
     from ray.exceptions import RayError
 
@@ -275,7 +278,7 @@ def _run_app(config: ClusterConfig) -> Any:
         return serve.run(build_app(config), name=APP_NAME, route_prefix=None)
     except (RuntimeError, RayError) as error:
         raise EngineError(
-            f"the app did not start ({_replicas_words() or last_line(str(error))}); see {_RAY_LOGS}"
+            f"the app did not start ({_replicas_words() or last_line(str(error))}); see {logs}"
         ) from error
 
 

@@ -33,6 +33,11 @@ class RunningRay:
     node: LeanNode | None
     """Our own; None: someone else's. Its guard ends Ray when nobody holds it any more."""
 
+    @property
+    def serve_logs(self) -> Path:
+        """Of Serve and its replicas."""
+        return self.log_directory / "serve"
+
 
 def start_ray(config: ClusterConfig, interrupts: Interrupts) -> RunningRay:
     """Raises ConfigError where the cluster that is named does not answer, EngineError where ours does not start."""
