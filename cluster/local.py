@@ -122,18 +122,21 @@ class LocalCluster:
         raise EngineError(f"not ready within {self._config.router.start_timeout_s:g} s: {info.reason}")
 
     def check(self) -> None:
-        """Raise EngineError when every Router has given up, or the gateway has been silent for long.
+        """Raise EngineError when every Router has given up, the gateway has been silent for long, or our Ray has ended.
 
         A gateway that died is not the end: Serve starts it again, on the same ports.
         """
         from ray.exceptions import RayError
 
+        assert self._ray is not None, "start() comes first"
+        # Nothing that runs on it could be started again.
+        if self._ray.node is not None and (ended := self._ray.node.ended):
+            raise EngineError(f"{', '.join(ended)} of Ray has ended; see {self._ray.log_directory}, and start again")
         try:
             info = self.info()
         except (RayError, TimeoutError) as error:
             silent_s = time.monotonic() - self._last_answer_s
             if silent_s > _SILENCE_S:
-                assert self._ray is not None, "start() comes first"
                 raise EngineError(
                     f"the gateway has not answered for {silent_s:.0f} s; see {self._ray.serve_logs}"
                 ) from error

@@ -66,6 +66,11 @@ class LeanNode(Node):
         del os.environ[NODE_MARK]
         self.kill_all_processes(check_alive=False, allow_graceful=True)
 
+    @property
+    def ended(self) -> list[str]:
+        """Processes of its own that have: names of Ray's, as "raylet"."""
+        return [name for name, _ in self.dead_processes()]  # type: ignore[no-untyped-call]  # Ray has no types there
+
     def start_raylet(self, *args: Any, **options: Any) -> None:
         """With other options than its own."""
         start = services.start_ray_process

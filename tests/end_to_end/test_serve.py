@@ -341,3 +341,14 @@ def test_a_checkpoint_that_is_cut_short_is_refused_naming_the_file(tmp_path: Pat
 
 def test_demo_command_is_the_same_program() -> None:
     assert "632" in told("demo", "--tp", "2")
+
+
+def test_a_server_whose_ray_has_ended_says_so_and_ends() -> None:
+    with serving("--threads-per-rank", "1") as server:
+        (raylet,) = named(server, "raylet/raylet ")
+        left = descendants(server.process)
+        raylet.kill()
+
+        assert server.wait() == 1
+        assert server.lines[-1].startswith("mull: raylet of Ray has ended; see ")
+        wait_until(lambda: not any(process.is_running() for process in left), "all its processes to end")
